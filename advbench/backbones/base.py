@@ -1,0 +1,59 @@
+"""What a backbone is: normalise, ``features``, ``head``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from advbench.errors import UserError
+
+
+class Classifier(nn.Module):
+    """An undefended classifier: normalise -> ``features(x)`` (N, D) -> ``head(z)`` (N, K).
+
+    Inputs are (N, C, H, W) in [0, 1]; normalisation is part of the model, as non-persistent
+    buffers. Every activation site is a module of its own, so that surgery counts sites and
+    calls alike.
+
+    trunk: from normalised images to (N, D) features.
+    mean, std: per channel, in pixel units of [0, 1]; none means no normalisation.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        num_features: int,
+        num_classes: int,
+        input_shape: Sequence[int],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        channels = input_shape[0]
+        for name, value, default in (("mean", mean, 0.0), ("std", std, 1.0)):
+            values = list(value) if value is not None else [default] * channels
+            if len(values) not in (1, channels):
+                raise UserError(
+                    f"{name} has {len(values)} values and the images have {channels} channels"
+                )
+            buffer = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+        self.trunk = trunk
+        self.head = nn.Linear(num_features, num_classes) if head is None else head
+        self.num_features = num_features
+        self.num_classes = num_classes
+        self.input_shape = tuple(input_shape)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] -> (N, D)."""
+        return self.trunk((x - self.mean) / self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))

@@ -1,0 +1,25 @@
+"""The one exception that a user's mistake raises."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and what to type instead.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A hint with the nearest of ``choices``, or all of them when none is near.
+
+    Returns text that starts with "; " and so can follow any message; empty without choices.
+    """
+    names = sorted(set(choices))
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; there is: {', '.join(names)}" if names else ""

@@ -1,0 +1,271 @@
+"""Auto-PGD (Croce & Hein 2020, arXiv 2003.01690; for l1: Croce & Hein 2021, arXiv 2103.01208)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advbench.attacks import losses
+from advbench.attacks.base import (
+    Answer,
+    Attack,
+    Clean,
+    Oracle,
+    Rows,
+    need_classes,
+    started,
+    untargeted,
+)
+from advbench.attacks.random import Random
+from advbench.attacks.threat import Threat, per_row, project, unit
+from advbench.errors import UserError, did_you_mean
+
+MOMENTUM = 0.75  # alpha, 2020, eq. 2
+
+
+@dataclass
+class APGDRows(Rows):
+    """State of APGD.
+
+    previous: the point before ``point``'s predecessor's move.  gradient_best, point_best,
+    loss_best: at the best point so far.  loss_last: at the last point.  step: step size (N,).
+    period: queries between checkpoints; since: queries after the last one; rises: how many of them
+    raised the loss.  best_at_check, halved_at_check: as of the last checkpoint.  phase: index into
+    the schedule of radii; phase_iteration: queries in it.  sparsity: share of pixels that an l1
+    step touches; support: l0 norm at the last checkpoint.  target: class of a targeted search.
+    """
+
+    previous: Tensor
+    point_best: Tensor
+    gradient_best: Tensor
+    loss_best: Tensor
+    loss_last: Tensor
+    step: Tensor
+    period: Tensor
+    since: Tensor
+    rises: Tensor
+    best_at_check: Tensor
+    halved_at_check: Tensor
+    phase: Tensor
+    phase_iteration: Tensor
+    sparsity: Tensor
+    support: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class APGD(Attack):
+    """APGD in linf, l2 and l1.
+
+    steps: steps per search.
+    restarts: searches per sample, and per target for a targeted loss.
+    loss_name: ce, margin, dlr, margin_targeted or dlr_targeted.
+    targets: for a targeted loss, the classes with the largest wrong logits, one after the other.
+    rho: the share of steps that must raise the loss, 2020, sec. 3.2.
+    large_radius: begin at three and two times eps (2021, sec. 4.2; l1 only).
+    Raises UserError for values out of these ranges.
+    """
+
+    steps: int = 100
+    restarts: int = 1
+    loss_name: str = "ce"
+    targets: int = 9
+    rho: float = 0.75
+    large_radius: bool = False
+
+    def __post_init__(self) -> None:
+        if self.loss_name not in losses.NAMES:
+            hint = did_you_mean(self.loss_name, losses.NAMES)
+            raise UserError(f"no attack loss '{self.loss_name}'{hint}")
+        if min(self.steps, self.restarts, self.targets) < 1:
+            raise UserError("APGD needs steps >= 1, restarts >= 1 and targets >= 1")
+
+    @property
+    def targeted(self) -> bool:
+        return self.loss_name in losses.TARGETED
+
+    @property
+    def tries(self) -> int:
+        return self.restarts * (self.targets if self.targeted else 1)
+
+    @property
+    def _schedule(self) -> tuple[tuple[float, int], ...]:
+        """(multiple of eps, steps) of each phase."""
+        if not self.large_radius:
+            return ((1.0, self.steps),)
+        third = math.ceil(0.3 * self.steps)
+        return ((3.0, third), (2.0, third), (1.0, max(self.steps - 2 * third, 1)))
+
+    @property
+    def queries(self) -> int:
+        # Each phase but the last looks at its last point, to hand on the best one.
+        return sum(steps for _, steps in self._schedule) + len(self._schedule) - 1
+
+    def check(self, num_classes: int) -> None:
+        need_classes(self.loss_name, num_classes)
+        if self.targeted and self.targets > num_classes - 1:
+            raise UserError(
+                f"{self.targets} targets need {self.targets + 1} classes and there are "
+                f"{num_classes}"
+            )
+
+    def start(
+        self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
+    ) -> APGDRows:
+        x = clean.x
+        eps = threat.radius * self._schedule[0][0]
+        if threat.norm == "linf":
+            noise = 2 * random.uniform(x) - 1
+            point = project(x + eps * unit(noise, "linf"), x, "linf", eps)
+        elif threat.norm == "l2":
+            point = project(x + eps * unit(random.normal(x), "l2"), x, "l2", eps)
+        else:
+            point = project(x + random.normal(x), x, "l1", eps)
+        rows = APGDRows(
+            **started(clean, point, restart),
+            previous=point,
+            point_best=point,
+            gradient_best=torch.zeros_like(x),
+            **{name: x.new_zeros(len(x)) for name in ("step", "sparsity", "support")},
+            **{name: x.new_full((len(x),), -torch.inf)
+               for name in ("loss_best", "loss_last", "best_at_check")},
+            halved_at_check=torch.ones_like(clean.y, dtype=torch.bool),
+            **{name: torch.zeros_like(clean.ids)
+               for name in ("period", "since", "rises", "phase", "phase_iteration")},
+            target=clean.y,
+        )  # fmt: skip
+        if self.targeted:
+            logits = oracle.logits(x).scatter(1, clean.y[:, None], -torch.inf)
+            rows.forwards += 1
+            rank = logits.argsort(dim=1, descending=True)
+            rows.target = rank.gather(1, (restart // self.restarts)[:, None]).squeeze(1)
+        everyone = torch.ones_like(rows.halved_at_check)
+        self._begin_phase(rows, everyone, threat, fresh=not self.large_radius)
+        return rows
+
+    def loss(self, logits: Tensor, rows: Rows) -> Tensor:
+        if self.targeted:
+            assert isinstance(rows, APGDRows)
+            return losses.TARGETED[self.loss_name](logits, rows.y, rows.target)
+        return untargeted(self.loss_name)(logits, rows.y)
+
+    def advance(self, rows: Rows, answer: Answer, threat: Threat) -> None:
+        assert isinstance(rows, APGDRows) and answer.gradient is not None
+        loss, first = answer.loss, rows.phase_iteration == 0
+        better = first | (loss > rows.loss_best)
+        rows.loss_best = torch.where(better, loss, rows.loss_best)
+        rows.point_best = torch.where(per_row(better, rows.x), rows.point, rows.point_best)
+        rows.gradient_best = torch.where(
+            per_row(better, rows.x), answer.gradient, rows.gradient_best
+        )
+        rows.best_at_check = torch.where(first, loss, rows.best_at_check)
+        rows.rises += ~first & (loss > rows.loss_last)
+        rows.since += ~first
+        rows.loss_last = loss
+
+        check = rows.since == rows.period
+        restore = self._checkpoint_l1(rows, check, threat) if threat.norm == "l1" else (
+            self._checkpoint(rows, check)
+        )  # fmt: skip
+        point = torch.where(per_row(restore, rows.x), rows.point_best, rows.point)
+        gradient = torch.where(per_row(restore, rows.x), rows.gradient_best, answer.gradient)
+        rows.since = torch.where(check, 0, rows.since)
+        rows.rises = torch.where(check, 0, rows.rises)
+
+        moved = self._move(rows, point, gradient, threat)
+        rows.previous, rows.point = point, moved
+        rows.iteration += 1
+        rows.phase_iteration += 1
+        if self.large_radius:
+            self._next_phase(rows, threat)
+
+    def _eps(self, rows: APGDRows, threat: Threat) -> Tensor:
+        """The radius of each row's phase, (N,)."""
+        multiples = rows.x.new_tensor([multiple for multiple, _ in self._schedule])
+        return multiples[rows.phase] * threat.radius
+
+    def _checkpoint(self, rows: APGDRows, check: Tensor) -> Tensor:
+        """Conditions 1 and 2 of 2020, sec. 3.2. Returns which rows go back to their best point."""
+        few_rises = rows.rises <= self.rho * rows.period
+        stuck = ~rows.halved_at_check & (rows.best_at_check >= rows.loss_best)
+        halve = check & (few_rises | stuck)
+        rows.step = torch.where(halve, rows.step / 2, rows.step)
+        rows.halved_at_check = torch.where(check, halve, rows.halved_at_check)
+        rows.best_at_check = torch.where(check, rows.loss_best, rows.best_at_check)
+        shorter = (rows.period - max(int(0.03 * self.steps), 1)).clamp_min(
+            max(int(0.06 * self.steps), 1)
+        )
+        rows.period = torch.where(check, shorter, rows.period)
+        return halve
+
+    def _checkpoint_l1(self, rows: APGDRows, check: Tensor, threat: Threat) -> Tensor:
+        """Sparsity follows the best point's support; 2021, alg. 1.
+
+        Ours: a search that has stopped improving at its smallest step goes on with fewer pixels.
+        Equal steps on a support that has several pixels are a fixed point of the paper's rule, even
+        on a linear model, whose optimum is a single pixel.
+        """
+        size = rows.x[0].numel()
+        support = (rows.point_best != rows.x).flatten(1).sum(1).to(rows.x.dtype)
+        sparser = support / rows.support.clamp_min(1) < 0.95
+        eps = self._eps(rows, threat)
+        stuck = (rows.step <= eps / 10) & (rows.loss_best <= rows.best_at_check)
+        share = torch.where(stuck, torch.minimum(rows.sparsity, support / size), support / size)
+        step = torch.where(sparser, eps, (rows.step / 1.5).clamp_min(eps / 10))
+        rows.step = torch.where(check, step, rows.step)
+        rows.sparsity = torch.where(check, share / 1.5, rows.sparsity)
+        rows.support = torch.where(check, support, rows.support)
+        rows.best_at_check = torch.where(check, rows.loss_best, rows.best_at_check)
+        return check & sparser
+
+    def _move(self, rows: APGDRows, point: Tensor, gradient: Tensor, threat: Threat) -> Tensor:
+        x, norm, eps = rows.x, threat.norm, self._eps(rows, threat)
+        step = per_row(rows.step, x)
+        if norm == "l1":
+            size = gradient.flatten(1).abs()
+            rank = ((1 - rows.sparsity) * size.shape[1]).long().clamp(0, size.shape[1] - 1)
+            threshold = size.sort(dim=1).values.gather(1, rank[:, None])
+            sparse = torch.where(size >= threshold, gradient.flatten(1).sign(), 0.0)
+            return project(point + step * unit(sparse.view_as(x), "l1"), x, norm, eps)
+        direction = gradient.sign() if norm == "linf" else unit(gradient, norm)
+        ahead = project(point + step * direction, x, norm, eps)
+        weight = per_row(torch.where(rows.phase_iteration == 0, 1.0, MOMENTUM), x)
+        drift = (point - rows.previous) * (1 - weight)
+        return project(point + (ahead - point) * weight + drift, x, norm, eps)
+
+    def _begin_phase(self, rows: APGDRows, which: Tensor, threat: Threat, fresh: bool) -> None:
+        """Set the rows of ``which`` (mask) to the beginning of their phase, at their point."""
+        eps = self._eps(rows, threat)
+        if threat.norm == "l1":
+            size = rows.x[0].numel()
+            touched = (rows.point != rows.x).flatten(1).sum(1).to(rows.x.dtype)
+            support = torch.full_like(touched, size) if fresh else touched
+            sparsity = torch.full_like(touched, 0.2) if fresh else touched / size / 1.5
+            rows.support = torch.where(which, support, rows.support)
+            rows.sparsity = torch.where(which, sparsity, rows.sparsity)
+            lengths = rows.period.new_tensor([max(int(0.04 * n), 1) for _, n in self._schedule])
+            period = lengths[rows.phase]
+            step = eps
+        else:
+            period = torch.full_like(rows.period, max(int(0.22 * self.steps), 1))
+            step = 2 * eps
+        rows.step = torch.where(which, step, rows.step)
+        rows.period = torch.where(which, period, rows.period)
+        for name in ("since", "rises", "phase_iteration"):
+            setattr(rows, name, torch.where(which, 0, getattr(rows, name)))
+        rows.previous = torch.where(per_row(which, rows.x), rows.point, rows.previous)
+
+    def _next_phase(self, rows: APGDRows, threat: Threat) -> None:
+        """Hand the best point of a finished phase on to the next, smaller radius."""
+        lengths = rows.phase.new_tensor([steps + 1 for _, steps in self._schedule])
+        last = len(self._schedule) - 1
+        done = (rows.phase < last) & (rows.phase_iteration == lengths[rows.phase])
+        if not done.any():
+            return
+        rows.phase = torch.where(done, rows.phase + 1, rows.phase)
+        start = project(rows.point_best, rows.x, threat.norm, self._eps(rows, threat))
+        rows.point = torch.where(per_row(done, rows.x), start, rows.point)
+        self._begin_phase(rows, done, threat, fresh=False)

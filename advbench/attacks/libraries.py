@@ -1,0 +1,209 @@
+"""Attacks of other libraries, behind our interface and our referee.
+
+Whatever has to be adapted in those libraries is adapted here and nowhere else. Their random numbers
+come from PyTorch's global generator, so what they return depends on the batch: the engine hands
+them whole batches, and repeats those batches after an interruption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advbench.attacks.base import Attack, Clean, Oracle, Rows, started
+from advbench.attacks.random import Random
+from advbench.attacks.threat import Threat
+from advbench.errors import UserError, did_you_mean
+
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, with a gradient of plain layout: pyautoattack views gradients as rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
+
+
+class _Border(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(_ContiguousGradient.apply(x))
+
+
+@contextlib.contextmanager
+def _own_generator(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed PyTorch's global generators inside, and leave them as they were outside."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@dataclass(frozen=True)
+class LibraryAttack(Attack):
+    """An attack that makes its x' in one call: the search is over where it starts."""
+
+    @property
+    def tries(self) -> int:
+        return 1
+
+    @property
+    def queries(self) -> int:
+        return 0
+
+    def start(
+        self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
+    ) -> Rows:
+        counted = oracle.model
+        forwards, backwards = counted.forwards, counted.backwards
+        with _silent():
+            point = self.perturb(_Border(counted).eval(), clean, threat)
+        rows = Rows(**started(clean, point.detach().to(clean.x), restart))
+        # A library does not say which row it spent a pass on: the batch's mean, rounded.
+        rows.forwards += round((counted.forwards - forwards) / len(rows))
+        rows.backwards += round((counted.backwards - backwards) / len(rows))
+        return rows
+
+    def perturb(self, model: nn.Module, clean: Clean, threat: Threat) -> Tensor:
+        """x' for a whole batch, (N, C, H, W)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReferenceAutoAttack(LibraryAttack):
+    """One member of AutoAttack, by its authors' code (pyautoattack).
+
+    member: apgd-ce, apgd-dlr, apgd-t, fab, fab-t or square.
+    version: standard, plus or rand; sets the parameters of the member.
+    targets: for the targeted members; at most the number of classes less one.
+    seed: what the authors' code seeds each batch with.
+    """
+
+    member: str = "apgd-ce"
+    version: str = "standard"
+    targets: int = 9
+    seed: int = 0
+
+    def check(self, num_classes: int) -> None:
+        fewest = {"apgd-dlr": 3, "apgd-t": 4}.get(self.member, 2)
+        if num_classes < fewest:
+            raise UserError(
+                f"the reference AutoAttack's {self.member} needs at least {fewest} classes and "
+                f"there are {num_classes}; use protocol=pgd protocol.loss=margin"
+            )
+
+    def perturb(self, model: nn.Module, clean: Clean, threat: Threat) -> Tensor:
+        from pyautoattack import AutoAttack
+
+        x = clean.x
+        suite = AutoAttack(
+            model,
+            norm=_NORMS[threat.norm],  # pyright: ignore[reportArgumentType]
+            eps=threat.radius,
+            seed=self.seed,
+            version=self.version,  # pyright: ignore[reportArgumentType]
+            device=x.device,
+        )
+        # pyautoattack sets the targets of l1 to five.
+        suite.apgd_targeted.n_target_classes = min(
+            suite.apgd_targeted.n_target_classes, self.targets
+        )
+        suite.fab.n_target_classes = min(suite.fab.n_target_classes, self.targets)
+        suite.fab.targeted = self.member == "fab-t"
+        if self.member == "fab-t":
+            suite.fab.n_restarts = 1
+        suite.apgd.loss = "dlr" if self.member == "apgd-dlr" else "ce"
+        attack = {"apgd": suite.apgd, "apgd-t": suite.apgd_targeted, "square": suite.square}.get(
+            self.member.replace("-ce", "").replace("-dlr", ""), suite.fab
+        )
+        attack.seed = self.seed
+        with _own_generator(x.device, self.seed), torch.no_grad():
+            return attack.perturb(x.contiguous(), clean.y)
+
+
+@dataclass(frozen=True)
+class TorchAttack(LibraryAttack):
+    """Any attack of torchattacks, by the name of its class.
+
+    name: such as PGD, MIFGSM, CW.
+    params: for its constructor. eps, norm, n_classes and seed come from the evaluation, where the
+        constructor has them and ``params`` does not.
+    Raises UserError for an unknown name or parameter.
+    """
+
+    name: str = "PGD"
+    params: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        library = _torchattacks()
+        names = [n for n in library.__all__ if n not in ("MultiAttack", "LGV")]
+        if self.name not in names:
+            raise UserError(
+                f"torchattacks has no attack '{self.name}'{did_you_mean(self.name, names)}"
+            )
+        wrong = set(self.params) - set(self._known())
+        if wrong:
+            key = sorted(wrong)[0]
+            raise UserError(
+                f"torchattacks' {self.name} has no parameter '{key}'"
+                f"{did_you_mean(key, self._known())}"
+            )
+
+    def check(self, num_classes: int) -> None:
+        """Nothing is known beforehand of what the library's attack needs."""
+
+    def _known(self) -> list[str]:
+        known = inspect.signature(getattr(_torchattacks(), self.name).__init__).parameters
+        return [name for name in known if name not in ("self", "model")]
+
+    def perturb(self, model: nn.Module, clean: Clean, threat: Threat) -> Tensor:
+        make: Callable[..., Any] = getattr(_torchattacks(), self.name)
+        given = {
+            "eps": threat.radius,
+            "norm": _NORMS[threat.norm],
+            "n_classes": self.num_classes,
+            "seed": self.seed,
+        }
+        known = self._known()
+        params = {k: v for k, v in given.items() if k in known} | dict(self.params)
+        x = clean.x
+        # A batch of its own draws, the same after an interruption.
+        digest = hashlib.sha256(f"{self.seed}/{self.name}/{clean.ids.tolist()}".encode()).digest()
+        try:
+            attack = make(model, **params)
+            attack.set_device(x.device)
+            with _own_generator(x.device, int.from_bytes(digest[:6], "big")), torch.enable_grad():
+                return attack(x.contiguous(), clean.y)
+        except (TypeError, ValueError, AssertionError) as problem:
+            raise UserError(f"torchattacks' {self.name} refused {params}: {problem}") from problem
+
+
+def _torchattacks() -> ModuleType:
+    import torchattacks
+
+    return torchattacks

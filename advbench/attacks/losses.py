@@ -1,0 +1,64 @@
+"""Losses that an attack raises. Each returns (N,), larger is closer to an error.
+
+A loss takes logits (N, K), the true classes y (N,) and, if it is targeted, the target classes (N,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def ce(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of the true class, >= 0."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The best wrong logit minus the true one (Carlini & Wagner 2017, arXiv 1608.04644).
+
+    Positive exactly where the sample is misclassified.
+    """
+    true = logits.gather(1, y[:, None]).squeeze(1)
+    wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+    return wrong - true
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce & Hein 2020, arXiv 2003.01690, eq. 3).
+
+    logits: (N, K), K >= 3.  Returns (N,), invariant to shift and positive scale of the logits.
+    Raises ValueError for K < 3: the ratio needs the third largest logit.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError("the DLR loss needs at least 3 classes")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """The target's logit minus the true one."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted DLR (Croce & Hein 2020, arXiv 2003.01690, eq. 6).
+
+    logits: (N, K), K >= 4.  Raises ValueError for K < 4: the ratio needs the fourth largest logit.
+    """
+    if logits.shape[1] < 4:
+        raise ValueError("the targeted DLR loss needs at least 4 classes")
+    top = logits.topk(4, dim=1).values
+    scale = top[:, 0] - 0.5 * (top[:, 2] + top[:, 3])
+    return margin_targeted(logits, y, target) / (scale + 1e-12)
+
+
+UNTARGETED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce, "margin": margin, "dlr": dlr}
+TARGETED: dict[str, Loss] = {"margin_targeted": margin_targeted, "dlr_targeted": dlr_targeted}
+NAMES = (*UNTARGETED, *TARGETED)
+FEWEST_CLASSES = {"ce": 2, "margin": 2, "margin_targeted": 2, "dlr": 3, "dlr_targeted": 4}

@@ -1,0 +1,147 @@
+"""The threat: a norm and a budget in pixel units, and the geometry that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advbench.errors import UserError, did_you_mean
+
+NORMS = ("linf", "l2", "l1")
+
+
+def pixels(value: float | int | str, what: str = "eps") -> float:
+    """A length in pixel units of [0, 1], from a number or a fraction such as "8/255".
+
+    Raises UserError for anything else, for NaN and for negative lengths.
+    """
+    try:
+        numerator, _, denominator = str(value).partition("/")
+        length = float(numerator) / (float(denominator) if denominator else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"{what}={value!r} is not a length: write 8/255 or 0.03") from None
+    if not math.isfinite(length) or length < 0:
+        raise UserError(f"{what}={value} is not a length: write 8/255 or 0.03")
+    return length
+
+
+@dataclass(frozen=True)
+class Threat:
+    """All images within ``eps`` of x in ``norm`` that are images: inside [0, 1].
+
+    norm: linf, l2 or l1.
+    eps: radius in pixel units; a fraction such as "8/255" is read as one.
+    Raises UserError for an unknown norm, and for a linf radius above 1.
+    """
+
+    norm: str
+    eps: float | str
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise UserError(
+                f"no norm '{self.norm}'{did_you_mean(self.norm, NORMS)} (threat.norm=linf)"
+            )
+        eps = pixels(self.eps, "threat.eps")
+        if self.norm == "linf" and eps > 1:
+            number = f"{eps:g}"
+            raise UserError(
+                f"threat.eps={number} is more than the whole pixel range [0, 1]; "
+                f"did you mean threat.eps={number}/255?"
+            )
+        object.__setattr__(self, "eps", eps)
+
+    @property
+    def radius(self) -> float:
+        """eps as a number."""
+        return float(self.eps)
+
+    def distance(self, point: Tensor, x: Tensor) -> Tensor:
+        """Distance of each row of ``point`` from ``x``: (N, ...) -> (N,)."""
+        return norm_of(point - x, self.norm)
+
+    def contains(self, point: Tensor, x: Tensor) -> Tensor:
+        """Which rows lie inside the budget, up to float32 rounding: (N, ...) -> (N,) bool."""
+        return self.distance(point, x) <= self.radius * (1 + 1e-5) + 1e-7
+
+    def project(self, point: Tensor, x: Tensor) -> Tensor:
+        """The rows of ``point`` brought inside the budget and [0, 1]."""
+        return project(point, x, self.norm, self.radius)
+
+    def __str__(self) -> str:
+        eps = self.radius * 255
+        near = round(eps)
+        if self.norm == "linf" and near and abs(eps - near) < 1e-6:
+            return f"{self.norm} {near}/255"
+        return f"{self.norm} {self.radius:g}"
+
+
+def per_row(value: Tensor, like: Tensor) -> Tensor:
+    """(N,) -> (N, 1, ..., 1), to broadcast against ``like``."""
+    return value.view(-1, *[1] * (like.dim() - 1))
+
+
+def norm_of(delta: Tensor, norm: str) -> Tensor:
+    """The norm of each row: (N, ...) -> (N,)."""
+    flat = delta.flatten(1)
+    if norm == "linf":
+        return flat.abs().amax(1)
+    return flat.norm(p=2 if norm == "l2" else 1, dim=1)
+
+
+def unit(delta: Tensor, norm: str) -> Tensor:
+    """Each row scaled to norm one; a zero row stays zero."""
+    return delta / per_row(norm_of(delta, norm), delta).clamp_min(1e-12)
+
+
+def project(point: Tensor, x: Tensor, norm: str, eps: float | Tensor) -> Tensor:
+    """Bring each row of ``point`` within ``eps`` of ``x`` and into [0, 1].
+
+    point, x: (N, ...).  eps: one radius, or (N,).  For linf and l1 this is the Euclidean projection
+    onto the intersection; for l2 the ball comes first and the box second, which is feasible because
+    x itself lies in the box.
+    """
+    radius = per_row(eps, x) if isinstance(eps, Tensor) else eps
+    if norm == "linf":
+        return torch.clamp(torch.minimum(torch.maximum(point, x - radius), x + radius), 0.0, 1.0)
+    delta = point - x
+    if norm == "l2":
+        length = per_row(norm_of(delta, "l2"), x)
+        # A length of exactly eps must not be scaled: rounding would walk the point inwards.
+        scale = torch.where(length > radius, radius / length.clamp_min(1e-12), 1.0)
+        return torch.clamp(x + delta * scale, 0.0, 1.0)
+    return x + _project_l1_box(delta, x, eps)
+
+
+def _project_l1_box(delta: Tensor, x: Tensor, eps: float | Tensor) -> Tensor:
+    """Euclidean projection of ``delta`` onto {d: ||d||_1 <= eps, 0 <= x + d <= 1}.
+
+    The solution is sign(delta) * clamp(|delta| - lam, 0, room), with the smallest lam >= 0 whose
+    l1 norm is at most eps (Croce & Hein 2021, arXiv 2103.01208, prop. 2.1). The norm is piecewise
+    linear and falling in lam, so sorting its breakpoints gives lam exactly.
+    """
+    size = delta.flatten(1).abs()
+    base = x.flatten(1)
+    room = torch.where(delta.flatten(1) >= 0, 1 - base, base).clamp_min(0.0)
+    total = torch.minimum(size, room).sum(1)
+    excess = total - eps
+
+    # Going up in lam, entry i starts to shrink at |delta| - room and is gone at |delta|.
+    starts = (size - room).clamp_min(0.0)
+    points, order = torch.cat([starts, size], 1).sort(dim=1)
+    slope = torch.where(order < size.shape[1], 1.0, -1.0).cumsum(1)
+    gaps = points.diff(dim=1, prepend=points.new_zeros(len(points), 1))
+    shrunk = (gaps[:, 1:] * slope[:, :-1]).cumsum(1)
+    shrunk = torch.cat([shrunk.new_zeros(len(shrunk), 1), shrunk], 1)  # at each breakpoint
+
+    segment = (torch.searchsorted(shrunk, excess[:, None].contiguous(), right=True) - 1).clamp(
+        0, points.shape[1] - 1
+    )
+    rest = excess[:, None] - shrunk.gather(1, segment)
+    lam = points.gather(1, segment) + rest / slope.gather(1, segment).clamp_min(1.0)
+    lam = torch.where(excess[:, None] > 0, lam, torch.zeros_like(lam))
+    kept = torch.minimum((size - lam).clamp_min(0.0), room)
+    return (kept * delta.flatten(1).sign()).view_as(delta)

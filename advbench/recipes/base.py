@@ -3,34 +3,96 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from advbench.defenses.base import Step
+from advbench.attacks.base import Attack, Clean, craft
+from advbench.attacks.random import TorchRandom
+from advbench.attacks.threat import Threat
+from advbench.defenses.base import Part, Step
+from advbench.errors import UserError
 
 PartName = Literal["clean", "adversarial"]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for parameters; afterwards each module and parameter as before.
+
+    Gradients in the input remain possible, and are all that a backward pass computes then.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class Recipe(ABC):
     """Hyper-parameters of a recipe.
 
+    threat: what a recipe with an adversarial part trains against; handed in by the caller.
     label_smoothing: in [0, 1), of the recipe's cross-entropy.
+
+    Raises UserError for values out of range, and where the threat is missing.
     """
 
+    threat: Threat | None = None
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"recipe.label_smoothing={self.label_smoothing:g} is not at least 0 and below 1"
+            )
+        if self.threat is None and "adversarial" in self.parts:
+            raise UserError(f"{type(self).__name__} trains against a threat: give threat=linf_8")
 
     @property
     @abstractmethod
     def parts(self) -> tuple[PartName, ...]:
-        """Which parts of the batch the training step forwards."""
+        """Which parts of the batch the training step forwards, in this order."""
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The adversarial part of a batch: x (N, C, H, W) in [0, 1] -> x' of the same shape."""
+        """The adversarial part of a batch: x (N, C, H, W) in [0, 1] -> x' of the same shape.
+
+        Draws from PyTorch's global generator. The model comes back as it was: parameters, their
+        gradients, buffers and modes.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
         """Named scalar terms whose sum is the loss; they are logged one by one."""
+
+    def search(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """x' by one search of ``attack`` inside the threat, on the model in eval mode.
+
+        Codes differ here: Madry et al. and Rice et al. (2020, arXiv 2002.11569) attack in train
+        mode, where each attack pass moves the running statistics of batch norm; TRADES and MTARD
+        attack in eval mode. Eval mode gains clean accuracy at comparable robustness (Pang et al.
+        2021, arXiv 2010.00467), and it attacks the function that will be deployed.
+        """
+        assert self.threat is not None
+        ids = torch.arange(len(x), device=x.device)
+        with frozen(model):
+            return craft(attack, model, Clean(ids, x, y), self.threat, TorchRandom())
+
+    def cross_entropy(self, part: Part | None, y: Tensor) -> Tensor:
+        """Mean cross-entropy of a part that the recipe forwards, with label smoothing; a scalar."""
+        assert part is not None
+        return F.cross_entropy(part.logits, y, label_smoothing=self.label_smoothing)

@@ -1,0 +1,97 @@
+"""MobileNetV2 in its CIFAR form (Sandler et al. 2018, arXiv 1801.04381)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from advbench.backbones.activations import activation_class
+from advbench.backbones.base import Classifier
+from advbench.backbones.layers import conv, named, pooled_classifier
+
+# Table 2: expansion t, channels c, blocks n, stride s. For images of 32 pixels the stem and the
+# stage of 24 channels keep the size, so the net halves it three times instead of five.
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def mobilenet_v2(
+    *,
+    num_classes: int,
+    input_shape: list[int],
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    activation: str = "relu6",
+) -> Classifier:
+    """MobileNetV2, width 1, without dropout; 17 inverted residual blocks.
+
+    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 1280).
+    Raises UserError for smaller images or an unknown activation.
+    """
+    act = activation_class(activation)
+    channels = 32
+    body: dict[str, nn.Module] = {"stem": _unit(input_shape[0], channels, act)}
+    for i, (expansion, width, depth, first_stride) in enumerate(STAGES, start=1):
+        blocks = []
+        for j in range(depth):
+            stride = first_stride if j == 0 else 1
+            blocks.append(InvertedResidual(channels, width, expansion, stride, act))
+            channels = width
+        body[f"stage{i}"] = nn.Sequential(*blocks)
+    body["last"] = _unit(channels, 1280, act, kernel=1)
+    return pooled_classifier(
+        "mobilenet_v2",
+        body,
+        downsampling=8,
+        num_features=1280,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        mean=mean,
+        std=std,
+    )
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise 3x3, linear 1x1 (section 3.3); x is added where shapes allow it."""
+
+    def __init__(
+        self, channels_in: int, width: int, expansion: int, stride: int, act: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        wide = channels_in * expansion
+        body: dict[str, nn.Module] = {}
+        if expansion > 1:
+            body["expand"] = _unit(channels_in, wide, act, kernel=1)
+        body["depthwise"] = _unit(wide, wide, act, stride=stride, groups=wide)
+        body["project"] = conv(wide, width, kernel=1)
+        body["norm"] = nn.BatchNorm2d(width)
+        self.body = named(body)
+        self.residual = stride == 1 and channels_in == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) if self.residual else self.body(x)
+
+
+def _unit(
+    channels_in: int,
+    channels_out: int,
+    act: type[nn.Module],
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+) -> nn.Sequential:
+    """Convolution, norm, activation."""
+    return named(
+        {
+            "conv": conv(channels_in, channels_out, kernel=kernel, stride=stride, groups=groups),
+            "norm": nn.BatchNorm2d(channels_out),
+            "act": act(),
+        }
+    )

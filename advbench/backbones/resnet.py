@@ -1,0 +1,256 @@
+"""ResNets in their CIFAR form (He et al. 2016, "Deep residual learning", arXiv 1512.03385).
+
+A block is ``act(body(x) + shortcut(x))``. The stem is one 3x3 convolution and no pooling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advbench.backbones.activations import activation_class
+from advbench.backbones.base import Classifier
+from advbench.backbones.layers import conv, named, pooled_classifier
+
+Act = type[nn.Module]
+MakeBody = Callable[[int, int, int, Act], nn.Sequential]
+MakeShortcut = Callable[[int, int, int], nn.Module]
+
+
+def resnet20(
+    *,
+    num_classes: int,
+    input_shape: list[int],
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    activation: str = "relu",
+) -> Classifier:
+    """ResNet-20 (section 4.2): widths 16-32-64, three basic blocks each, option A shortcuts.
+
+    input_shape: (C, H, W), 4x4 and larger.  Features: (N, 64).
+    Raises UserError for smaller images or an unknown activation.
+    """
+    return _resnet(
+        "resnet20",
+        basic_body,
+        zero_padding,
+        depths=(3, 3, 3),
+        width=16,
+        expansion=1,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        mean=mean,
+        std=std,
+        activation=activation,
+    )
+
+
+def resnet18(
+    *,
+    num_classes: int,
+    input_shape: list[int],
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    activation: str = "relu",
+) -> Classifier:
+    """ResNet-18: basic blocks 2-2-2-2, option B shortcuts.
+
+    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 512).
+    Raises UserError for smaller images or an unknown activation.
+    """
+    return _resnet(
+        "resnet18",
+        basic_body,
+        projection,
+        depths=(2, 2, 2, 2),
+        width=64,
+        expansion=1,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        mean=mean,
+        std=std,
+        activation=activation,
+    )
+
+
+def resnet34(
+    *,
+    num_classes: int,
+    input_shape: list[int],
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    activation: str = "relu",
+) -> Classifier:
+    """ResNet-34: basic blocks 3-4-6-3, option B shortcuts.
+
+    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 512).
+    Raises UserError for smaller images or an unknown activation.
+    """
+    return _resnet(
+        "resnet34",
+        basic_body,
+        projection,
+        depths=(3, 4, 6, 3),
+        width=64,
+        expansion=1,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        mean=mean,
+        std=std,
+        activation=activation,
+    )
+
+
+def resnet50(
+    *,
+    num_classes: int,
+    input_shape: list[int],
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    activation: str = "relu",
+) -> Classifier:
+    """ResNet-50: bottleneck blocks 3-4-6-3, option B shortcuts.
+
+    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 2048).
+    Raises UserError for smaller images or an unknown activation.
+    """
+    return _resnet(
+        "resnet50",
+        bottleneck_body,
+        projection,
+        depths=(3, 4, 6, 3),
+        width=64,
+        expansion=4,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        mean=mean,
+        std=std,
+        activation=activation,
+    )
+
+
+class Residual(nn.Module):
+    """``act(body(x) + shortcut(x))``."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.body(x) + self.shortcut(x))
+
+
+class ZeroPadding(nn.Module):
+    """Option A: every ``stride``-th pixel, and zeros for the channels that x does not have.
+
+    (N, C, H, W) -> (N, C + extra, H / stride, W / stride). Half of the zeros go before the
+    channels of x and half behind them.
+    """
+
+    def __init__(self, extra: int, stride: int) -> None:
+        super().__init__()
+        self.before = extra // 2
+        self.behind = extra - extra // 2
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, self.before, self.behind))
+
+
+def zero_padding(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    """The shortcut without parameters (option A)."""
+    return ZeroPadding(channels_out - channels_in, stride)
+
+
+def projection(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    """The shortcut with a 1x1 convolution (option B)."""
+    return named(
+        {
+            "conv": conv(channels_in, channels_out, kernel=1, stride=stride),
+            "norm": nn.BatchNorm2d(channels_out),
+        }
+    )
+
+
+def basic_body(channels_in: int, width: int, stride: int, act: Act) -> nn.Sequential:
+    """Two 3x3 convolutions, to ``width`` channels."""
+    return named(
+        {
+            "conv1": conv(channels_in, width, stride=stride),
+            "norm1": nn.BatchNorm2d(width),
+            "act1": act(),
+            "conv2": conv(width, width),
+            "norm2": nn.BatchNorm2d(width),
+        }
+    )
+
+
+def bottleneck_body(channels_in: int, width: int, stride: int, act: Act) -> nn.Sequential:
+    """1x1, 3x3 and 1x1 convolutions, to ``4 * width`` channels.
+
+    The stride is in the 3x3 convolution, as all public implementations have it; the paper has it
+    in the first 1x1, which throws three of four pixels away.
+    """
+    return named(
+        {
+            "conv1": conv(channels_in, width, kernel=1),
+            "norm1": nn.BatchNorm2d(width),
+            "act1": act(),
+            "conv2": conv(width, width, stride=stride),
+            "norm2": nn.BatchNorm2d(width),
+            "act2": act(),
+            "conv3": conv(width, 4 * width, kernel=1),
+            "norm3": nn.BatchNorm2d(4 * width),
+        }
+    )
+
+
+def _resnet(
+    net: str,
+    make_body: MakeBody,
+    make_shortcut: MakeShortcut,
+    *,
+    depths: Sequence[int],
+    width: int,
+    expansion: int,
+    num_classes: int,
+    input_shape: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    activation: str,
+) -> Classifier:
+    """Stages of ``depths`` blocks; the width doubles and the image halves from each to the next."""
+    act = activation_class(activation)
+    channels = width
+    body: dict[str, nn.Module] = {
+        "conv": conv(input_shape[0], channels),
+        "norm": nn.BatchNorm2d(channels),
+        "act": act(),
+    }
+    for i, depth in enumerate(depths):
+        blocks = []
+        for j in range(depth):
+            stride = 2 if i > 0 and j == 0 else 1
+            channels_out = width * 2**i * expansion
+            if stride == 1 and channels == channels_out:
+                shortcut = nn.Identity()
+            else:
+                shortcut = make_shortcut(channels, channels_out, stride)
+            blocks.append(Residual(make_body(channels, width * 2**i, stride, act), shortcut, act()))
+            channels = channels_out
+        body[f"stage{i + 1}"] = nn.Sequential(*blocks)
+    return pooled_classifier(
+        net,
+        body,
+        downsampling=2 ** (len(depths) - 1),
+        num_features=channels,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        mean=mean,
+        std=std,
+    )

@@ -1,0 +1,267 @@
+"""Configs: the schema of each command, and ``build``, which makes objects out of group nodes.
+
+A group node names its component with ``_target_``; the other keys are the component's parameters,
+checked against its signature. A target must be defined in the group's own package (or in a file
+that the user named on the command line), so a config that comes with a run cannot run other code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.resources
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from advbench.errors import UserError, did_you_mean
+
+GROUPS = {
+    "data": "advbench.data.",
+    "backbone": "advbench.backbones.",
+    "defense": "advbench.defenses.",
+    "recipe": "advbench.recipes.",
+    "optimizer": "advbench.training.optimizers.",
+    "threat": "advbench.attacks.threat.",
+    "protocol": "advbench.evaluation.protocol.",
+    "trainer": ("advbench.training.trainer.", "advbench.evaluation.resources."),
+}
+"""Where each group's components are defined."""
+
+
+@dataclass
+class TrainConfig:
+    """Top level of ``advbench train``.
+
+    seed: of everything random in the training.  init_from: a run whose weights to start from.
+    resume: an interrupted run to go on with.  plugins: files of the user's own components.
+    """
+
+    seed: int = 0
+    init_from: str | None = None
+    resume: str | None = None
+    plugins: list[str] = field(default_factory=list)
+    data: Any = None
+    backbone: Any = None
+    defense: Any = None
+    recipe: Any = None
+    optimizer: Any = None
+    threat: Any = None
+    trainer: Any = None
+    logger: Any = None
+
+
+@dataclass
+class EvalConfig:
+    """Top level of ``advbench eval``.
+
+    run: a training run; the newest finished one if neither ``run`` nor ``model`` is given.
+    model: FILE.py:FACTORY of the user's own, with its ``weights``.  n: size of the subset of the
+    test split.  adversarial: keep the adversarial images.  strict: exit with code 3 if the verdict
+    is unreliable.  resume: an interrupted evaluation to go on with.
+    """
+
+    seed: int = 0
+    run: str | None = None
+    model: str | None = None
+    weights: str | None = None
+    n: int | None = None
+    adversarial: bool = False
+    strict: bool = False
+    resume: str | None = None
+    plugins: list[str] = field(default_factory=list)
+    data: Any = None
+    threat: Any = None
+    protocol: Any = None
+    trainer: Any = None
+
+
+def register() -> None:
+    """Make the schemas known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="eval_schema", node=EvalConfig)
+
+
+def load_plugins(paths: Iterable[str]) -> tuple[str, ...]:
+    """Import the user's own files; returns the module prefixes that ``build`` may use for them."""
+    prefixes = []
+    for path in paths:
+        import_file(path)
+        prefixes.append(f"{Path(path).stem}.")
+    return tuple(prefixes)
+
+
+def import_file(path: str) -> types.ModuleType:
+    """Import a Python file by its path. Raises UserError if it is missing or does not import."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no file '{path}'")
+    if file.stem in sys.modules and getattr(sys.modules[file.stem], "__file__", None) != str(
+        file.resolve()
+    ):
+        raise UserError(f"'{path}' has the name of a module that is in use: rename the file")
+    spec = importlib.util.spec_from_file_location(file.stem, file.resolve())
+    if spec is None or spec.loader is None:
+        raise UserError(f"'{path}' is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        del sys.modules[file.stem]
+        raise UserError(f"'{path}' does not import: {describe(problem)}") from problem
+    return module
+
+
+def describe(problem: BaseException) -> str:
+    """An exception of somebody else's code in one line."""
+    text = " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+
+
+def target_of(node: Any, group: str, plugins: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """The component that a group node names. Raises UserError if it may not be used."""
+    name = None if node is None else node.get("_target_")
+    if not name:
+        raise UserError(f"no {group} is chosen: give {group}=NAME (see: advbench list {group})")
+    home = GROUPS[group]
+    allowed = (home if isinstance(home, tuple) else (home,)) + plugins
+    module_name, _, attribute = name.rpartition(".")
+    if not f"{name}".startswith(allowed):
+        raise UserError(
+            f"{group} may not be '{name}': components of this group live in "
+            f"{', '.join(p.rstrip('.') for p in allowed)}; "
+            "a file of your own is named with plugins=[FILE.py]"
+        )
+    try:
+        target = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError):
+        raise UserError(f"{group}: there is no '{name}'") from None
+    # What a module has merely imported is not its component.
+    if not callable(target) or getattr(target, "__module__", None) != module_name:
+        raise UserError(f"{group}: '{name}' is not a component")
+    return target
+
+
+def _schema(target: Callable[..., Any], given: Iterable[str]) -> type:
+    """A dataclass with the target's parameters, less those that are given."""
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    factories = (
+        {
+            f.name: f.default_factory
+            for f in dataclasses.fields(target)
+            if f.default_factory is not dataclasses.MISSING
+        }
+        if dataclasses.is_dataclass(target)
+        else {}
+    )
+    required, optional = [], []
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name in given:
+            continue
+        hint = _checkable(hints.get(name, Any))
+        if name in factories:
+            optional.append((name, hint, field(default_factory=factories[name])))
+        elif parameter.default is inspect.Parameter.empty:
+            required.append((name, hint))
+        elif dataclasses.is_dataclass(parameter.default) or isinstance(
+            parameter.default, list | dict
+        ):
+            default = parameter.default
+            optional.append((name, hint, field(default_factory=lambda default=default: default)))
+        else:
+            optional.append((name, hint, parameter.default))
+    return make_dataclass("Schema", required + optional)
+
+
+def _checkable(hint: Any) -> Any:
+    """The hint as OmegaConf can check it; a whole number will do where a float is one choice."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if any(typing.get_origin(a) is not None for a in arguments) and len(arguments) > 2:
+            return Any
+        if any(dataclasses.is_dataclass(a) for a in arguments):
+            return Any
+        if float in arguments and int not in arguments and len(arguments) > 2:
+            return typing.Union[(int, *arguments)]
+        return hint
+    if origin in (list, dict) or hint in (int, float, str, bool, Any):
+        return hint
+    return Any
+
+
+def build(node: Any, group: str, *, plugins: tuple[str, ...] = (), **given: Any) -> Any:
+    """The component that a group node describes.
+
+    node: ``_target_`` and parameters.  plugins: prefixes from ``load_plugins``.  given: parameters
+    that the caller supplies. Raises UserError for a target that may not be used, a misspelt key, a
+    wrong type and a missing value; the component may raise it for a value out of range.
+    """
+    target = target_of(node, group, plugins)
+    schema = OmegaConf.structured(_schema(target, given))
+    values = {key: value for key, value in dict(node).items() if key != "_target_"}
+    given_keys = set(given) & set(values)
+    values = {key: value for key, value in values.items() if key not in given_keys}
+    for key, value in values.items():
+        if key not in schema:
+            raise UserError(f"no key '{group}.{key}'{did_you_mean(str(key), map(str, schema))}")
+        try:
+            OmegaConf.update(schema, str(key), value)
+        except OmegaConfBaseException as problem:
+            reason = str(problem).split("\n")[0].rstrip(".")
+            raise UserError(f"{group}.{key}={value}: {reason}") from problem
+    for key in schema:
+        if OmegaConf.is_missing(schema, key):
+            raise UserError(f"{group}.{key} has no value: give {group}.{key}=...")
+    arguments = OmegaConf.to_container(schema)
+    assert isinstance(arguments, dict)
+    return target(**{str(k): v for k, v in arguments.items()}, **given)
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A config as nested dicts and lists, interpolations resolved."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def read(path: Path) -> DictConfig:
+    """Read a YAML file of a run. Raises UserError if it is no mapping."""
+    try:
+        cfg = OmegaConf.load(path)
+    except Exception as problem:
+        raise UserError(f"{path} can't be read: {describe(problem)}") from problem
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path} is not a config")
+    return cfg
+
+
+def shipped(group: str, name: str) -> DictConfig:
+    """The node of a shipped option, such as ``shipped("threat", "linf_8")``.
+
+    Raises UserError, with the nearest name, if there is none.
+    """
+    names = options(group)
+    if name not in names:
+        raise UserError(f"no {group} '{name}'{did_you_mean(name, names)}")
+    cfg = OmegaConf.create(names[name].read_text(encoding="utf-8"))
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def options(group: str) -> Mapping[str, Any]:
+    """The shipped options of a group and their files."""
+    folder = importlib.resources.files("advbench.configs") / group
+    files = (file for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=lambda f: f.name)}

@@ -1,0 +1,96 @@
+"""From NumPy arrays to a split; whatever is wrong with them is said in one line."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advbench.data.base import ArraySplit
+from advbench.errors import UserError
+
+# Float images may stick out of [0, 1] by rounding; the referee tolerates as much.
+TOLERANCE = 1e-6
+
+
+def image_shape(shape: tuple[int, ...], what: str) -> tuple[int, int, int]:
+    """(C, H, W) of images (N, H, W, C) or (N, H, W). Raises UserError where it is neither."""
+    if len(shape) not in (3, 4):
+        raise UserError(f"{what} has shape {shape}: images are (N, H, W, C), or (N, H, W) in gray")
+    if 0 in shape:
+        raise UserError(f"{what} is empty (shape {shape}): give at least one image")
+    _, height, width, channels = (*shape, 1)[:4]
+    if height <= 4 < channels:
+        raise UserError(
+            f"{what} has shape {shape}, which looks like (N, C, H, W): "
+            f"store x.transpose(0, 2, 3, 1)"
+        )
+    return channels, height, width
+
+
+def as_images(x: np.ndarray, what: str) -> Tensor:
+    """Images as (N, C, H, W), uint8 as they are, floats as float32.
+
+    x: (N, H, W, C) or (N, H, W); uint8 in [0, 255] or floats in [0, 1].
+    what: how a message names them.
+    Raises UserError for every other shape, type or range, for NaN and for no images.
+    """
+    channels, height, width = image_shape(x.shape, what)
+    x = x.reshape(-1, height, width, channels)
+    if x.dtype.kind == "f":
+        _check_range(x, what)
+        x = np.clip(x.astype(np.float32), 0.0, 1.0)
+    elif x.dtype != np.uint8:
+        raise UserError(f"{what} is {x.dtype}: store uint8 from 0 to 255, or float32 from 0 to 1")
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def _check_range(x: np.ndarray, what: str) -> None:
+    low, high = float(x.min()), float(x.max())
+    if not np.isfinite([low, high]).all():
+        raise UserError(f"{what} holds NaN or infinity: store numbers from 0 to 1, or uint8")
+    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
+        return
+    if low >= 0 and high <= 255:
+        cure = "divide by 255 or store uint8"
+    else:
+        cure = "undo the normalisation (it is part of the model here) and store numbers from 0 to 1"
+    raise UserError(f"{what} is {x.dtype} from {low:.4g} to {high:.4g}, outside [0, 1]: {cure}")
+
+
+def as_labels(y: np.ndarray, what: str, num_classes: int | None = None) -> Tensor:
+    """Labels as (N,) int64.
+
+    y: (N,) integers in [0, K).
+    num_classes: K where it is known.
+    Raises UserError for every other shape, type or range.
+    """
+    if y.ndim != 1:
+        cure = "y.argmax(1)" if y.ndim == 2 and y.shape[1] > 1 else "y.reshape(-1)"
+        raise UserError(f"{what} has shape {y.shape}: labels are (N,), store {cure}")
+    if y.dtype.kind not in "iu":
+        raise UserError(f"{what} is {y.dtype}: labels are integers, store y.astype('int64')")
+    if y.size == 0:
+        raise UserError(f"{what} is empty: give at least one label")
+    low, high = int(y.min()), int(y.max())
+    if low < 0:
+        raise UserError(f"{what} has the label {low}: number the classes from 0")
+    if num_classes is not None and high >= num_classes:
+        raise UserError(
+            f"{what} has the label {high}, and there are {num_classes} classes (0 to "
+            f"{num_classes - 1}): number the classes from 0, in training and test data alike"
+        )
+    return torch.from_numpy(y.astype(np.int64))
+
+
+def array_split(
+    x: np.ndarray, y: np.ndarray, x_what: str, y_what: str, num_classes: int
+) -> ArraySplit:
+    """A split of such images and labels. Raises UserError for what is wrong with them."""
+    images, labels = as_images(x, x_what), as_labels(y, y_what, num_classes)
+    if len(images) != len(labels):
+        raise UserError(
+            f"{x_what} has {len(images)} images and {y_what} {len(labels)} labels: "
+            f"store one label per image"
+        )
+    return ArraySplit(images, labels)

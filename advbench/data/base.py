@@ -1,0 +1,305 @@
+"""What a data set is: a source opens its parts, ``Splits`` holds a validation part out of one."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advbench.data.augment import Augment
+from advbench.errors import UserError
+
+Part = Literal["train", "test"]
+Device = torch.device | str
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 in [0, 255] or float32 in [0, 1] -> float32 in [0, 1], on the same device."""
+    if images.dtype != torch.uint8:
+        return images
+    # By a tensor on the device: CUDA turns division by a Python number into multiplication with
+    # its reciprocal, and pixels would differ from those of the CPU in the last bit.
+    return images.float().div_(torch.full((), 255.0, device=images.device))
+
+
+class Split(ABC):
+    """One split of a data set: N labelled images.
+
+    labels: (N,) int64 in [0, K), on the CPU.
+    """
+
+    labels: Tensor
+    moment_images: ClassVar[int] = sys.maxsize
+    """How many images, evenly spaced over the split, ``moments`` looks at."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def batches(
+        self, order: Tensor, batch_size: int, device: Device, seed: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches on ``device``: images (B, C, H, W) float32 in [0, 1] and labels (B,) int64.
+
+        order: (M,) int64, the samples in the order in which they come; the last batch may be short.
+        seed: a number per epoch that keys the random crops of data augmented while it is read;
+            None reads every image as evaluation does. Arrays have no such crops and ignore it:
+            ``Splits.augment`` is for all data, after this.
+        """
+
+    @abstractmethod
+    def fetch(self, index: Tensor, device: Device) -> tuple[Tensor, Tensor]:
+        """The samples ``index`` (B,), in that order, as evaluation reads them: one batch."""
+
+    @abstractmethod
+    def sha256(self) -> str:
+        """A fingerprint of images, labels and their order, the same in every process."""
+
+    @abstractmethod
+    def subset(self, index: Tensor | Sequence[int]) -> Split:
+        """A split of its own with the samples ``index``, in that order."""
+
+    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel over all pixels, in units of [0, 1]."""
+        count = min(len(self), self.moment_images)
+        order = torch.arange(count) * len(self) // count
+        sums, squares, pixels = 0.0, 0.0, 0
+        for chunk in order.split(500):
+            x = self.fetch(chunk, "cpu")[0].double()
+            sums = sums + x.sum((0, 2, 3))
+            squares = squares + x.square().sum((0, 2, 3))
+            pixels += x.numel() // x.shape[1]
+        mean = torch.as_tensor(sums) / pixels
+        return _mean_and_std(mean, torch.as_tensor(squares) / pixels - mean.square())
+
+
+def _mean_and_std(mean: Tensor, variance: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    # A channel without variation is left at its scale.
+    std = torch.where(variance > 1e-12, variance.clamp(min=0).sqrt(), 1.0)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+class ArraySplit(Split):
+    """A split in memory, which moves to a device once and stays there.
+
+    images: (N, C, H, W), uint8 in [0, 255] or float32 in [0, 1], on the CPU.
+    labels: (N,) int64, on the CPU.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images.contiguous()
+        self.labels = labels
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def _on(self, device: Device) -> tuple[Tensor, Tensor]:
+        home = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one place
+        if home not in self._copies:
+            self._copies[home] = (self.images.to(home), self.labels.to(home))
+        return self._copies[home]
+
+    def batches(
+        self, order: Tensor, batch_size: int, device: Device, seed: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for chunk in order.to(device).split(batch_size):
+            yield self.fetch(chunk, device)
+
+    def fetch(self, index: Tensor, device: Device) -> tuple[Tensor, Tensor]:
+        images, labels = self._on(device)
+        index = index.to(images.device)
+        return to_unit(images.index_select(0, index)), labels.index_select(0, index)
+
+    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if self.images.dtype != torch.uint8:
+            return super().moments()
+        # Counting the 256 values is twenty times as fast as adding up 150 million pixels.
+        values = torch.arange(256, dtype=torch.float64) / 255
+        counts = torch.stack(
+            [torch.bincount(channel.flatten(), minlength=256) for channel in self.images.unbind(1)]
+        )
+        share = counts.double() / counts.sum(1, keepdim=True)
+        mean = share @ values
+        return _mean_and_std(mean, (share * (values - mean[:, None]).square()).sum(1))
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)}".encode())
+        digest.update(self.images.numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def subset(self, index: Tensor | Sequence[int]) -> ArraySplit:
+        index = torch.as_tensor(index, dtype=torch.int64)
+        return ArraySplit(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a model must know of its data.
+
+    input_shape: (C, H, W).
+    mean, std: per channel, in units of [0, 1].
+    classes: a name for each label; num_classes of them.
+    """
+
+    name: str
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+
+
+class Source(ABC):
+    """Where a data set comes from. It opens one part at a time, and only when asked.
+
+    moments: mean and standard deviation per channel where they are known, else None.
+    """
+
+    name: str
+    moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W), without opening the test part where there is a training part."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """A name for each label, without opening the test part where there is a training part."""
+
+    @property
+    def has_train(self) -> bool:
+        return True
+
+    @abstractmethod
+    def open(self, part: Part) -> Split:
+        """Read that part. Raises UserError where it is missing, damaged or wrong."""
+
+
+def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Parts the samples into the rest and ``count`` held out, each class with its share of these.
+
+    labels: (N,) int64.  Returns two arrays of indices, ascending. Shares are rounded by the
+    largest remainders. The same labels and seed give the same parts on every machine.
+    """
+    y = labels.numpy()
+    # The legacy generator is the one whose stream NumPy promises never to change.
+    shuffled = np.random.RandomState(seed).permutation(len(y))
+    by_class = shuffled[np.argsort(y[shuffled], kind="stable")]
+    sizes = np.bincount(y)
+    quota, remainder = np.divmod(sizes * count, len(y))
+    quota[np.argsort(-remainder, kind="stable")[: count - quota.sum()]] += 1
+    rank = np.arange(len(y)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    held = rank < np.repeat(quota, sizes)
+    return (
+        torch.from_numpy(np.sort(by_class[~held])),
+        torch.from_numpy(np.sort(by_class[held])),
+    )
+
+
+class Splits:
+    """A data set: ``train``, ``val`` and ``test``, each read when it is first touched.
+
+    The validation part is held out of the training part, stratified, and depends on the
+    arguments here alone. The test part is opened by touching ``test`` and by nothing else, except
+    that a source without a training part has nothing else to learn its ``info`` from.
+
+    val: below 1 the fraction, from 1 on the number of training samples that are held out.
+    split_seed: which ones; independent of the seed of an experiment.
+    mean, std: per channel; None takes the known values of a known set, else those of ``train``,
+        else (evaluation data alone) 0 and 1, which is no normalisation.
+
+    Raises UserError for a value out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        val: float,
+        split_seed: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        augment: Augment | Mapping[str, Any],
+    ) -> None:
+        val = float(val)
+        if not val > 0 or (val >= 1 and not val.is_integer()):
+            raise UserError(
+                f"data.val={val:g} is neither a fraction like 0.1 nor a number of samples like 1000"
+            )
+        if not 0 <= split_seed < 2**32:
+            raise UserError(f"data.split_seed={split_seed} is not between 0 and 2**32 - 1")
+        self.augment = Augment.of(augment)
+        self._source = source
+        self._val = val
+        self._split_seed = split_seed
+        self._mean = mean
+        self._std = std
+
+    @cached_property
+    def _parts(self) -> tuple[Split, Split]:
+        whole = self._source.open("train")
+        count = max(1, round(self._val * len(whole))) if self._val < 1 else int(self._val)
+        if count >= len(whole):
+            raise UserError(
+                f"data.val={self._val:g} leaves nothing to train on: the training split of "
+                f"{self._source.name} has {len(whole)} samples"
+            )
+        rest, held = hold_out(whole.labels, count, self._split_seed)
+        return whole.subset(rest), whole.subset(held)
+
+    @property
+    def train(self) -> Split:
+        return self._parts[0]
+
+    @property
+    def val(self) -> Split:
+        return self._parts[1]
+
+    @cached_property
+    def test(self) -> Split:
+        return self._source.open("test")
+
+    @cached_property
+    def info(self) -> Info:
+        source = self._source
+        channels = source.shape[0]
+        return Info(
+            name=source.name,
+            num_classes=len(source.classes),
+            input_shape=source.shape,
+            mean=self._per_channel("mean", self._mean, channels),
+            std=self._per_channel("std", self._std, channels),
+            classes=source.classes,
+        )
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if self._source.moments is not None:
+            return self._source.moments
+        if self._source.has_train:
+            return self.train.moments()
+        channels = self._source.shape[0]
+        return (0.0,) * channels, (1.0,) * channels
+
+    def _per_channel(
+        self, name: Literal["mean", "std"], given: Sequence[float] | None, channels: int
+    ) -> tuple[float, ...]:
+        if given is None:
+            return self._moments[name == "std"]
+        if len(given) != channels:
+            raise UserError(
+                f"data.{name} has {len(given)} values and {self._source.name} has {channels} "
+                f"channels: give one per channel, or null"
+            )
+        if name == "std" and min(given) <= 0:
+            raise UserError(f"data.std={list(given)}: images are divided by it, give numbers > 0")
+        return tuple(float(value) for value in given)

@@ -1,0 +1,365 @@
+"""The engine: runs the stages of a plan over samples, and keeps what each sample did.
+
+For each stage, in pseudo-code:
+
+    waiting = samples that are still correct and have no record of this stage
+    repeat until nobody waits and no slot is taken:
+        fill free slots with waiting samples; the attack starts them
+        query the model at every slot's point
+        the referee judges points that look like successes, and last points
+        a sample that broke, or has no search left, leaves its slot with a record
+        a sample with a search left waits again
+        the attack advances the others
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advbench.attacks import losses
+from advbench.attacks.base import Answer, Clean, Oracle, Rows
+from advbench.attacks.random import KeyedRandom
+from advbench.attacks.referee import Referee
+from advbench.attacks.threat import Threat
+from advbench.data.base import Split
+from advbench.errors import UserError
+from advbench.evaluation.protocol import Stage
+from advbench.evaluation.store import Records, Store
+
+CLEAN = "clean"
+COMMIT_SECONDS = 2.0
+
+
+class Watch(Protocol):
+    """Who looks on while an evaluation runs."""
+
+    def stage(self, name: str, waiting: int) -> None:
+        """A stage begins with so many samples to attack."""
+        ...
+
+    def progress(self, done: int, correct: int, n: int) -> None:
+        """So many of the stage's samples are done; of all n, so many are still correct."""
+        ...
+
+
+class Nobody:
+    """Looks on at nothing."""
+
+    def stage(self, name: str, waiting: int) -> None:
+        pass
+
+    def progress(self, done: int, correct: int, n: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of an evaluation: rows ``ids`` (sorted) of a split, on a device."""
+
+    split: Split
+    ids: Tensor
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def fetch(self, ids: Tensor) -> Clean:
+        x, y = self.split.fetch(ids, self.device)
+        return Clean(ids.to(self.device), x, y)
+
+
+def subset(total: int, n: int | None) -> Tensor:
+    """The fixed pseudo-random n of ``total`` sample ids, sorted; all of them for None.
+
+    A smaller subset is part of a larger one. Raises UserError for n out of 1..total.
+    """
+    if n is None:
+        return torch.arange(total)
+    if not 1 <= n <= total:
+        raise UserError(f"n={n} but the split has {total} samples; use n={total} or leave n out")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return order[:n].sort().values
+
+
+@contextmanager
+def attackable(model: nn.Module) -> Iterator[None]:
+    """Parameters frozen inside: an attack needs gradients of inputs alone.
+
+    Raises UserError for a model in training mode, and for weights that are not finite.
+    """
+    if model.training:
+        raise UserError("the model is in training mode: call model.eval() before evaluating it")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"the model's weights are not finite: '{name}' holds NaN or infinity")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def count_classes(model: nn.Module, samples: Samples) -> int:
+    """Number of classes, from the model's output on the first sample.
+
+    Raises UserError if the model can't take the images, or its output is not (N, K) logits.
+    """
+    clean = samples.fetch(samples.ids[:1])
+    shape = tuple(clean.x.shape[1:])
+    try:
+        logits = model(clean.x)
+    except (RuntimeError, ValueError, TypeError) as problem:
+        if isinstance(problem, torch.OutOfMemoryError):
+            raise
+        reason = str(problem).strip().split("\n")[0]
+        raise UserError(
+            f"the model can't take the data's images, {shape} (C, H, W): {reason}"
+        ) from problem
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the model must return logits of shape (N, K) with K >= 2, not {got}")
+    classes, highest = logits.shape[1], int(samples.split.labels.max())
+    if highest >= classes:
+        raise UserError(
+            f"the data has labels up to {highest} and the model has {classes} classes (0 to "
+            f"{classes - 1}): choose the data that the model was trained for"
+        )
+    return classes
+
+
+def run(
+    model: nn.Module,
+    samples: Samples,
+    threat: Threat,
+    stages: Sequence[Stage],
+    store: Store,
+    *,
+    seed: int,
+    slots: int,
+    keep_images: bool = False,
+    watch: Watch | None = None,
+) -> None:
+    """Bring ``store`` to hold every stage of the plan, starting from what it holds already.
+
+    slots: samples attacked side by side. The model must be in evaluation mode.
+    """
+    watch = watch or Nobody()
+    with attackable(model):
+        _score_clean(model, samples, store, slots, watch)
+        correct = _held(store, CLEAN, samples.ids)
+        for stage in stages:
+            search = _Search(model, samples, threat, stage, store, seed, slots, keep_images)
+            search.run(correct, watch)
+            correct = _held(store, stage.name, correct)
+
+
+def _held(store: Store, stage: str, attacked: Tensor) -> Tensor:
+    """The samples that the stage did not break."""
+    records = store.records(stage)
+    broken = torch.from_numpy(records.sample[records.broken])
+    return attacked[~torch.isin(attacked, broken)]
+
+
+def _pending(store: Store, stage: str, attacked: Tensor) -> Tensor:
+    """The samples that have no record of the stage."""
+    return attacked[~torch.isin(attacked, torch.from_numpy(store.records(stage).sample))]
+
+
+@torch.no_grad()
+def _score_clean(
+    model: nn.Module, samples: Samples, store: Store, slots: int, watch: Watch
+) -> None:
+    pending = _pending(store, CLEAN, samples.ids)
+    if not len(pending):
+        return
+    watch.stage(CLEAN, len(pending))
+    correct = 0
+    for ids in pending.split(slots):
+        begin = time.perf_counter()
+        clean = samples.fetch(ids)
+        logits = model(clean.x).float()
+        if not torch.isfinite(logits).all():
+            raise UserError("the model's outputs on clean images are not finite")
+        label = logits.argmax(1)
+        broken = label != clean.y
+        margin = -losses.margin(logits, clean.y)
+        n, zeros = len(ids), np.zeros(len(ids))
+        records = Records(
+            sample=ids.numpy(),
+            broken=_numpy(broken),
+            label=_numpy(label),
+            margin=_numpy(margin),
+            distance=zeros.astype(np.float32),
+            forwards=np.ones(n, np.int64),
+            backwards=zeros.astype(np.int64),
+        )
+        store.append(CLEAN, records, time.perf_counter() - begin)
+        correct += n - int(records.broken.sum())
+        watch.progress(len(store.records(CLEAN)), correct, len(samples))
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()
+
+
+class _Search:
+    """One stage over its samples: slots, the waiting line and the ledger of what was found."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        threat: Threat,
+        stage: Stage,
+        store: Store,
+        seed: int,
+        slots: int,
+        keep_images: bool,
+    ) -> None:
+        self.samples, self.threat, self.stage, self.store = samples, threat, stage, store
+        self.seed, self.slots, self.keep_images = seed, slots, keep_images
+        self.attack = stage.attack
+        self.oracle = Oracle(model)
+        self.referee = Referee(model, threat)
+
+    def run(self, attacked: Tensor, watch: Watch) -> None:
+        pending = _pending(self.store, self.stage.name, attacked)
+        watch.stage(self.stage.name, len(pending))
+        n = len(pending)
+        # The ledger, by position in ``pending``.
+        self.pending = pending
+        self.label = self.samples.split.labels[pending].clone()
+        self.margin = torch.full((n,), torch.inf)
+        self.distance = torch.full((n,), torch.nan)
+        self.broken = torch.zeros(n, dtype=torch.bool)
+        self.forwards = torch.zeros(n, dtype=torch.int64)
+        self.backwards = torch.zeros(n, dtype=torch.int64)
+        self.images: dict[int, np.ndarray] = {}
+
+        waiting = deque((position, 0) for position in range(n))
+        rows: Rows | None = None
+        places = torch.empty(0, dtype=torch.int64)  # position of the sample in each slot
+        fresh: list[int] = []  # positions with a record that is not yet stored
+        lost = len(self.samples) - len(attacked)
+        done, begin = 0, time.perf_counter()
+        while waiting or rows is not None:
+            rows, places = self._fill(rows, places, waiting)
+            rows, places, left = self._round(rows, places, waiting)
+            fresh += left
+            done += len(left)
+            if fresh and (time.perf_counter() - begin > COMMIT_SECONDS or rows is None):
+                self._commit(fresh, time.perf_counter() - begin)
+                fresh, begin = [], time.perf_counter()
+            if left:
+                held = len(self.samples) - lost - int(self.broken.sum())
+                watch.progress(done, held, len(self.samples))
+
+    def _fill(
+        self, rows: Rows | None, places: Tensor, waiting: deque[tuple[int, int]]
+    ) -> tuple[Rows, Tensor]:
+        """Start waiting samples in free slots, a quarter of the slots or more at a time."""
+        taken = 0 if rows is None else len(rows)
+        free = min(self.slots - taken, len(waiting))
+        if rows is not None and (free == 0 or 4 * free < self.slots):
+            return rows, places
+        entering = [waiting.popleft() for _ in range(free)]
+        positions = torch.tensor([position for position, _ in entering])
+        restart = torch.tensor([r for _, r in entering], device=self.samples.device)
+        clean = self.samples.fetch(self.pending[positions])
+        random = KeyedRandom(self.seed, self.stage.name, clean.ids, restart)
+        started = self.attack.start(self.oracle, clean, self.threat, random, restart)
+        if rows is None:
+            return started, positions
+        return rows.joined(started), torch.cat([places, positions])
+
+    def _round(
+        self, rows: Rows, places: Tensor, waiting: deque[tuple[int, int]]
+    ) -> tuple[Rows | None, Tensor, list[int]]:
+        """One query, one judgement, one move. Returns the rows that stay and who left for good."""
+        last = rows.iteration >= self.attack.queries
+        answer = self.oracle.query(self.attack, rows, gradient=not bool(last.all()))
+        inside = self.threat.contains(rows.point, rows.x)
+        margin = torch.where(inside, -losses.margin(answer.logits.float(), rows.y), torch.inf)
+        self.margin[places] = torch.minimum(self.margin[places], margin.cpu())
+
+        fooled = answer.logits.argmax(1) != rows.y
+        # A last point outside the threat is judged too: what it projects to may count.
+        hit = self._judge(rows, places, (inside & fooled) | (last & ~inside))
+        leaving = hit | last
+        if not leaving.any():
+            self.attack.advance(rows, answer, self.threat)
+            return rows, places, []
+
+        gone = leaving.cpu()
+        self.forwards[places[gone]] += rows.forwards[leaving].cpu()
+        self.backwards[places[gone]] += rows.backwards[leaving].cpu()
+        left: list[int] = []
+        for position, restart, broke in zip(
+            places[gone].tolist(),
+            rows.restart[leaving].tolist(),
+            hit[leaving].tolist(),
+            strict=True,
+        ):
+            if broke or restart + 1 == self.attack.tries:
+                left.append(position)
+            else:
+                waiting.append((position, restart + 1))
+        if gone.all():
+            return None, places[:0], left
+        staying = ~leaving
+        rows = rows.take(staying)
+        assert answer.gradient is not None
+        answer = Answer(*(part[staying] for part in answer))
+        self.attack.advance(rows, answer, self.threat)
+        return rows, places[~gone], left
+
+    def _judge(self, rows: Rows, places: Tensor, claim: Tensor) -> Tensor:
+        """Put the claims before the referee; enter what it upholds. Returns a mask of the rows."""
+        hit = torch.zeros_like(claim)
+        if not claim.any():
+            return hit
+        x, y = rows.x[claim], rows.y[claim]
+        judged = self.referee.judge(x, y, rows.point[claim])
+        rows.forwards += claim
+        hit[claim] = judged.broken
+        where = places[claim.cpu()][judged.broken.cpu()]
+        upheld = judged.broken
+        self.broken[where] = True
+        self.label[where] = judged.label[upheld].cpu()
+        self.margin[where] = judged.margin[upheld].cpu()
+        distance = self.threat.distance(judged.point[upheld], x[upheld])
+        self.distance[where] = distance.cpu()
+        if self.keep_images:
+            for position, image in zip(where.tolist(), judged.point[upheld], strict=True):
+                self.images[position] = _numpy(image)
+        return hit
+
+    def _commit(self, positions: list[int], seconds: float) -> None:
+        at = torch.tensor(positions)
+        records = Records(
+            sample=_numpy(self.pending[at]),
+            broken=_numpy(self.broken[at]),
+            label=_numpy(self.label[at]),
+            margin=_numpy(self.margin[at]),
+            distance=_numpy(self.distance[at]),
+            forwards=_numpy(self.forwards[at]),
+            backwards=_numpy(self.backwards[at]),
+        )
+        images = None
+        if self.keep_images:
+            kept = [self.images.pop(position) for position in positions if position in self.images]
+            images = np.stack(kept) if kept else None
+        self.store.append(self.stage.name, records, seconds, images)

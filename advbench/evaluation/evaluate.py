@@ -1,0 +1,190 @@
+"""One evaluation from start to end: plan, run, summarise. The command line and the API share it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+
+from advbench import provenance
+from advbench.attacks.threat import Threat
+from advbench.defenses.base import Traits
+from advbench.errors import UserError
+from advbench.evaluation import engine
+from advbench.evaluation.engine import CLEAN, Samples, Watch
+from advbench.evaluation.protocol import Protocol, Stage
+from advbench.evaluation.store import Store
+from advbench.files import model_sha256, write_atomic, write_json
+from advbench.results import Accuracy, Results, StageResult
+
+PLAN, RESULTS = "plan.json", "results.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that decides what an evaluation finds.
+
+    run: what is evaluated, for people.  data: name of the data.  slots: batch size.
+    """
+
+    run: str
+    model: nn.Module
+    traits: Traits
+    samples: Samples
+    data: str
+    threat: Threat
+    protocol: Protocol
+    seed: int = 0
+    slots: int = 250
+    keep_images: bool = False
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The plan. Raises UserError where model, data and protocol do not fit."""
+        classes = engine.count_classes(self.model, self.samples)
+        return self.protocol.plan(self.traits, classes, self.threat, self.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two evaluations to be the same one."""
+        ids = self.samples.ids.numpy().astype("<i8").tobytes()
+        return {
+            "model_sha256": model_sha256(self.model),
+            "data": {
+                "name": self.data,
+                "split": "test",
+                "n": len(self.samples),
+                "sha256": self.samples.split.sha256(),
+                "samples": hashlib.sha256(ids).hexdigest(),
+            },
+            "threat": {"norm": self.threat.norm, "eps": self.threat.radius},
+            "protocol": self.protocol.to_json(),
+            "seed": self.seed,
+            "batch_size": self.slots,
+            "keep_images": self.keep_images,
+        }
+
+    def execute(
+        self, folder: Path | None, stages: tuple[Stage, ...], watch: Watch | None = None
+    ) -> Results:
+        """Run what is missing and return the results; with a folder, leave them there.
+
+        A folder that holds an interrupted run of this evaluation is gone on with. Raises UserError
+        for a folder that holds another evaluation.
+        """
+        identity = self.identity()
+        if folder is not None:
+            claim(folder, identity, stages)
+            if (folder / RESULTS).exists():
+                return Results.load(folder / RESULTS)
+        store = Store(folder)
+        started = datetime.now(timezone.utc)
+        begin = time.perf_counter()
+        engine.run(
+            self.model,
+            self.samples,
+            self.threat,
+            stages,
+            store,
+            seed=self.seed,
+            slots=self.slots,
+            keep_images=self.keep_images,
+            watch=watch,
+        )
+        results = summarise(self, identity, stages, store, started, time.perf_counter() - begin)
+        if folder is not None:
+            store.finish([CLEAN, *(stage.name for stage in stages)])
+            self._save_images(folder, store)
+            results.save(folder / RESULTS)
+            store.clear_journal()
+        return results
+
+    def _save_images(self, folder: Path, store: Store) -> None:
+        images = store.images()
+        if self.keep_images and images is not None:
+            samples, x = images
+            content = {"sample": samples, "x": x.astype(np.float32)}
+            write_atomic(folder / "adversarial.safetensors", lambda path: save_file(content, path))
+
+
+def claim(folder: Path, identity: dict[str, Any], stages: tuple[Stage, ...]) -> None:
+    """Make ``folder`` the home of this evaluation. Raises UserError if it is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PLAN
+    plan = json.loads(
+        json.dumps({"identity": identity, "stages": [stage.to_json() for stage in stages]})
+    )
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known != plan:
+            differs = [k for k in identity if known["identity"].get(k) != plan["identity"][k]]
+            what = ", ".join(differs) or "stages"
+            raise UserError(
+                f"{folder} holds another evaluation (it differs in: {what}); "
+                "give hydra.run.dir=DIR with a new DIR"
+            )
+    else:
+        write_json(path, plan)
+
+
+def summarise(
+    evaluation: Evaluation,
+    identity: dict[str, Any],
+    stages: tuple[Stage, ...],
+    store: Store,
+    started: datetime,
+    seconds: float,
+) -> Results:
+    """The results, computed from the records alone."""
+    n = len(evaluation.samples)
+    clean = store.records(CLEAN)
+    correct = n - int(clean.broken.sum())
+    clean_accuracy = Accuracy.of(correct, n)
+    rows = []
+    for stage in stages:
+        records = store.records(stage.name)
+        broken = int(records.broken.sum())
+        correct -= broken
+        rows.append(
+            StageResult(
+                name=stage.name,
+                attack=type(stage.attack).__name__,
+                target=stage.target,
+                why=stage.why,
+                robust_acc=correct / n,
+                attacked=len(records),
+                broken=broken,
+                seconds=round(store.seconds(stage.name), 3),
+                forwards=int(records.forwards.sum()),
+                backwards=int(records.backwards.sum()),
+            )
+        )
+    data = identity["data"]
+    device = evaluation.samples.device
+    return Results(
+        run=evaluation.run,
+        data={key: data[key] for key in ("name", "split", "n", "sha256")},
+        threat=identity["threat"],
+        protocol={**identity["protocol"], "seed": evaluation.seed},
+        clean=clean_accuracy,
+        robust=Accuracy.of(correct, n),
+        stages=tuple(rows),
+        provenance={
+            **provenance.code(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "seed": evaluation.seed,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(
+                sum(store.seconds(name) for name in (CLEAN, *(stage.name for stage in stages))), 3
+            ),
+            "model_sha256": identity["model_sha256"],
+        },
+    )

@@ -1,0 +1,166 @@
+"""Per-sample records of an evaluation, written as they come.
+
+While an evaluation runs, each batch of finished samples is one small file in ``journal/``, written
+atomically. A killed evaluation reads them back and goes on. When all stages are done they become
+``samples.parquet``, sorted, so that its bytes do not depend on the order of work.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from advbench.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Records:
+    """What one stage found for some samples; arrays of length N.
+
+    sample: ids.  broken: misclassified by the real model at a point inside the threat.
+    label: class predicted there; the true class for a sample that held.  margin: true logit minus
+    the best wrong one, at that point or the smallest seen.  distance: size of the perturbation that
+    broke it, in the threat's norm; NaN for a sample that held.  forwards, backwards: passes spent.
+    """
+
+    sample: np.ndarray
+    broken: np.ndarray
+    label: np.ndarray
+    margin: np.ndarray
+    distance: np.ndarray
+    forwards: np.ndarray
+    backwards: np.ndarray
+
+    DTYPES = {  # noqa: RUF012  (a constant of the class, not a field)
+        "sample": np.int64,
+        "broken": np.bool_,
+        "label": np.int64,
+        "margin": np.float32,
+        "distance": np.float32,
+        "forwards": np.int64,
+        "backwards": np.int64,
+    }
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    @classmethod
+    def joined(cls, parts: list[Records]) -> Records:
+        """All records of the parts, sorted by sample."""
+        columns = {
+            f.name: np.concatenate(
+                [getattr(part, f.name) for part in parts] or [np.empty(0, cls.DTYPES[f.name])]
+            )
+            for f in fields(cls)
+        }
+        order = np.argsort(columns["sample"], kind="stable")
+        return cls(**{name: column[order] for name, column in columns.items()})
+
+
+class Store:
+    """The records of one evaluation, stage by stage; in memory if ``folder`` is None."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._parts: dict[str, list[Records]] = {}
+        self._images: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._seconds: dict[str, float] = {}
+        self._written = 0
+        if folder is not None:
+            for path in sorted(self._journal.glob("*.npz")):
+                with np.load(path) as part:
+                    stage = str(part["stage"])
+                    records = Records(**{name: part[name] for name in Records.DTYPES})
+                    images = part["images"] if "images" in part else None
+                    self._keep(stage, records, float(part["seconds"]), images)
+                self._written = max(self._written, int(path.stem) + 1)
+
+    @property
+    def _journal(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "journal"
+
+    def _keep(
+        self, stage: str, records: Records, seconds: float, images: np.ndarray | None
+    ) -> None:
+        self._parts.setdefault(stage, []).append(records)
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+        if images is not None:
+            broken = records.sample[records.broken]
+            self._images.setdefault(stage, []).append((broken, images))
+
+    def append(
+        self, stage: str, records: Records, seconds: float, images: np.ndarray | None = None
+    ) -> None:
+        """Keep the records, on disk before this returns.
+
+        seconds: time spent on them.  images: adversarial images of the broken ones, in order.
+        """
+        if self.folder is not None:
+            arrays = {name: getattr(records, name) for name in Records.DTYPES}
+            if images is not None:
+                arrays["images"] = images
+            self._journal.mkdir(exist_ok=True)
+
+            def write(path: Path) -> None:
+                with path.open("wb") as file:
+                    np.savez(file, stage=stage, seconds=seconds, **arrays)
+
+            write_atomic(self._journal / f"{self._written:06d}.npz", write)
+            self._written += 1
+        self._keep(stage, records, seconds, images)
+
+    def records(self, stage: str) -> Records:
+        """What is known of a stage so far, sorted by sample."""
+        return Records.joined(self._parts.get(stage, []))
+
+    def seconds(self, stage: str) -> float:
+        """Time spent on a stage so far, over all sittings."""
+        return self._seconds.get(stage, 0.0)
+
+    def images(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Sample ids and adversarial images of all broken samples, sorted; None if not kept."""
+        parts = [part for stage in self._images.values() for part in stage]
+        if not parts:
+            return None
+        samples = np.concatenate([ids for ids, _ in parts])
+        images = np.concatenate([images for _, images in parts])
+        order = np.argsort(samples, kind="stable")
+        return samples[order], images[order]
+
+    def finish(self, stages: list[str]) -> None:
+        """Write ``samples.parquet``: a row per stage and sample, in that order."""
+        assert self.folder is not None
+        tables = [self.records(stage) for stage in stages]
+        columns: dict[str, pa.Array] = {
+            "stage": pa.array(
+                [stage for stage, table in zip(stages, tables, strict=True) for _ in range(len(table))],
+                pa.string(),
+            )
+        }
+        for name in Records.DTYPES:
+            columns[name] = pa.array(np.concatenate([getattr(table, name) for table in tables]))
+        write_atomic(
+            self.folder / "samples.parquet",
+            lambda path: pq.write_table(pa.table(columns), path, compression="zstd"),
+        )
+
+    def clear_journal(self) -> None:
+        """Remove the journal: everything in it is in the finished files."""
+        shutil.rmtree(self._journal, ignore_errors=True)
+
+
+def read_samples(folder: Path) -> dict[str, Records]:
+    """The records of a finished evaluation, by stage."""
+    table = pq.read_table(folder / "samples.parquet")
+    stage = np.array(table["stage"].to_pylist())
+    columns = {name: table[name].to_numpy() for name in Records.DTYPES}
+    return {
+        str(name): Records(**{key: column[stage == name] for key, column in columns.items()})
+        for name in dict.fromkeys(stage.tolist())
+    }

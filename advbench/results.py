@@ -1,0 +1,103 @@
+"""What an evaluation leaves behind: schema ``advbench.results/1``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from advbench.errors import UserError
+from advbench.files import write_json
+
+SCHEMA = "advbench.results/1"
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion (Wilson 1927); (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of correct samples, in [0, 1], with its Wilson 95 % interval."""
+
+    acc: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def of(cls, correct: int, n: int) -> Accuracy:
+        return cls(correct / n if n else 0.0, wilson(correct, n))
+
+    def __str__(self) -> str:
+        low, high = self.ci95
+        return f"{100 * self.acc:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage of a protocol.
+
+    robust_acc: share of all samples still correct after it.  attacked, broken: samples.
+    forwards, backwards: rows passed through the model.
+    """
+
+    name: str
+    attack: str
+    target: str
+    why: str
+    robust_acc: float
+    attacked: int
+    broken: int
+    seconds: float
+    forwards: int
+    backwards: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """The outcome of an evaluation. ``robust`` is an upper bound: what these attacks left."""
+
+    run: str
+    data: Mapping[str, Any]
+    threat: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+    clean: Accuracy
+    robust: Accuracy
+    stages: tuple[StageResult, ...]
+    provenance: Mapping[str, Any]
+    verdict: Mapping[str, Any] = field(default_factory=lambda: {"label": None, "indicators": []})
+    schema: str = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        order = ("schema", "run", "data", "threat", "protocol", "clean", "robust", "stages")
+        values = asdict(self)
+        values["stages"] = list(values["stages"])
+        return {key: values[key] for key in (*order, "verdict", "provenance")}
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read a results.json. Raises UserError for a file of another kind."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["schema"] != SCHEMA:
+                raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
+            accuracy = {
+                key: Accuracy(values[key]["acc"], tuple(values[key]["ci95"]))
+                for key in ("clean", "robust")
+            }
+            stages = tuple(StageResult(**stage) for stage in values["stages"])
+            return cls(**{**values, **accuracy, "stages": stages})
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise UserError(f"{path} is not a result of advbench: {problem}") from problem

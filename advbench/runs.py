@@ -1,0 +1,112 @@
+"""Run directories: where a run lives, whether it is finished, and who works in it.
+
+    outputs/train/NAME-KEY    config.yaml, model.safetensors, metrics.csv, summary.json, log.txt
+    outputs/eval/NAME-KEY     config.yaml, plan.json, samples.parquet, results.json, log.txt
+
+KEY is a hash of all that decides the outcome. So the same command finds the same directory: it goes
+on where it was interrupted, and a finished run is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from advbench import config
+from advbench.errors import UserError
+from advbench.files import write_text
+
+OUTPUTS = Path("outputs")
+CONFIG = "config.yaml"
+FINISHED = {"train": "summary.json", "eval": "results.json"}
+"""The file that exists exactly if the run is finished; it is written last."""
+
+
+def kind_of(folder: Path) -> str | None:
+    """``train`` or ``eval``, from the config that the run keeps; None if it is no run."""
+    if not (folder / CONFIG).is_file():
+        return None
+    return "train" if "recipe" in config.read(folder / CONFIG) else "eval"
+
+
+def finished(folder: Path, kind: str) -> bool:
+    return (folder / FINISHED[kind]).is_file()
+
+
+def find(folder: str | Path) -> Path:
+    """A finished training run. Raises UserError, with what to type, if it is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"there is no run '{path}'{_offer()}")
+    kind = kind_of(path)
+    if kind is None:
+        raise UserError(f"'{path}' is not a run: it has no {CONFIG}{_offer()}")
+    if kind == "eval":
+        raise UserError(f"'{path}' is an evaluation; give the training run that it evaluated")
+    if not finished(path, "train"):
+        raise UserError(f"'{path}' did not finish; go on with: advbench train resume={path}")
+    return path
+
+
+def newest() -> Path:
+    """The training run that finished last. Raises UserError if there is none."""
+    runs = trained()
+    if not runs:
+        raise UserError(
+            f"there is no finished training run in {OUTPUTS / 'train'}: run 'advbench train' "
+            "first, or give run=DIR, or model=FILE.py:FACTORY weights=FILE"
+        )
+    return runs[-1]
+
+
+def trained() -> list[Path]:
+    """All finished training runs of the output folder, the newest last."""
+    files = (OUTPUTS / "train").glob(f"*/{FINISHED['train']}")
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime)]
+
+
+def _offer() -> str:
+    runs = trained()
+    return f"; the newest is run={runs[-1]}" if runs else "; make one with: advbench train"
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Hold the run directory alone. Raises UserError while another process works in it.
+
+    The lock ends with the process, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is at work in '{folder}'") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+
+
+def keep_config(folder: Path, cfg: DictConfig) -> None:
+    """Write config.yaml, or compare it. Raises UserError if the directory has another one."""
+    path = folder / CONFIG
+    if path.exists():
+        known, wanted = config.plain(config.read(path)), config.plain(cfg)
+        if known != wanted:
+            differs = sorted(
+                key for key in {*known, *wanted} if known.get(key) != wanted.get(key)
+            )
+            raise UserError(
+                f"'{folder}' holds a run with another config (it differs in: "
+                f"{', '.join(differs)}); give hydra.run.dir=DIR with a new DIR"
+            )
+        return
+    if any(child.name != ".lock" for child in folder.iterdir()):
+        raise UserError(f"'{folder}' is not empty and holds no run; give hydra.run.dir=DIR")
+    write_text(path, OmegaConf.to_yaml(cfg))

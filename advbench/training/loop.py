@@ -1,0 +1,324 @@
+"""The training loop.
+
+defense.prepare(model, splits)                   # once, not again after an interruption
+for each epoch, for each batch x, y of its permutation:
+    seed the generators by (seed, process, step)
+    x = augment(x)
+    x' = recipe.perturb(model, x, y)             # eval mode, parameters frozen
+    terms = recipe.loss_terms + defense.loss_terms    # one forward in train mode
+    backward, clip, optimizer.step
+    defense.after_step, average of the weights
+    about once a second: loss finite? progress; every ``save_every`` seconds: resume.pt
+after each epoch: validation, the best so far -> model.safetensors, metrics.csv, resume.pt
+summary.json
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from advbench.attacks.threat import Threat
+from advbench.backbones.base import Classifier
+from advbench.data.base import Splits
+from advbench.defenses.base import Defense
+from advbench.errors import UserError
+from advbench.recipes.base import Recipe
+from advbench.training.averaging import averaged
+from advbench.training.checkpoint import load_resume, save_resume, save_weights
+from advbench.training.guards import FiniteLoss
+from advbench.training.metrics import Means, Row, write_table
+from advbench.training.optimizers import Optimizer
+from advbench.training.pace import Pace
+from advbench.training.randomness import deal, derive, permutation
+from advbench.training.step import TrainingStep, share_buffers
+from advbench.training.summary import Report, Summary
+from advbench.training.validation import accuracies
+
+if TYPE_CHECKING:
+    from advbench.training.trainer import Trainer
+
+
+@dataclass
+class Position:
+    """How far a training is.
+
+    epoch, batch: finished epochs, and finished steps of the one that runs.
+    rows: of metrics.csv.
+    best: what the best epoch so far was chosen by, larger is better; best_epoch: from 1.
+    seconds, epoch_seconds: of work so far, over all sessions.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    rows: list[Row] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+
+
+@dataclass
+class Fit:
+    """One call of ``Trainer.fit``, which describes the fields; ``identity`` is plain JSON here."""
+
+    trainer: Trainer
+    fabric: Fabric
+    model: Classifier
+    splits: Splits
+    recipe: Recipe
+    defense: Defense
+    schedule: Optimizer
+    threat: Threat | None
+    seed: int
+    folder: Path
+    identity: Mapping[str, Any]
+    report: Report
+
+    def __post_init__(self) -> None:
+        trainer, fabric = self.trainer, self.fabric
+        self.began = time.perf_counter()
+        self._check_sizes()
+        self.share = trainer.batch_size // fabric.world_size
+        self.steps_per_epoch = len(self.splits.train) // trainer.batch_size
+        self.select_robust = "adversarial" in self.recipe.parts
+
+        saved = load_resume(self.folder / "resume.pt", self.identity)
+        self.model = self.model.to(fabric.device)
+        if saved is None:
+            torch.manual_seed(derive(self.seed, "prepare"))
+            self.model.eval()
+            self.defense.prepare(self.model, self.splits)
+        self.average = averaged(self.model, trainer.ema) if trainer.ema else None
+        self.kept = self.average.module if self.average else self.model
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if not trainable:
+            raise UserError("nothing to train: every parameter of the model is frozen")
+        self.optimizer = self.schedule.build(trainable)
+        self.training_step = TrainingStep(self.model, self.recipe, self.defense)
+        self.forward, self.stepper = fabric.setup(self.training_step, self.optimizer)
+
+        self.generator = torch.Generator(fabric.device)
+        self.guard = FiniteLoss(fabric.device, self.steps_per_epoch)
+        self.means = Means()
+        self.position = Position()
+        if saved is not None:
+            self._restore(saved)
+        self.pace = Pace(fabric, trainer.save_every)
+
+    def _check_sizes(self) -> None:
+        batch_size, ranks = self.trainer.batch_size, self.fabric.world_size
+        if batch_size > len(self.splits.train):
+            raise UserError(
+                f"trainer.batch_size={batch_size} is more than the {len(self.splits.train)} "
+                "training samples"
+            )
+        if batch_size % ranks:
+            raise UserError(
+                f"trainer.batch_size={batch_size} cannot be dealt evenly over {ranks} devices; "
+                f"take {batch_size // ranks * ranks or ranks}"
+            )
+        if len(self.splits.val) < ranks:
+            raise UserError("the validation split is empty: give data.val=0.1")
+
+    @property
+    def step(self) -> int:
+        """Finished steps over all epochs."""
+        return self.position.epoch * self.steps_per_epoch + self.position.batch
+
+    def run(self) -> Summary:
+        while self.position.epoch < self.trainer.epochs:
+            self._train_epoch()
+            self._end_epoch()
+        return self._finish()
+
+    def _train_epoch(self) -> None:
+        position, train = self.position, self.splits.train
+        order = deal(
+            permutation(len(train), self.seed, position.epoch),
+            self.trainer.batch_size,
+            self.fabric.global_rank,
+            self.fabric.world_size,
+        )
+        self.forward.train()
+        for x, y in train.batches(
+            order[position.batch * self.share :],
+            self.share,
+            self.fabric.device,
+            seed=derive(self.seed, "read", position.epoch),
+        ):
+            self._train_step(x, y)
+            position.batch += 1
+            if self.pace.due() and position.batch < self.steps_per_epoch:
+                self._glance()
+
+    def _train_step(self, x: Tensor, y: Tensor) -> None:
+        fabric, step = self.fabric, self.step
+        torch.manual_seed(derive(self.seed, "step", fabric.global_rank, step))
+        self.generator.manual_seed(derive(self.seed, "augment", fabric.global_rank, step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(step)
+
+        x = self.splits.augment(x, self.generator)
+        inputs = {"clean": x}
+        if "adversarial" in self.recipe.parts:
+            with fabric.autocast():
+                inputs["adversarial"] = self.recipe.perturb(self.model, x, y)
+        terms: dict[str, Tensor] = self.forward(inputs, y, self.position.epoch, step)
+        loss = torch.stack(list(terms.values())).sum()
+        self.stepper.zero_grad()
+        fabric.backward(loss)
+        if self.trainer.clip_grad is not None:
+            fabric.clip_gradients(
+                self.forward,
+                self.stepper,
+                max_norm=self.trainer.clip_grad,
+                error_if_nonfinite=False,  # it would wait for the device; the guard finds it
+            )
+        self.stepper.step()
+
+        record = self.training_step.record
+        with torch.no_grad():
+            self.defense.after_step(self.model, record)
+        share_buffers(self.model, fabric)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.guard.watch(loss, step)
+        accuracy = {
+            f"train_{name}": (part.logits.argmax(1) == y).float().mean()
+            for name, part in zip(self.recipe.parts, record.parts, strict=True)
+        }
+        self.means.add(
+            {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}, **accuracy}
+        )
+
+    def _lr(self, step: int) -> float:
+        return self.schedule.lr_at(step, self.trainer.epochs, self.steps_per_epoch)
+
+    def _glance(self) -> None:
+        """The only place inside an epoch that waits for the device."""
+        self.guard.check(self.fabric)
+        self._tell()
+        if self.pace.meet():
+            self._save()
+
+    def _tell(self) -> None:
+        text = f"epoch {self.position.epoch + 1}/{self.trainer.epochs}"
+        if self.position.batch:
+            text += f"  loss {self.means.last('loss'):.3f}"
+        self.report.progress(self.step, self.trainer.epochs * self.steps_per_epoch, text)
+
+    def _end_epoch(self) -> None:
+        position = self.position
+        self.guard.check(self.fabric)
+        row: Row = {"epoch": position.epoch + 1, "step": self.step, "lr": self._lr(self.step - 1)}
+        row |= self.means.read(self.fabric)
+        clean, robust = accuracies(
+            self.kept,
+            self.splits.val,
+            self.threat,
+            steps=self.trainer.val_steps,
+            seed=self.seed,
+            batch_size=self.share,
+            fabric=self.fabric,
+        )
+        row["val_clean"] = clean
+        if robust is not None:
+            row["val_robust"] = robust
+        self._tick()
+        row["seconds"] = position.epoch_seconds
+        position.rows.append(row)
+
+        merit = [robust, clean] if self.select_robust and robust is not None else [clean]
+        best = merit >= position.best  # at first the list is empty, and less than any other
+        if best:
+            position.best, position.best_epoch = merit, position.epoch + 1
+        if self.fabric.is_global_zero:
+            save_weights(self.kept, self.folder / "last.safetensors")
+            if best:
+                save_weights(self.kept, self.folder / "model.safetensors")
+            write_table(self.folder / "metrics.csv", position.rows)
+        position.epoch += 1
+        position.batch = 0
+        position.epoch_seconds = 0.0
+        self.means = Means()
+        self.report.epoch(row)
+        self._tell()
+        # Last: until it is written, a killed run repeats what came before, with the same result.
+        self._save()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.position.seconds += now - self.began
+        self.position.epoch_seconds += now - self.began
+        self.began = now
+
+    def _save(self) -> None:
+        self._tick()
+        state = {
+            "devices": self.fabric.world_size,
+            "position": asdict(self.position),
+            "means": self.means.state(self.fabric),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+        }
+        if self.fabric.is_global_zero:
+            save_resume(self.folder / "resume.pt", state, self.identity)
+        self.pace.saved()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        if state["devices"] != self.fabric.world_size:
+            raise UserError(
+                f"{self.folder} was begun with trainer.devices={state['devices']}: go on with as "
+                "many"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.position = Position(**state["position"])
+        self.means.load(state["means"], self.fabric)
+        self.report.note(
+            f"going on at epoch {self.position.epoch + 1} of {self.trainer.epochs}, "
+            f"step {self.position.batch + 1} of {self.steps_per_epoch}"
+        )
+
+    def _finish(self) -> Summary:
+        self._tick()
+        position, device = self.position, self.fabric.device
+        row = position.rows[position.best_epoch - 1]
+        robust = row.get("val_robust")
+        summary = Summary(
+            identity=self.identity,
+            epochs=position.epoch,
+            steps=self.step,
+            best_epoch=position.best_epoch,
+            selected_by=("robust" if len(position.best) == 2 else "clean") + " validation accuracy",
+            val={
+                "n": len(self.splits.val),
+                "clean": row["val_clean"],
+                "robust": robust,
+                "attack": f"PGD-{self.trainer.val_steps}, {self.threat}"
+                if robust is not None
+                else None,
+            },
+            seconds=position.seconds,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            torch=torch.__version__,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            devices=self.fabric.world_size,
+            precision=self.trainer.precision,
+        )
+        if self.fabric.is_global_zero:
+            summary.save(self.folder / "summary.json")
+            (self.folder / "resume.pt").unlink(missing_ok=True)
+        self.fabric.barrier()
+        return summary

@@ -1,0 +1,113 @@
+"""Optimizers and their learning rate over time, as configurations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from advbench.errors import UserError, did_you_mean
+from advbench.training.schedules import SCHEDULES, warmup
+
+
+@dataclass(frozen=True)
+class Optimizer(ABC):
+    """What all optimizers share. Weight decay acts on every parameter, as in the codes of Madry et
+    al., Rice et al. and TRADES.
+
+    lr: the highest learning rate.
+    schedule: constant, cosine, multistep or cyclic (``advbench.training.schedules``), per step.
+    warmup: epochs of a linear rise at the start; it multiplies the schedule.
+    milestones: for multistep, the epochs at whose start the learning rate drops.
+    gamma: for multistep, the factor of each drop.
+
+    Raises UserError for values out of range and for an unknown schedule.
+    """
+
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            hint = did_you_mean(self.schedule, SCHEDULES)
+            raise UserError(f"no schedule '{self.schedule}'{hint} (optimizer.schedule=cosine)")
+        if self.schedule == "multistep" and not self.milestones:
+            raise UserError(
+                "optimizer.schedule=multistep never drops without optimizer.milestones=[15,25]"
+            )
+        self._require("lr", self.lr > 0, "above 0")
+        self._require("weight_decay", self.weight_decay >= 0, "at least 0")
+        self._require("warmup", self.warmup >= 0, "a number of epochs")
+
+    def _require(self, name: str, holds: bool, range_: str) -> None:
+        if not holds:
+            raise UserError(f"optimizer.{name}={getattr(self, name):g} is not {range_}")
+
+    def lr_at(self, step: int, epochs: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, which counts from 0 over all epochs."""
+        milestones = [epoch * steps_per_epoch for epoch in self.milestones]
+        shape = SCHEDULES[self.schedule](step, epochs * steps_per_epoch, milestones, self.gamma)
+        return self.lr * shape * warmup(step, round(self.warmup * steps_per_epoch))
+
+    @abstractmethod
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of these parameters."""
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent.
+
+    momentum: in [0, 1).  nesterov: needs momentum.
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        if self.nesterov and not self.momentum:
+            raise UserError("optimizer.nesterov=true needs optimizer.momentum above 0")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass(frozen=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
+
+    beta1, beta2: in [0, 1), of the two moving averages.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1")
+        self._require("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            weight_decay=self.weight_decay,
+        )

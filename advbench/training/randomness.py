@@ -1,0 +1,34 @@
+"""Everything random in training as a pure function of the seed and a position.
+
+No state of a generator outlives a step, so an interrupted run needs none to go on as before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def derive(seed: int, *position: int | str) -> int:
+    """A seed in [0, 2**63) for one purpose and position, independent of all others."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *position))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of ``count`` samples in an epoch: (count,) int64 on the CPU."""
+    generator = torch.Generator().manual_seed(derive(seed, "order", epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def deal(order: Tensor, batch_size: int, rank: int, ranks: int) -> Tensor:
+    """The part of an epoch's order that one of ``ranks`` processes takes.
+
+    order: (N,).  batch_size: over all processes, a multiple of ``ranks``.
+    Returns (steps * batch_size / ranks,): of every whole batch the rank's share. The rest, which
+    fills no batch, waits for another epoch: all steps have one shape, all ranks one load.
+    """
+    steps = len(order) // batch_size
+    return order[: steps * batch_size].view(steps, ranks, -1)[:, rank].flatten()

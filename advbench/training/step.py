@@ -1,0 +1,87 @@
+"""The differentiable part of a training step, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from advbench.backbones.base import Classifier
+from advbench.defenses.base import Defense, Part, Step
+from advbench.recipes.base import PartName, Recipe
+
+
+class TrainingStep(nn.Module):
+    """Everything that has gradients in one forward pass, so that the hooks of DDP see it all.
+
+    ``record`` is the last step as the defense and the metrics see it: without gradients. It is not
+    returned because DDP takes what is returned for a part of the loss.
+    """
+
+    record: Step
+
+    def __init__(self, model: Classifier, recipe: Recipe, defense: Defense) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.defense = defense
+
+    def forward(
+        self, inputs: Mapping[PartName, Tensor], y: Tensor, epoch: int, step: int
+    ) -> dict[str, Tensor]:
+        """The loss terms, scalars, of the recipe and then of the defense.
+
+        inputs: x (N, C, H, W) in [0, 1] of each part of the recipe.  y: (N,).
+        Raises ValueError if recipe and defense give two terms one name.
+        """
+        parts: dict[PartName, Part] = {}
+        for name in self.recipe.parts:
+            features = self.model.features(inputs[name])
+            parts[name] = Part(inputs[name], features, self.model.head(features))
+        record = Step(
+            y=y,
+            clean=parts.get("clean"),
+            adversarial=parts.get("adversarial"),
+            epoch=epoch,
+            step=step,
+        )
+        terms = self.recipe.loss_terms(self.model, record)
+        added = self.defense.loss_terms(self.model, record)
+        if both := sorted(terms.keys() & added.keys()):
+            raise ValueError(
+                f"{type(self.recipe).__name__} and {type(self.defense).__name__} both have a loss "
+                f"term '{both[0]}'"
+            )
+        self.record = replace(
+            record, clean=_detached(record.clean), adversarial=_detached(record.adversarial)
+        )
+        return {**terms, **added}
+
+
+def _detached(part: Part | None) -> Part | None:
+    if part is None:
+        return None
+    return Part(part.x, part.features.detach(), part.logits.detach())
+
+
+def share_buffers(model: nn.Module, fabric: Fabric) -> None:
+    """Gives every process the buffers of the first, so that they attack and validate one model.
+
+    DDP does so at the start of a forward pass only: after it, each process has the running
+    statistics of its own rows.
+    """
+    if fabric.world_size == 1:
+        return
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_type.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_type.values():
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        torch.distributed.broadcast(flat, src=0)
+        for buffer, shared in zip(
+            buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True
+        ):
+            buffer.copy_(shared.view_as(buffer))

@@ -1,0 +1,85 @@
+"""What a finished training says of itself, and whom it tells on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from advbench.errors import UserError
+from advbench.files import write_json
+
+SCHEMA = "advbench.training/1"
+
+
+class Report(Protocol):
+    """Where a training tells its progress; called in the first process only."""
+
+    def note(self, text: str) -> None:
+        """One line worth reading."""
+        ...
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        """Steps done of all steps, about once a second."""
+        ...
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        """A new row of metrics.csv."""
+        ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        pass
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of a training; the file exists exactly if the training is finished.
+
+    identity: what the caller named the run by.
+    best_epoch: from 1, the epoch of ``model.safetensors``.  selected_by: which accuracy chose it.
+    val: of that epoch: ``n`` samples, ``clean`` and ``robust`` accuracy in [0, 1], and the
+        ``attack``; the last two are None where there is no threat, or it is l1. Chosen as the best
+        of all epochs, and so on the high side.
+    seconds: over all sessions.  parameters: how many numbers are in them.  devices: processes.
+    """
+
+    identity: Mapping[str, Any]
+    epochs: int
+    steps: int
+    best_epoch: int
+    selected_by: str
+    val: Mapping[str, Any]
+    seconds: float
+    parameters: int
+    torch: str
+    device: str
+    devices: int
+    precision: str
+    schema: str = SCHEMA
+
+    def save(self, path: Path) -> None:
+        values = asdict(self)
+        write_json(path, {"schema": values.pop("schema"), **values})
+
+    @classmethod
+    def load(cls, path: Path) -> Summary:
+        """Read a summary.json of a training. Raises UserError for a file of another kind."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["schema"] != SCHEMA:
+                raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise UserError(f"{path} is not the summary of a training: {problem}") from problem

@@ -196,7 +196,7 @@ def _checkable(hint: Any) -> Any:
         if float in arguments and int not in arguments and len(arguments) > 2:
             return typing.Union[(int, *arguments)]
         return hint
-    if origin in (list, dict) or hint in (int, float, str, bool, Any):
+    if origin in (list, dict) or hint in (int, float, str, bool) or dataclasses.is_dataclass(hint):
         return hint
     return Any
 
@@ -209,19 +209,20 @@ def build(node: Any, group: str, *, plugins: tuple[str, ...] = (), **given: Any)
     wrong type and a missing value; the component may raise it for a value out of range.
     """
     target = target_of(node, group, plugins)
-    schema = OmegaConf.structured(_schema(target, given))
-    values = {key: value for key, value in dict(node).items() if key != "_target_"}
-    given_keys = set(given) & set(values)
-    values = {key: value for key, value in values.items() if key not in given_keys}
-    for key, value in values.items():
-        if key not in schema:
-            raise UserError(f"no key '{group}.{key}'{did_you_mean(str(key), map(str, schema))}")
+    parameters = _schema(target, given)
+    schema = OmegaConf.structured(parameters)
+    known = [f.name for f in dataclasses.fields(parameters)]
+    for key, value in plain(node).items():
+        if key == "_target_" or key in given:
+            continue
+        if key not in known:
+            raise UserError(f"no key '{group}.{key}'{did_you_mean(key, known)}")
         try:
-            OmegaConf.update(schema, str(key), value)
+            OmegaConf.update(schema, key, value)
         except OmegaConfBaseException as problem:
             reason = str(problem).split("\n")[0].rstrip(".")
             raise UserError(f"{group}.{key}={value}: {reason}") from problem
-    for key in schema:
+    for key in known:
         if OmegaConf.is_missing(schema, key):
             raise UserError(f"{group}.{key} has no value: give {group}.{key}=...")
     arguments = OmegaConf.to_container(schema)

@@ -15,7 +15,7 @@ from advbench import config, runs
 from advbench.backbones.base import Classifier
 from advbench.data.base import Info
 from advbench.defenses.base import Defense
-from advbench.errors import UserError
+from advbench.errors import UserError, did_you_mean
 
 WEIGHTS = "model.safetensors"
 
@@ -43,9 +43,7 @@ def assemble(
     return guard.apply(config.build(backbone, "backbone", plugins=plugins)), guard
 
 
-def from_run(
-    folder: Path, plugins: tuple[str, ...] = ()
-) -> tuple[Classifier, Defense, DictConfig]:
+def from_run(folder: Path, plugins: tuple[str, ...] = ()) -> tuple[Classifier, Defense, DictConfig]:
     """The best model of a finished training run, in evaluation mode, with its defense and config.
 
     Raises UserError for a run that did not finish, whose weights do not match its config, or whose
@@ -71,8 +69,6 @@ def from_factory(spec: str, weights: str | None) -> nn.Module:
     module = config.import_file(path)
     factory = getattr(module, name, None)
     if not callable(factory):
-        from advbench.errors import did_you_mean
-
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UserError(f"'{path}' has no factory '{name}'{did_you_mean(name, names)}")
     try:

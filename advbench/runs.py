@@ -99,9 +99,7 @@ def keep_config(folder: Path, cfg: DictConfig) -> None:
     if path.exists():
         known, wanted = config.plain(config.read(path)), config.plain(cfg)
         if known != wanted:
-            differs = sorted(
-                key for key in {*known, *wanted} if known.get(key) != wanted.get(key)
-            )
+            differs = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
             raise UserError(
                 f"'{folder}' holds a run with another config (it differs in: "
                 f"{', '.join(differs)}); give hydra.run.dir=DIR with a new DIR"

@@ -232,6 +232,17 @@ def test_the_smallest_size_works_in_training_and_one_less_is_refused(case):
         build(case.name, [1, size + 9, size - 1])
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.name != "lenet"], ids=str)
+def test_the_last_map_is_as_small_as_the_message_says(case):
+    with torch.device("meta"):
+        model = build(case.name)
+    inputs = []
+    model.trunk.get_submodule("pool").register_forward_pre_hook(lambda _, args: inputs.extend(args))
+    model(torch.zeros(1, *RGB, device="meta"))
+    size = 32 // case.smallest
+    assert [tuple(z.shape) for z in inputs] == [(1, case.features, size, size)]
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_activation_takes_every_site(case, activation):

@@ -223,8 +223,9 @@ def test_config_writes_out_the_signature_and_its_values(name: str) -> None:
     # OmegaConf takes every annotation, and every value fits its own.
     hints = typing.get_type_hints(factory)
     schema = make_dataclass("Schema", [(key, hints[key]) for key in parameters])
-    OmegaConf.merge(OmegaConf.structured(schema), config)
-    known = getattr(torchvision_sets, name.upper(), None)
+    merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+    assert OmegaConf.to_object(merged.augment) == Augment.of(config.augment)
+    known = getattr(torchvision_sets, name.upper()) if name in TORCHVISION else None
     for key, parameter in parameters.items():
         value: Any = None if OmegaConf.is_missing(config, key) else config[key]
         if OmegaConf.is_missing(config, key):

@@ -84,7 +84,7 @@ def as_labels(y: np.ndarray, what: str, num_classes: int | None = None) -> Tenso
 
 
 def array_split(
-    x: np.ndarray, y: np.ndarray, x_what: str, y_what: str, num_classes: int
+    x: np.ndarray, y: np.ndarray, x_what: str, y_what: str, num_classes: int | None = None
 ) -> ArraySplit:
     """A split of such images and labels. Raises UserError for what is wrong with them."""
     images, labels = as_images(x, x_what), as_labels(y, y_what, num_classes)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from advbench.errors import UserError, did_you_mean
 
 
-@dataclass(frozen=True)
+# Not frozen: OmegaConf makes the node of a frozen dataclass read-only, and refuses overrides.
+@dataclass
 class Augment:
     """Random crop, horizontal flip and cutout, drawn independently for every image.
 

@@ -35,7 +35,7 @@ class DigitsSource(Source):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return known.DIGITS
+        return known.DIGIT_CLASSES
 
     def open(self, part: Part) -> Split:
         pixels, labels = load_digits(return_X_y=True)

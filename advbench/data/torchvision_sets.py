@@ -19,7 +19,7 @@ from advbench.data.arrays import array_split
 from advbench.data.base import ArraySplit, Part, Source
 from advbench.errors import UserError
 
-DIGITS = tuple("0123456789")
+DIGIT_CLASSES = tuple("0123456789")
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
@@ -107,7 +107,7 @@ MNIST = Known(
     folder="MNIST",
     page="http://yann.lecun.com/exdb/mnist",
     shape=(1, 28, 28),
-    classes=DIGITS,
+    classes=DIGIT_CLASSES,
     mean=(0.1307,),
     std=(0.3081,),
 )
@@ -147,7 +147,7 @@ SVHN = Known(
     folder="{part}_32x32.mat",
     page="http://ufldl.stanford.edu/housenumbers",
     shape=(3, 32, 32),
-    classes=DIGITS,
+    classes=DIGIT_CLASSES,
     mean=(0.4377, 0.4438, 0.4728),
     std=(0.1980, 0.2010, 0.1970),
 )

@@ -15,7 +15,6 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-
 from advbench import provenance
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Traits

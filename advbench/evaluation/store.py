@@ -76,7 +76,7 @@ class Store:
                 with np.load(path) as part:
                     stage = str(part["stage"])
                     records = Records(**{name: part[name] for name in Records.DTYPES})
-                    images = part["images"] if "images" in part else None
+                    images = part.get("images")
                     self._keep(stage, records, float(part["seconds"]), images)
                 self._written = max(self._written, int(path.stem) + 1)
 
@@ -139,7 +139,11 @@ class Store:
         tables = [self.records(stage) for stage in stages]
         columns: dict[str, pa.Array] = {
             "stage": pa.array(
-                [stage for stage, table in zip(stages, tables, strict=True) for _ in range(len(table))],
+                [
+                    stage
+                    for stage, table in zip(stages, tables, strict=True)
+                    for _ in range(len(table))
+                ],
                 pa.string(),
             )
         }

@@ -91,7 +91,10 @@ class Fit:
         self.select_robust = "adversarial" in self.recipe.parts
 
         saved = load_resume(self.folder / "resume.pt", self.identity)
-        self.model = self.model.to(fabric.device)
+        # Saves a CPU 5 to 25 % of a step, as measured; made for tensor cores; not proven elsewhere.
+        known = fabric.device.type in ("cpu", "cuda")
+        self.layout = torch.channels_last if known else torch.contiguous_format
+        self.model = self.model.to(fabric.device, memory_format=self.layout)
         if saved is None:
             torch.manual_seed(derive(self.seed, "prepare"))
             self.model.eval()
@@ -166,7 +169,7 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step)
 
-        x = self.splits.augment(x, self.generator)
+        x = self.splits.augment(x, self.generator).contiguous(memory_format=self.layout)
         inputs = {"clean": x}
         if "adversarial" in self.recipe.parts:
             with fabric.autocast():

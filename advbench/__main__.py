@@ -1,0 +1,5 @@
+import sys
+
+from advbench.cli import main
+
+sys.exit(main())

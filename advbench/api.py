@@ -1,0 +1,75 @@
+"""For notebooks and for people with their own code: the objects that the command line uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advbench import config, models
+from advbench.attacks.threat import Threat
+from advbench.backbones.base import Classifier
+from advbench.data.arrays import array_split
+from advbench.defenses.base import Traits
+from advbench.evaluation.engine import Samples, Watch, subset
+from advbench.evaluation.evaluate import Evaluation
+from advbench.evaluation.protocol import Protocol
+from advbench.results import Results
+
+
+def load(run: str | Path) -> Classifier:
+    """The best model of a finished training run, on the CPU, in evaluation mode.
+
+    Raises ``UserError`` for a run that is missing, did not finish, or does not match its weights.
+    """
+    return models.from_run(Path(run))[0]
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor | np.ndarray,
+    y: Tensor | np.ndarray,
+    *,
+    threat: Threat | str,
+    protocol: Protocol | str = "autoattack",
+    n: int | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    traits: Traits | None = None,
+    folder: str | Path | None = None,
+    name: str = "model",
+    watch: Watch | None = None,
+) -> Results:
+    """Clean and robust accuracy of any classifier.
+
+    model: takes (N, C, H, W) in [0, 1], returns logits (N, K); in evaluation mode, on its device.
+    x: (N, C, H, W), uint8, or floats in [0, 1].  y: (N,) integers in [0, K).
+    threat, protocol: an object, or the name of a shipped one (``advbench list threats``).
+    n: evaluate the fixed pseudo-random subset of that size.
+    traits: what an attacker must know of the model; a plain deterministic one if None.
+    folder: keep the evaluation there, and go on with it if it was interrupted.
+    Raises ``UserError`` for a model in training mode and for whatever does not fit.
+    """
+    if isinstance(threat, str):
+        threat = config.build(config.shipped("threat", threat), "threat")
+    if isinstance(protocol, str):
+        protocol = config.build(config.shipped("protocol", protocol), "protocol")
+    assert isinstance(threat, Threat) and isinstance(protocol, Protocol)
+    images = torch.as_tensor(x).detach().cpu().movedim(1, -1).numpy()
+    labels = torch.as_tensor(y).detach().cpu().numpy()
+    split = array_split(images, labels, "x", "y")
+    anchor = next(model.parameters(), torch.empty(0))
+    evaluation = Evaluation(
+        run=name,
+        model=model,
+        traits=traits or Traits(),
+        samples=Samples(split, subset(len(split), n), anchor.device),
+        data="arrays",
+        threat=threat,
+        protocol=protocol,
+        seed=seed,
+        slots=batch_size,
+    )
+    return evaluation.execute(None if folder is None else Path(folder), evaluation.stages(), watch)

@@ -1,0 +1,220 @@
+"""The command line: ``advbench VERB ...``.
+
+``train`` and ``eval`` are Hydra applications on the packaged configs; the other verbs are plain.
+A user's mistake is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import advbench.messages as messages
+from advbench.errors import UserError, did_you_mean
+
+HELP = """advbench - train adversarial defenses, and measure honestly how robust they are
+
+usage: advbench VERB ...
+
+  advbench train                        train on the embedded digits with PGD adversarial training
+  advbench eval                         evaluate the newest training run with AutoAttack
+  advbench report outputs               a table of all results in a folder
+  advbench list [GROUP]                 what there is: data, backbones, defenses, recipes, ...
+  advbench copy experiment/NAME DIR     a shipped config of your own, to change
+
+Settings follow as KEY=VALUE, in any order:
+
+  advbench train data=cifar10 data.download=true backbone=resnet18 threat=linf_8
+  advbench train recipe=standard trainer.epochs=10 optimizer.lr=0.05 seed=1
+  advbench train -m seed=1,2,3                        several runs, one after the other
+  advbench eval run=outputs/train/RUN protocol=pgd protocol.steps=100 n=1000
+  advbench eval model=my_model.py:build weights=my.pt data=npz data.path=test.npz threat=linf_8
+
+  advbench VERB --help                  every setting of that verb, with its value
+  advbench -sc install=bash             how to install completion (or zsh, fish)
+  advbench --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Let Hydra hand its errors on instead of printing them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception as problem:
+        return _refuse(problem)
+
+
+def _refuse(problem: Exception) -> int:
+    """Print a user's mistake in one line and return its exit code; raise a bug of ours again."""
+    message = messages.of(problem)
+    if message is None:
+        raise problem
+    print(f"advbench: {message}", file=sys.stderr)
+    return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": lambda rest: _hydra("train", rest),
+        "eval": lambda rest: _hydra("eval", rest),
+        "report": _report,
+        "list": _list,
+        "copy": _copy,
+    }
+    if any(word in ("-sc", "--shell-completion", "--shell_completion") for word in arguments):
+        return _complete(arguments, list(verbs))
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"advbench {version('advbench')}")
+        return 0
+    verb, *rest = arguments
+    if verb not in verbs:
+        raise UserError(f"there is no verb '{verb}'{did_you_mean(verb, verbs)} (advbench --help)")
+    return verbs[verb](rest)
+
+
+# --- train and eval -----------------------------------------------------------------------------
+
+
+def _hydra(verb: str, rest: list[str]) -> int:
+    """Hand the verb's settings to Hydra, which calls ``task`` once per job."""
+    import hydra
+
+    from advbench import config
+
+    config.register()
+    status = 0
+
+    def task(cfg: Any) -> None:
+        nonlocal status
+        sys.argv = given  # what a process of another device is started with
+        try:
+            status = max(status, _job(verb, cfg))
+        except Exception as problem:  # of one job: a sweep goes on with the next
+            status = max(status, _refuse(problem))
+
+    given = sys.argv
+    sys.argv = [f"advbench {verb}", *rest]
+    try:
+        run = hydra.main(version_base="1.3", config_path="pkg://advbench.configs", config_name=verb)
+        run(task)()
+    finally:
+        sys.argv = given
+    return status
+
+
+def _job(verb: str, cfg: Any) -> int:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from advbench import config, experiments, runs
+    from advbench.console import Screen
+
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        exact = hydra_cfg.sweep.subdir != "."
+    else:
+        exact = Path(hydra_cfg.run.dir) != runs.OUTPUTS / verb
+    with suppress(ValueError):
+        folder = folder.relative_to(Path.cwd())
+    named = {override.partition("=")[0].lstrip("+") for override in hydra_cfg.overrides.task}
+    if cfg.plugins and "plugins" not in named:
+        raise UserError("plugins=[FILE.py] runs code, so it may be given on the command line only")
+    plugins = config.load_plugins(cfg.plugins)
+    home = experiments.Home(folder, exact)
+    screen = Screen()
+    with _tidy(folder):
+        if verb == "train":
+            experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
+            return 0
+        results = experiments.evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
+    return 3 if cfg.strict and results.verdict["label"] == "unreliable" else 0
+
+
+@contextmanager
+def _tidy(folder: Path) -> Any:
+    """A mistake leaves no empty directories behind; Hydra has made ``folder`` by now."""
+    try:
+        yield
+    except UserError:
+        for empty in (folder, *folder.parents):
+            try:
+                empty.rmdir()
+            except OSError:
+                break
+        raise
+
+
+def _complete(arguments: list[str], verbs: list[str]) -> int:
+    """Shell completion: ours for the verb, Hydra's for the settings."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    verb = words[1] if len(words) > 1 else ""
+    if any(word.startswith("query=") for word in arguments):
+        if verb not in ("train", "eval") or (len(words) == 2 and not line.endswith(" ")):
+            print(" ".join(v for v in verbs if v.startswith(verb)) if len(words) < 3 else "")
+            return 0
+        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)
+        return _hydra(verb, arguments)
+    return _hydra("train", arguments)
+
+
+# --- the other verbs ----------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} ({self.prog} --help)")
+
+
+def _report(arguments: list[str]) -> int:
+    from advbench.report import tables
+
+    parser = _Parser("advbench report", description="A table of the results below some folders.")
+    parser.add_argument("paths", nargs="*", default=["outputs"], help="default: outputs")
+    tables.show([Path(path) for path in parser.parse_args(arguments).paths])
+    return 0
+
+
+def _list(arguments: list[str]) -> int:
+    from advbench.report import catalogue
+
+    parser = _Parser("advbench list", description="What there is to choose from.")
+    parser.add_argument("group", nargs="?", help="such as defenses; without it, all groups")
+    catalogue.show(parser.parse_args(arguments).group)
+    return 0
+
+
+def _copy(arguments: list[str]) -> int:
+    from advbench.report import catalogue
+
+    parser = _Parser(
+        "advbench copy",
+        description="Copy a shipped config to a folder of your own, which --config-dir then adds.",
+    )
+    parser.add_argument("config", help="GROUP/NAME, such as experiment/cifar10_pgd_at")
+    parser.add_argument("folder", nargs="?", default=".", help="default: here")
+    given = parser.parse_args(arguments)
+    print(catalogue.copy(given.config, Path(given.folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""One experiment from its config: what ``advbench train`` and ``advbench eval`` do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from advbench import config, models, runs
+from advbench.attacks.threat import Threat
+from advbench.console import Bar, EvaluationView, Screen, TrainingView
+from advbench.data.base import Info, Splits
+from advbench.defenses.base import Traits
+from advbench.errors import UserError
+from advbench.evaluation.engine import Samples, subset
+from advbench.evaluation.evaluate import Evaluation
+from advbench.files import short_hash
+from advbench.results import Results
+from advbench.training.summary import Summary
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a run is to live: in ``folder`` itself, or in a directory of its own inside it."""
+
+    folder: Path
+    exact: bool
+
+    def of(self, name: str, identity: Mapping[str, Any]) -> Path:
+        return self.folder if self.exact else self.folder / f"{name}-{short_hash(identity)}"
+
+
+def train(
+    cfg: DictConfig,
+    choices: Mapping[str, str],
+    home: Home,
+    plugins: tuple[str, ...],
+    screen: Screen,
+) -> Path:
+    """Train what the config says, or go on with it. Returns the run's directory."""
+    if cfg.resume is not None:
+        home, cfg = _resumed(cfg.resume, "train")
+    threat: Threat = config.build(cfg.threat, "threat", plugins=plugins)
+    splits: Splits = config.build(cfg.data, "data", plugins=plugins)
+    recipe = config.build(cfg.recipe, "recipe", plugins=plugins, threat=threat)
+    optimizer = config.build(cfg.optimizer, "optimizer", plugins=plugins)
+    trainer = config.build(cfg.trainer, "trainer", plugins=plugins)
+    _check_fit(cfg.backbone, splits.info)
+    torch.manual_seed(cfg.seed)
+    node = models.backbone_node(cfg.backbone, splits.info)
+    model, defense = models.assemble(node, cfg.defense, plugins)
+    if cfg.init_from is not None:
+        models.load_weights(model, runs.find(cfg.init_from) / models.WEIGHTS)
+
+    kept = cfg
+    if "choices" not in cfg:
+        kept = _kept(cfg, choices)
+        kept.backbone = node
+    content = {"train": splits.train.sha256(), "val": splits.val.sha256()}
+    identity = {"config": config.plain(kept), "data": content}
+    names = [kept.choices.get(group, "own") for group in ("data", "backbone", "defense", "recipe")]
+    folder = home.of("-".join([*names, f"s{cfg.seed}"]), identity)
+    first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    with runs.occupied(folder) if first else nullcontext():
+        if first:
+            runs.keep_config(folder, kept)
+            screen.log = folder / "log.txt"
+            state = "finished already" if runs.finished(folder, "train") else "training"
+            screen.line(f"{state}: {folder}")
+        with Bar(screen) as bar:
+            summary: Summary = trainer.fit(
+                model,
+                splits,
+                recipe,
+                defense,
+                optimizer,
+                threat=threat,
+                seed=cfg.seed,
+                folder=folder,
+                identity=identity,
+                report=TrainingView(screen, bar),
+            )
+    if first:
+        _tell_training(summary, folder, screen)
+    return folder
+
+
+def evaluate(
+    cfg: DictConfig,
+    choices: Mapping[str, str],
+    home: Home,
+    plugins: tuple[str, ...],
+    screen: Screen,
+) -> Results:
+    """Evaluate what the config says, or go on with it. Returns the results."""
+    if cfg.resume is not None:
+        home, cfg = _resumed(cfg.resume, "eval")
+    if cfg.run is not None and cfg.model is not None:
+        raise UserError("give run=DIR or model=FILE.py:FACTORY, not both")
+    if cfg.weights is not None and cfg.model is None:
+        raise UserError("weights=FILE needs model=FILE.py:FACTORY")
+    resources = config.build(cfg.trainer, "trainer", plugins=plugins)
+    traits, trained, input_shape = Traits(), None, None
+    if cfg.model is not None:
+        model = models.from_factory(cfg.model, cfg.weights)
+        name = Path(cfg.model.rpartition(":")[0]).stem
+    else:
+        run = runs.newest() if cfg.run is None else runs.find(cfg.run)
+        # Kept in the run's config, so that going on does not depend on what is newest then.
+        cfg = OmegaConf.merge(cfg, {"run": str(run)})  # pyright: ignore[reportAssignmentType]
+        model, defense, trained = models.from_run(run, plugins)
+        traits, input_shape, name = defense.traits(model), model.input_shape, run.name
+    data_node = _inherit(cfg.data, trained, "data")
+    threat: Threat = config.build(_inherit(cfg.threat, trained, "threat"), "threat")
+    protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
+    splits: Splits = config.build(data_node, "data", plugins=plugins)
+    samples = Samples(splits.test, subset(len(splits.test), cfg.n), resources.device)
+    if input_shape is not None and splits.info.input_shape != input_shape:
+        raise UserError(
+            f"the run was trained on images of shape {input_shape} and {splits.info.name} has "
+            f"{splits.info.input_shape}: choose the data that the run was trained on"
+        )
+    evaluation = Evaluation(
+        run=name,
+        model=model.to(resources.device),
+        traits=traits,
+        samples=samples,
+        data=splits.info.name,
+        threat=threat,
+        protocol=protocol,
+        seed=cfg.seed,
+        slots=resources.batch_size,
+        keep_images=cfg.adversarial,
+    )
+    stages = evaluation.stages()
+    identity = evaluation.identity()
+    kept = cfg if "choices" in cfg else _kept(cfg, choices)
+    budget = str(threat).replace(" ", "_").replace("/", "-")
+    folder = home.of(f"{name}-{protocol.name}-{budget}", identity)
+    with runs.occupied(folder):
+        runs.keep_config(folder, kept)
+        screen.log = folder / "log.txt"
+        screen.line(f"evaluating {name} on {len(samples)} samples of {splits.info.name}, {threat}")
+        for stage in stages:
+            screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
+        with Bar(screen) as bar:
+            results = evaluation.execute(folder, stages, EvaluationView(screen, bar))
+    _tell_results(results, folder, screen)
+    return results
+
+
+def _resumed(run: str, kind: str) -> tuple[Home, DictConfig]:
+    """The directory and the config of an interrupted run."""
+    folder = Path(run)
+    if runs.kind_of(folder) != kind:
+        raise UserError(f"resume={run} is not the directory of an advbench {kind} run")
+    return Home(folder, exact=True), config.read(folder / runs.CONFIG)
+
+
+def _kept(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:
+    """The config as a run keeps it: resolved, with the names of the chosen options."""
+    kept = OmegaConf.create(config.plain(cfg))
+    with open_dict(kept):
+        kept.choices = {
+            group: name
+            for group, name in choices.items()
+            if group in (*config.GROUPS, "experiment") and name is not None
+        }
+    return kept
+
+
+def _inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
+    """The node, or where it is left to the run, the run's with the values that were given."""
+    if node is not None and node.get("_target_") is not None:
+        return node
+    if trained is None:
+        example = {"data": "data=npz data.path=FILE.npz", "threat": "threat=linf_8"}[group]
+        raise UserError(f"a model of your own needs its {group}: give {example}")
+    merged = OmegaConf.create(config.plain(trained[group]))
+    for key, value in (config.plain(node) if node is not None else {}).items():
+        if value is None:
+            continue
+        if key not in merged:
+            raise UserError(
+                f"{group}.{key} is not a key of the run's {group} ({', '.join(map(str, merged))})"
+            )
+        merged[key] = value
+    return merged
+
+
+def _check_fit(backbone: Any, info: Info) -> None:
+    """Raise UserError where the backbone is told other sizes than the data has."""
+    if backbone is None:
+        return
+    for key, has in (("num_classes", info.num_classes), ("input_shape", list(info.input_shape))):
+        told = backbone.get(key)
+        if told is not None and told != has:
+            raise UserError(
+                f"backbone.{key}={told} does not fit {info.name}, which has {has}: "
+                f"leave backbone.{key} out"
+            )
+
+
+def _tell_training(summary: Summary, folder: Path, screen: Screen) -> None:
+    val = summary.val
+    robust = "" if val.get("robust") is None else f", robust {100 * val['robust']:.1f} %"
+    screen.line(
+        f"best epoch {summary.best_epoch} of {summary.epochs}: validation accuracy "
+        f"clean {100 * val['clean']:.1f} %{robust} (n = {val['n']}), {summary.seconds:.0f} s"
+    )
+    screen.line(f"next: advbench eval run={folder} protocol=autoattack")
+
+
+def _tell_results(results: Results, folder: Path, screen: Screen) -> None:
+    for stage in results.stages:
+        screen.line(
+            f"  after {stage.name}: {100 * stage.robust_acc:.1f} % "
+            f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"
+        )
+    screen.line(f"clean accuracy  {results.clean}")
+    screen.line(f"robust accuracy {results.robust}, an upper bound")
+    screen.line(f"results: {folder}")

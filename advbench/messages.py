@@ -1,0 +1,67 @@
+"""Other libraries' exceptions for a user's mistake, as one line that says what to type."""
+
+from __future__ import annotations
+
+import re
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from advbench.errors import UserError, did_you_mean
+
+
+def of(problem: BaseException) -> str | None:
+    """The line for a user's mistake; None for anything else, which is a bug of ours."""
+    chain = list(_chain(problem))
+    for link in chain:
+        if isinstance(link, UserError):
+            return str(link)
+    for link in chain:
+        if isinstance(link, MissingConfigException):
+            return _missing(link)
+        if isinstance(link, OverrideParseException):
+            return f"'{link.override}' is not KEY=VALUE; quote special characters: KEY='\"a=b\"'"
+        if isinstance(link, ConfigKeyError | ConfigAttributeError):
+            return _unknown_key(link)
+    if isinstance(problem, HydraException | OmegaConfBaseException):
+        return _first_line(chain[-1] if str(chain[-1]) else problem)
+    return None
+
+
+def _chain(problem: BaseException | None) -> list[BaseException]:
+    """The exception and what caused it, outermost first."""
+    links: list[BaseException] = []
+    while problem is not None and problem not in links:
+        links.append(problem)
+        problem = problem.__cause__ or problem.__context__
+    return links
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    key = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), ""
+    )
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def _missing(problem: MissingConfigException) -> str:
+    """No such option of a group, or no such group."""
+    group, _, name = (problem.missing_cfg_file or "").rpartition("/")
+    if group and problem.options:
+        return (
+            f"no {group} '{name}'{did_you_mean(name, problem.options)} (see: advbench list {group})"
+        )
+    return _first_line(problem)
+
+
+def _unknown_key(problem: OmegaConfBaseException) -> str:
+    """A key that is not in the config."""
+    # Hydra says the full key in its message; OmegaConf knows its parent.
+    full = str(problem.full_key or problem.key)
+    parent = problem.parent_node
+    keys = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+    last = re.split(r"[.\[]", full)[-1]
+    hint = did_you_mean(last, [key for key in keys if key != "_target_"])
+    return f"no key '{full}'{hint}"

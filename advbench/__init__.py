@@ -1,7 +1,7 @@
 """advbench: train adversarial defenses, and measure honestly how robust they are.
 
-    model = advbench.load("outputs/train/RUN")
-    results = advbench.evaluate(model, x, y, threat="linf_8", protocol="autoattack")
+model = advbench.load("outputs/train/RUN")
+results = advbench.evaluate(model, x, y, threat="linf_8", protocol="autoattack")
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ def target_of(node: Any, group: str, plugins: tuple[str, ...] = ()) -> Callable[
 
 def _schema(target: Callable[..., Any], given: Iterable[str]) -> type:
     """A dataclass with the target's parameters, less those that are given."""
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    plain_class = inspect.isclass(target) and not dataclasses.is_dataclass(target)
+    hints = typing.get_type_hints(target.__init__ if plain_class else target)
     factories = (
         {
             f.name: f.default_factory

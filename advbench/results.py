@@ -23,7 +23,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends are exact there, where rounding would leave a trace.
+    low = 0.0 if successes == 0 else centre - half
+    return low, 1.0 if successes == n else centre + half
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def check_sites(model: nn.Module, kind: Kind, x: Tensor) -> None:
     """Raises UserError if surgery on ``kind`` would miss something, and names it.
 
     That is a module that serves several calls (they would share one replacement) or an activation
-    that is called as a function (``FUNCTIONS``; it would stay). x as for ``count_calls``.
+    that is called as a function (``FUNCTIONS``; it would stay). Only what this one pass runs is
+    seen. x as for ``count_calls``.
     """
     probe = _probe(model, kind, x)
     missed = [f"'{name}' serves {n} calls" for name, n in probe.calls.items() if n > 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ spider squirrel streetcar sunflower sweet_pepper table tank telephone television
 train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 
-# What reading a file in these formats raises when it is cut short or is something else.
-DAMAGE = (
+# What fetching, unpacking and reading raise for files that are missing, cut short or something
+# else. torchvision says RuntimeError for a missing file and for a wrong checksum.
+FAILURES = (
     AssertionError,
     EOFError,
     KeyError,
@@ -42,10 +44,11 @@ DAMAGE = (
     RuntimeError,
     TypeError,
     ValueError,
+    http.client.HTTPException,
     pickle.UnpicklingError,
+    tarfile.TarError,
+    zlib.error,
 )
-# What fetching and unpacking one raises; torchvision says RuntimeError for a wrong checksum.
-FAILURE = (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError)
 
 
 class _OnePart:
@@ -172,35 +175,42 @@ class TorchvisionSource(Source):
         return self._known.classes
 
     def open(self, part: Part) -> ArraySplit:
-        known = self._known
-        path = self._root / known.folder.format(part=part)
-        if not path.exists():
-            if not self._download:
-                raise UserError(
-                    f"{self.name} is not under '{self._root}': add data.download=true, "
-                    f"or say where it is with data.root=DIR"
-                )
-            self._fetch(part)
         try:
-            data = known.read(str(self._root), train=part == "train", download=False)
-        except DAMAGE as error:
-            raise UserError(
-                f"{self.name} under '{self._root}' is incomplete or damaged ({_one_line(error)}): "
-                f"delete '{path}' and add data.download=true"
-            ) from None
+            data = self._read(part, download=False)
+        except FAILURES as error:
+            data = self._fetch(part, _one_line(error))
         x, y = np.asarray(data.data), np.asarray(data.targets)
         what = f"the {part} part of {self.name}"
-        return array_split(x, y, f"x of {what}", f"y of {what}", len(known.classes))
+        return array_split(x, y, f"x of {what}", f"y of {what}", len(self.classes))
 
-    def _fetch(self, part: Part) -> None:
+    def _read(self, part: Part, download: bool) -> Any:
+        return self._known.read(str(self._root), train=part == "train", download=download)
+
+    def _fetch(self, part: Part, reason: str) -> Any:
+        """Download what could not be read for that reason, or say what to do about it."""
+        path = self._root / self._known.folder.format(part=part)
+        damaged = UserError(
+            f"{self.name} under '{self._root}' is incomplete or damaged ({reason}): "
+            f"delete '{path}' and add data.download=true"
+        )
+        if not self._download:
+            if path.exists():
+                raise damaged
+            raise UserError(
+                f"{self.name} is not under '{self._root}': add data.download=true, "
+                f"or say where it is with data.root=DIR"
+            )
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             # The jobs of a sweep and the processes of one run may all find it missing.
             with FileLock(self._root / f".{self.name}.lock"):
-                self._known.read(str(self._root), train=part == "train", download=True)
-        except FAILURE as error:
+                return self._read(part, download=True)
+        except FAILURES as error:
+            again = _one_line(error)
+            if again == reason:  # torchvision takes the files for sound and did not fetch them
+                raise damaged from None
             raise UserError(
-                f"downloading {self.name} failed ({_one_line(error)}): try again later, "
+                f"downloading {self.name} failed ({again}): try again later, "
                 f"or put the files under '{self._root}' by hand, from {self._known.page}"
             ) from None
 

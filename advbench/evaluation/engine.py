@@ -5,11 +5,10 @@ For each stage, in pseudo-code:
     waiting = samples that are still correct and have no record of this stage
     repeat until nobody waits and no slot is taken:
         fill free slots with waiting samples; the attack starts them
-        query the model at every slot's point
-        the referee judges points that look like successes, and last points
+        query the model at every slot's point; what looks like a success goes to the referee
+        the attack advances the others; the referee judges the points where a search ends
         a sample that broke, or has no search left, leaves its slot with a record
         a sample with a search left waits again
-        the attack advances the others
 """
 
 from __future__ import annotations
@@ -288,62 +287,71 @@ class _Search:
     def _round(
         self, rows: Rows, places: Tensor, waiting: deque[tuple[int, int]]
     ) -> tuple[Rows | None, Tensor, list[int]]:
-        """One query, one judgement, one move. Returns the rows that stay and who left for good."""
-        last = rows.iteration >= self.attack.queries
-        answer = self.oracle.query(self.attack, rows, gradient=not bool(last.all()))
-        inside = self.threat.contains(rows.point, rows.x)
-        margin = torch.where(inside, -losses.margin(answer.logits.float(), rows.y), torch.inf)
-        self.margin[places] = torch.minimum(self.margin[places], margin.cpu())
-
-        fooled = answer.logits.argmax(1) != rows.y
-        # A last point outside the threat is judged too: what it projects to may count.
-        hit = self._judge(rows, places, (inside & fooled) | (last & ~inside))
-        leaving = hit | last
-        if not leaving.any():
-            self.attack.advance(rows, answer, self.threat)
-            return rows, places, []
-
-        gone = leaving.cpu()
-        self.forwards[places[gone]] += rows.forwards[leaving].cpu()
-        self.backwards[places[gone]] += rows.backwards[leaving].cpu()
+        """One query, one move. Returns the rows that stay and who left for good."""
         left: list[int] = []
-        for position, restart, broke in zip(
-            places[gone].tolist(),
-            rows.restart[leaving].tolist(),
-            hit[leaving].tolist(),
-            strict=True,
-        ):
+        if self.attack.queries > 0:
+            answer = self.oracle.query(self.attack, rows)
+            inside = self.threat.contains(rows.point, rows.x)
+            margin = torch.where(inside, -losses.margin(answer.logits.float(), rows.y), torch.inf)
+            self.margin[places] = torch.minimum(self.margin[places], margin.cpu())
+            hit = self._judge(rows, places, inside & (answer.logits.argmax(1) != rows.y))
+            if hit.any():
+                self._leave(rows, places, hit, hit, waiting, left)
+                staying = ~hit
+                rows, places = rows.take(staying), places[staying.cpu()]
+                answer = Answer(*(part[staying] for part in answer))  # pyright: ignore
+            if len(rows):
+                self.attack.advance(rows, answer, self.threat)
+
+        last = rows.iteration >= self.attack.queries
+        if last.any():
+            hit = self._judge(rows, places, last)
+            self._leave(rows, places, last, hit, waiting, left)
+            rows, places = rows.take(~last), places[~last.cpu()]
+        return (rows if len(rows) else None), places, left
+
+    def _leave(
+        self,
+        rows: Rows,
+        places: Tensor,
+        leaving: Tensor,
+        hit: Tensor,
+        waiting: deque[tuple[int, int]],
+        left: list[int],
+    ) -> None:
+        """Take the rows of a mask off: to ``left``, or to wait for their next search."""
+        gone = places[leaving.cpu()]
+        self.forwards[gone] += rows.forwards[leaving].cpu()
+        self.backwards[gone] += rows.backwards[leaving].cpu()
+        restarts, hits = rows.restart[leaving].tolist(), hit[leaving].tolist()
+        for position, restart, broke in zip(gone.tolist(), restarts, hits, strict=True):
             if broke or restart + 1 == self.attack.tries:
                 left.append(position)
             else:
                 waiting.append((position, restart + 1))
-        if gone.all():
-            return None, places[:0], left
-        staying = ~leaving
-        rows = rows.take(staying)
-        assert answer.gradient is not None
-        answer = Answer(*(part[staying] for part in answer))
-        self.attack.advance(rows, answer, self.threat)
-        return rows, places[~gone], left
 
-    def _judge(self, rows: Rows, places: Tensor, claim: Tensor) -> Tensor:
-        """Put the claims before the referee; enter what it upholds. Returns a mask of the rows."""
-        hit = torch.zeros_like(claim)
-        if not claim.any():
+    def _judge(self, rows: Rows, places: Tensor, which: Tensor) -> Tensor:
+        """Put the rows of a mask before the referee, and enter its findings.
+
+        Returns the mask of the rows that are broken.
+        """
+        hit = torch.zeros_like(which)
+        if not which.any():
             return hit
-        x, y = rows.x[claim], rows.y[claim]
-        judged = self.referee.judge(x, y, rows.point[claim])
-        rows.forwards += claim
-        hit[claim] = judged.broken
-        where = places[claim.cpu()][judged.broken.cpu()]
-        upheld = judged.broken
-        self.broken[where] = True
-        self.label[where] = judged.label[upheld].cpu()
-        self.margin[where] = judged.margin[upheld].cpu()
-        distance = self.threat.distance(judged.point[upheld], x[upheld])
-        self.distance[where] = distance.cpu()
+        x = rows.x[which]
+        judged = self.referee.judge(x, rows.y[which], rows.point[which])
+        rows.forwards += which
+        hit[which] = judged.broken
+        where, broken = places[which.cpu()], judged.broken.cpu()
+        distance = self.threat.distance(judged.point, x).cpu()
+        self.broken[where] = broken
+        self.label[where] = judged.label.cpu()
+        smallest = torch.minimum(self.margin[where], judged.margin.cpu())
+        self.margin[where] = torch.where(broken, judged.margin.cpu(), smallest)
+        self.distance[where] = torch.where(broken, distance, torch.nan)
         if self.keep_images:
-            for position, image in zip(where.tolist(), judged.point[upheld], strict=True):
+            points = judged.point[judged.broken]
+            for position, image in zip(where[broken].tolist(), points, strict=True):
                 self.images[position] = _numpy(image)
         return hit
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from advbench.errors import UserError
@@ -17,8 +17,13 @@ from advbench.files import canonical, write_atomic
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """The parameters and persistent buffers of a model, atomically; shared ones once."""
-    write_atomic(path, lambda temporary: save_model(model, str(temporary)))
+    """The parameters and persistent buffers of a model, atomically; shared ones under each name."""
+    # Copies: safetensors takes neither views nor two names for one memory.
+    values = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
+    }
+    write_atomic(path, lambda temporary: save_file(values, temporary))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -27,12 +32,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises UserError if the file is missing, damaged, or of another structure.
     """
     try:
-        load_model(model, path, strict=True)
+        values = load_file(path)
     except (OSError, SafetensorError) as problem:
         raise UserError(f"cannot read weights from {path}: {problem}") from problem
+    try:
+        model.load_state_dict(values, strict=True)
     except RuntimeError as problem:
-        first = " ".join(str(problem).split())
-        raise UserError(f"{path} holds the weights of another model: {first:.300}") from problem
+        what = " ".join(str(problem).split())
+        raise UserError(f"{path} holds the weights of another model: {what:.300}") from problem
 
 
 def save_resume(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -57,6 +64,12 @@ def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
         ) from problem
     require_identity(saved, identity, path.parent)
     return state
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote a file has left beside it."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def require_identity(saved: str, identity: Mapping[str, Any], folder: Path) -> None:

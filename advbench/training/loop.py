@@ -88,6 +88,7 @@ class Fit:
         self._check_sizes()
         self.share = trainer.batch_size // fabric.world_size
         self.steps_per_epoch = len(self.splits.train) // trainer.batch_size
+        self.mixed = trainer.precision == "bf16-mixed"
         self.select_robust = "adversarial" in self.recipe.parts
 
         saved = load_resume(self.folder / "resume.pt", self.identity)
@@ -171,10 +172,10 @@ class Fit:
 
         x = self.splits.augment(x, self.generator).contiguous(memory_format=self.layout)
         inputs = {"clean": x}
-        if "adversarial" in self.recipe.parts:
-            with fabric.autocast():
+        with torch.autocast(fabric.device.type, torch.bfloat16, enabled=self.mixed):
+            if "adversarial" in self.recipe.parts:
                 inputs["adversarial"] = self.recipe.perturb(self.model, x, y)
-        terms: dict[str, Tensor] = self.forward(inputs, y, self.position.epoch, step)
+            terms: dict[str, Tensor] = self.forward(inputs, y, self.position.epoch, step)
         loss = torch.stack(list(terms.values())).sum()
         self.stepper.zero_grad()
         fabric.backward(loss)

@@ -21,7 +21,7 @@ from advbench.defenses.base import Defense
 from advbench.errors import UserError, did_you_mean
 from advbench.files import canonical
 from advbench.recipes.base import Recipe
-from advbench.training.checkpoint import require_identity
+from advbench.training.checkpoint import remove_leftovers, require_identity
 from advbench.training.loop import Fit
 from advbench.training.optimizers import Optimizer
 from advbench.training.summary import Report, Silent, Summary
@@ -117,6 +117,8 @@ class Trainer:
         fabric = self._fabric()
         fabric.launch()
         folder = fabric.broadcast(folder)
+        if fabric.is_global_zero:
+            remove_leftovers(folder)
         report = report if report is not None and fabric.is_global_zero else Silent()
         if (folder / "summary.json").exists():
             summary = Summary.load(folder / "summary.json")
@@ -141,14 +143,14 @@ class Trainer:
 
     def _fabric(self) -> Fabric:
         try:
+            # Not its precision: Fabric would round x' to bfloat16, by up to half of 1/255 near 1.
             return Fabric(
                 accelerator=self.accelerator,
                 strategy=self.strategy,
                 devices=self.devices,
                 num_nodes=self.num_nodes,
-                precision=self.precision,  # pyright: ignore[reportArgumentType]
             )
-        except (ValueError, RuntimeError, MisconfigurationException) as problem:
+        except (TypeError, ValueError, RuntimeError, MisconfigurationException) as problem:
             reason = " ".join(str(problem).split())
             raise UserError(
                 f"trainer.accelerator={self.accelerator} with trainer.devices={self.devices} "

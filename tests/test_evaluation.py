@@ -1,0 +1,382 @@
+"""The engine, the store and the results, on models whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import advbench
+from advbench.attacks.base import Attack, Clean, Oracle, Rows, started
+from advbench.attacks.libraries import TorchAttack
+from advbench.attacks.random import Random
+from advbench.attacks.threat import Threat
+from advbench.data.base import ArraySplit
+from advbench.defenses.base import Traits
+from advbench.errors import UserError
+from advbench.evaluation import engine
+from advbench.evaluation.engine import CLEAN, Nobody, Samples, subset
+from advbench.evaluation.evaluate import Evaluation
+from advbench.evaluation.protocol import (
+    AutoAttackProtocol,
+    CleanProtocol,
+    FGSMProtocol,
+    PGDProtocol,
+    Protocol,
+    Stage,
+    TorchattacksProtocol,
+)
+from advbench.evaluation.store import Store, read_samples
+from advbench.results import Results, wilson
+
+SHAPE = (1, 4, 4)
+
+
+def linear(classes: int = 2) -> nn.Module:
+    """Without a preference for a class on images around 1/2, so that margins are small."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, classes)
+    with torch.no_grad():
+        layer.bias.zero_()
+        layer.weight -= layer.weight.mean(1, keepdim=True)
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+def images(n: int = 60) -> Tensor:
+    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(2)) * 0.6 + 0.2
+
+
+def labels(model: nn.Module, x: Tensor, wrong: int = 5) -> Tensor:
+    """The model's own classes, but for the first ``wrong`` samples."""
+    with torch.no_grad():
+        logits = model(x)
+    y = logits.argmax(1)
+    y[:wrong] = (y[:wrong] + 1) % logits.shape[1]
+    return y
+
+
+def robust_truth(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """Which samples of a two-class linear model no linf perturbation breaks, by duality."""
+    weight = model[1].weight.detach()  # pyright: ignore
+    with torch.no_grad():
+        margin = model(x)[torch.arange(len(x)), y] - model(x)[torch.arange(len(x)), 1 - y]
+    return margin > eps * (weight[0] - weight[1]).abs().sum()
+
+
+def evaluation(
+    protocol: Protocol, *, slots: int = 16, eps: float = 0.05, n: int = 60, classes: int = 2
+) -> Evaluation:
+    model, x = linear(classes), images(n)
+    split = ArraySplit(x, labels(model, x))
+    samples = Samples(split, subset(n, None), torch.device("cpu"))
+    threat = Threat("linf", eps)
+    return Evaluation("linear", model, Traits(), samples, "made", threat, protocol, slots=slots)
+
+
+def test_a_linear_model_gets_its_exact_robust_accuracy() -> None:
+    case = evaluation(PGDProtocol(steps=20, restarts=2))
+    x, y = images(), case.samples.split.labels
+    results = case.execute(None, case.stages())
+    assert results.clean.acc == pytest.approx(55 / 60)
+    truth = robust_truth(case.model, x, y, 0.05)
+    assert 0 < truth.sum() < 55
+    assert results.robust.acc == pytest.approx(int(truth.sum()) / 60)
+    stage = results.stages[0]
+    assert stage.attacked == 55 and stage.broken == 55 - int(truth.sum())
+    # A sample that held: 2 searches of 20 gradients and a last look.
+    assert stage.backwards >= int(truth.sum()) * 40
+    assert stage.forwards >= int(truth.sum()) * 42
+
+
+def test_records_tell_margin_distance_and_label() -> None:
+    case = evaluation(PGDProtocol(steps=20))
+    store = Store(None)
+    engine.run(
+        case.model, case.samples, case.threat, case.stages(), store, seed=0, slots=16
+    )  # fmt: skip
+    clean, attacked = store.records(CLEAN), store.records("pgd-ce")
+    y = case.samples.split.labels.numpy()
+    assert (clean.broken == (clean.label != y)).all()
+    assert set(attacked.sample) == set(clean.sample[~clean.broken])
+    broke = attacked.broken
+    assert (attacked.label[broke] != y[attacked.sample[broke]]).all()
+    assert (attacked.label[~broke] == y[attacked.sample[~broke]]).all()
+    assert (attacked.margin[broke] <= 0).all() and (attacked.margin[~broke] > 0).all()
+    assert np.nanmax(attacked.distance) <= 0.05 + 1e-6
+    assert np.isnan(attacked.distance[~broke]).all()
+
+
+@pytest.mark.parametrize("slots", [1, 7, 64])
+def test_batch_size_changes_nothing(slots: int) -> None:
+    protocol = PGDProtocol(steps=10, restarts=3, loss="margin")
+    few, reference = evaluation(protocol, slots=slots, classes=4), evaluation(protocol, classes=4)
+    stores = []
+    for case in (few, reference):
+        store = Store(None)
+        engine.run(
+            case.model, case.samples, case.threat, case.stages(), store, seed=3, slots=case.slots
+        )
+        stores.append(store.records("pgd-margin"))
+    for name in ("sample", "broken", "label", "forwards", "backwards"):
+        assert np.array_equal(getattr(stores[0], name), getattr(stores[1], name)), name
+    np.testing.assert_allclose(stores[0].margin, stores[1].margin, atol=1e-5)
+
+
+class Cut(Exception):
+    pass
+
+
+class Impatient(Nobody):
+    """Interrupts an evaluation after so many messages."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def progress(self, done: int, correct: int, n: int) -> None:
+        self.after -= 1
+        if self.after < 0:
+            raise Cut
+
+
+def test_an_interrupted_evaluation_ends_with_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "COMMIT_SECONDS", 0.0)
+    protocol = PGDProtocol(steps=10, restarts=3)
+    whole = evaluation(protocol, slots=4)
+    expected = whole.execute(tmp_path / "whole", whole.stages())
+    cuts = 0
+    while not (tmp_path / "cut" / "results.json").exists():
+        case = evaluation(protocol, slots=4)
+        try:
+            case.execute(tmp_path / "cut", case.stages(), Impatient(5))
+        except Cut:
+            cuts += 1
+    assert cuts >= 3
+    ends = [read_samples(tmp_path / name)["pgd-ce"] for name in ("whole", "cut")]
+    for name in ("sample", "broken", "label", "forwards", "backwards"):
+        assert np.array_equal(getattr(ends[0], name), getattr(ends[1], name)), name
+    # The number of samples in a batch differs, and with it the rounding of a linear layer.
+    np.testing.assert_allclose(ends[0].margin, ends[1].margin, atol=1e-5)
+    got = Results.load(tmp_path / "cut" / "results.json")
+    assert (got.clean, got.robust) == (expected.clean, expected.robust)
+    assert not (tmp_path / "cut" / "journal").exists()
+
+
+def test_a_folder_with_another_evaluation_is_refused(tmp_path: Path) -> None:
+    case = evaluation(PGDProtocol(steps=3))
+    case.execute(tmp_path, case.stages())
+    other = evaluation(PGDProtocol(steps=4))
+    with pytest.raises(UserError, match=r"another evaluation \(it differs in: protocol\)"):
+        other.execute(tmp_path, other.stages())
+
+
+def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
+    case = evaluation(PGDProtocol(steps=3))
+    results = case.execute(tmp_path, case.stages())
+    raw = json.loads((tmp_path / "results.json").read_text())
+    assert list(raw) == [
+        "schema", "run", "data", "threat", "protocol", "clean", "robust", "stages", "verdict",
+        "provenance",
+    ]  # fmt: skip
+    assert raw["schema"] == "advbench.results/1"
+    assert raw["data"].keys() == {"name", "split", "n", "sha256"}
+    assert raw["verdict"] == {"label": None, "indicators": []}
+    assert raw["stages"][0].keys() >= {"name", "attack", "target", "why", "robust_acc", "broken"}
+    assert Results.load(tmp_path / "results.json") == results
+    stages = read_samples(tmp_path)
+    assert list(stages) == ["clean", "pgd-ce"] and len(stages["clean"]) == 60
+
+
+@dataclass(frozen=True)
+class Liar(Attack):
+    """Proposes points far outside the budget that the model does get wrong."""
+
+    direction: Tensor
+
+    @property
+    def tries(self) -> int:
+        return 1
+
+    @property
+    def queries(self) -> int:
+        return 0
+
+    def check(self, num_classes: int) -> None:
+        pass
+
+    def start(
+        self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
+    ) -> Rows:
+        sign = 1 - 2 * clean.y.float().view(-1, 1, 1, 1)
+        return Rows(**started(clean, clean.x + 100 * sign * self.direction, restart))
+
+
+def test_a_cheating_attack_breaks_only_what_its_budget_can() -> None:
+    case = evaluation(CleanProtocol(), eps=0.01)
+    weight = case.model[1].weight.detach()  # pyright: ignore
+    direction = (weight[1] - weight[0]).view(SHAPE)
+    store = Store(None)
+    stage = Stage("liar", Liar(direction), "cheats")
+    engine.run(case.model, case.samples, case.threat, [stage], store, seed=0, slots=16)
+    truth = robust_truth(case.model, images(), case.samples.split.labels, 0.01).numpy()
+    records = store.records("liar")
+    assert np.array_equal(records.broken, ~truth[records.sample])
+    assert not records.broken.all()
+
+
+def test_kept_images_break_the_model_inside_the_budget(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    case = evaluation(PGDProtocol(steps=10))
+    case = Evaluation(**{**case.__dict__, "keep_images": True})
+    results = case.execute(tmp_path, case.stages())
+    kept = load_file(tmp_path / "adversarial.safetensors")
+    assert len(kept["sample"]) == results.stages[0].broken > 0
+    point, x = torch.from_numpy(kept["x"]), images()[torch.from_numpy(kept["sample"])]
+    assert case.threat.contains(point, x).all()
+    y = case.samples.split.labels[torch.from_numpy(kept["sample"])]
+    with torch.no_grad():
+        assert (case.model(point).argmax(1) != y).all()
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_reference_engine_is_pyautoattack_sample_for_sample(channels_last: bool) -> None:
+    from pyautoattack import AutoAttack
+
+    torch.manual_seed(1)
+    model = Small().eval()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore
+    x = images(30)
+    y = labels(model, x, wrong=2)
+    eps = 0.02
+    results = None
+    for _ in range(2):  # twice: the seed decides, not the generator's state
+        store = Store(None)
+        samples = Samples(ArraySplit(x, y), subset(30, None), torch.device("cpu"))
+        threat, protocol = Threat("linf", eps), AutoAttackProtocol()
+        stages = protocol.plan(Traits(), 4, threat, seed=7)
+        engine.run(model, samples, threat, stages, store, seed=7, slots=8)
+        broken = np.zeros(30, bool)
+        for name in (CLEAN, *(stage.name for stage in stages)):
+            records = store.records(name)
+            broken[records.sample[records.broken]] = True
+        assert results is None or np.array_equal(results, broken)
+        results = broken
+
+    suite = AutoAttack(model, norm="Linf", eps=eps, seed=7, version="standard")
+    suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = 3
+    suite.verbose = False
+    plain = x if not channels_last else x.contiguous()
+    if channels_last:  # pyautoattack itself can't take channels-last gradients
+        model = model.to(memory_format=torch.contiguous_format)  # pyright: ignore
+    adversarial, _ = suite.run_standard_evaluation(plain, y, batch_size=8)
+    with torch.no_grad():
+        direct = (model(adversarial).argmax(1) != y).numpy()
+    assert 3 < direct.sum() < 28
+    assert np.array_equal(results, direct)
+
+
+def test_any_torchattacks_attack_behind_the_referee() -> None:
+    for name, params in (("PGD", {"alpha": 0.01, "steps": 20}), ("CW", {"steps": 20})):
+        case = evaluation(TorchattacksProtocol(name, params))
+        results = case.execute(None, case.stages())
+        truth = robust_truth(case.model, images(), case.samples.split.labels, 0.05)
+        assert results.robust.acc >= int(truth.sum()) / 60
+        assert results.stages[0].forwards > 0
+    with pytest.raises(UserError, match="did you mean 'MIFGSM'"):
+        TorchAttack("MIFGMS")
+    with pytest.raises(UserError, match="no parameter 'stepz'; did you mean 'steps'"):
+        TorchAttack("PGD", {"stepz": 3})
+
+
+def test_plans_are_what_the_protocols_say() -> None:
+    threat = Threat("linf", 0.1)
+    table = [
+        (CleanProtocol(), 10, []),
+        (FGSMProtocol(), 10, ["fgsm-ce"]),
+        (PGDProtocol(loss="dlr"), 10, ["pgd-dlr"]),
+        (AutoAttackProtocol(), 10, ["apgd-ce", "apgd-t", "fab-t", "square"]),
+        (AutoAttackProtocol("rand"), 10, ["apgd-ce", "apgd-dlr"]),
+        (
+            AutoAttackProtocol("plus"),
+            10,
+            ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"],
+        ),
+        (TorchattacksProtocol("CW"), 10, ["torchattacks-CW"]),
+    ]
+    for protocol, classes, names in table:
+        plan = protocol.plan(Traits(), classes, threat, seed=0)
+        assert [stage.name for stage in plan] == names
+        assert all(stage.why and stage.target == "model" for stage in plan)
+        json.dumps([stage.to_json() for stage in plan])
+    assert AutoAttackProtocol().plan(Traits(), 5, threat, 0)[1].attack.targets == 4  # pyright: ignore
+    for traits in (Traits(stochastic=True), Traits(batch_dependent=True)):
+        with pytest.raises(UserError, match="judges a sample by one prediction"):
+            PGDProtocol().plan(traits, 10, threat, 0)
+    with pytest.raises(UserError, match="needs at least 4 classes"):
+        AutoAttackProtocol().plan(Traits(), 3, threat, 0)
+
+
+def test_wilson_is_the_textbook_interval() -> None:
+    low, high = wilson(8, 10)
+    assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_a_subset_is_fixed_and_nested() -> None:
+    small, large = subset(1000, 50), subset(1000, 200)
+    assert len(small) == 50 and torch.isin(small, large).all()
+    assert torch.equal(small, small.sort().values) and torch.equal(small, subset(1000, 50))
+    assert not torch.equal(small, torch.arange(50))
+    for n in (0, 1001):
+        with pytest.raises(UserError, match=f"n={n} but the split has 1000"):
+            subset(1000, n)
+
+
+def test_models_that_cannot_be_evaluated_are_refused() -> None:
+    x = images(8)
+    y = torch.zeros(8, dtype=torch.int64)
+
+    def refused(model: nn.Module, match: str, x: Tensor = x, y: Tensor = y) -> None:
+        with pytest.raises(UserError, match=match):
+            advbench.evaluate(model, x, y, threat="linf_8", protocol="pgd")
+
+    refused(linear().train(), "training mode")
+    broken = linear()
+    broken[1].weight.data[0, 0] = torch.nan  # pyright: ignore
+    refused(broken, r"not finite: '1.weight'")
+    refused(linear(), "labels up to 5", y=y + 5)
+    refused(linear(), "can't take the data's images", x=torch.rand(8, 3, 9, 9))
+    refused(nn.Flatten(0).eval(), r"logits of shape \(N, K\)")
+    refused(linear(), "outside .0, 1.", x=255 * x)
+    refused(linear(), "NaN", x=torch.where(x > 0.5, torch.nan, x))
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model, x = linear(), images(8)
+    model[1].bias.requires_grad_(False)  # pyright: ignore
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    advbench.evaluate(model, x, labels(model, x), threat="linf_8", protocol="pgd")
+    assert [p.requires_grad for p in model.parameters()] == [True, False]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,205 @@
+"""Recipes against linear models, whose loss and worst perturbation are known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from advbench.attacks.threat import Threat
+from advbench.backbones.base import Classifier
+from advbench.config import options
+from advbench.defenses.base import Part, Step
+from advbench.errors import UserError
+from advbench.recipes.base import Recipe, frozen
+from advbench.recipes.pgd_at import PGDAT
+from advbench.recipes.standard import Standard
+
+LINF = Threat("linf", 0.1)
+L2 = Threat("l2", 0.5)
+
+
+def linear(weight: Tensor) -> Classifier:
+    """Images (1, 1, D), logits ``weight @ x`` for ``weight`` (K, D)."""
+    classes, pixels = weight.shape
+    head = nn.Linear(pixels, classes, bias=False)
+    head.weight.data = weight
+    return Classifier(
+        nn.Flatten(),
+        num_features=pixels,
+        num_classes=classes,
+        input_shape=(1, 1, pixels),
+        head=head,
+    )
+
+
+@pytest.fixture
+def problem() -> tuple[Classifier, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 6, generator=generator)
+    x = 0.3 + 0.4 * torch.rand(8, 1, 1, 6, generator=generator)
+    return linear(weight), x, torch.arange(8) % 2
+
+
+def record(model: Classifier, y: Tensor, **parts: Tensor) -> Step:
+    seen = {
+        name: Part(x, model.features(x), model.head(model.features(x))) for name, x in parts.items()
+    }
+    return Step(y, seen.get("clean"), seen.get("adversarial"), epoch=0, step=0)
+
+
+def attack_direction(model: Classifier, y: Tensor) -> Tensor:
+    """Where the loss of two classes rises: (N, 1, 1, D)."""
+    weight = next(model.head.parameters()).detach()
+    return (weight[1 - y] - weight[y]).view(len(y), 1, 1, -1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_standard_is_the_smoothed_cross_entropy_of_the_clean_part(problem, smoothing):
+    model, x, y = problem
+    terms = Standard(label_smoothing=smoothing).loss_terms(model, record(model, y, clean=x))
+    logits = x.flatten(1) @ next(model.head.parameters()).T
+    log_p = logits - logits.exp().sum(1, keepdim=True).log()
+    wanted = torch.full((8, 2), smoothing / 2)
+    wanted[torch.arange(8), y] += 1 - smoothing
+    assert terms.keys() == {"ce"}
+    torch.testing.assert_close(terms["ce"], -(wanted * log_p).sum(1).mean())
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_pgd_at_finds_the_worst_linf_point_of_a_linear_model(problem, random_start):
+    model, x, y = problem
+    recipe = PGDAT(threat=LINF, random_start=random_start)
+    point = recipe.perturb(model, x, y)
+    direction = attack_direction(model, y)
+    torch.testing.assert_close(point, x + 0.1 * direction.sign())
+    # CE of two classes is softplus(-margin), and the budget costs eps |w|_1 of the margin.
+    clean_margin = -(direction * x).flatten(1).sum(1)
+    worst = clean_margin - 0.1 * direction.flatten(1).abs().sum(1)
+    loss = recipe.loss_terms(model, record(model, y, adversarial=point))["ce"]
+    torch.testing.assert_close(loss, nn.functional.softplus(-worst).mean())
+
+
+def test_pgd_at_finds_the_worst_l2_point_of_a_linear_model(problem):
+    model, x, y = problem
+    point = PGDAT(threat=Threat("l2", 0.2), random_start=False).perturb(model, x, y)
+    direction = attack_direction(model, y)
+    unit = direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(point, x + 0.2 * unit)
+
+
+def test_pgd_at_stays_inside_the_image(problem):
+    model, _, y = problem
+    x = (torch.arange(48).view(8, 1, 1, 6) % 2).float()
+    point = PGDAT(threat=LINF).perturb(model, x, y)
+    wanted = (x + 0.1 * attack_direction(model, y).sign()).clamp(0, 1)
+    torch.testing.assert_close(point, wanted)
+
+
+def test_step_size_is_in_pixel_units(problem):
+    model, x, y = problem
+    recipe = PGDAT(threat=LINF, steps=1, step_size="2/255", random_start=False)
+    moved = (recipe.perturb(model, x, y) - x).abs()
+    torch.testing.assert_close(moved, torch.full_like(x, 2 / 255))
+
+
+def test_random_starts_differ_between_equal_rows_and_follow_the_seed(problem):
+    model, x, y = problem
+    recipe = PGDAT(threat=LINF, steps=1, step_size=1e-6)
+    same, label = x[:1].expand(2, -1, -1, -1), y[:1].expand(2)
+    torch.manual_seed(3)
+    first = recipe.perturb(model, same, label)
+    assert (first[0] - first[1]).abs().max() > 0.01
+    torch.manual_seed(3)
+    assert torch.equal(recipe.perturb(model, same, label), first)
+    torch.manual_seed(4)
+    assert not torch.equal(recipe.perturb(model, same, label), first)
+
+
+class Mode(nn.Module):
+    """Notes in which mode it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.training)
+        return x
+
+
+@pytest.mark.parametrize("threat", [LINF, L2])
+def test_the_attack_leaves_the_model_as_it_was(threat):
+    mode = Mode()
+    trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), mode, nn.Flatten())
+    model = Classifier(trunk, num_features=16, num_classes=3, input_shape=(1, 4, 4)).train()
+    trunk[2].eval()
+    trunk[0].weight.requires_grad_(False)
+    kept = next(model.head.parameters())
+    kept.grad = torch.full_like(kept, 7.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+    point = PGDAT(threat=threat).perturb(model, x, y)
+
+    assert not point.requires_grad and point.shape == x.shape and not torch.equal(point, x)
+    assert threat.contains(point, x).all()
+    assert mode.seen == [False] * 10
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in (model, trunk[1], trunk[2], mode)] == [True, True, False, True]
+    assert not trunk[0].weight.requires_grad and trunk[0].bias.requires_grad
+    assert torch.equal(kept.grad, torch.full_like(kept, 7.0))
+    grads = [p.grad for p in model.parameters() if p is not kept]
+    assert len(grads) == 5 and all(grad is None for grad in grads)
+
+
+def test_frozen_restores_after_an_error():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
+    with pytest.raises(RuntimeError), frozen(model):
+        assert not model[1].training and not any(p.requires_grad for p in model.parameters())
+        raise RuntimeError
+    assert model[1].training and all(p.requires_grad for p in model.parameters())
+
+
+def test_parts():
+    assert Standard().parts == ("clean",)
+    assert Standard(threat=LINF).threat == LINF
+    assert PGDAT(threat=LINF).parts == ("adversarial",)
+
+
+MISTAKES = [
+    (lambda: PGDAT(), "threat=linf_8"),
+    (lambda: PGDAT(threat=Threat("l1", 12)), "not defined for l1"),
+    (lambda: PGDAT(threat=LINF, steps=0), "steps >= 1"),
+    (lambda: PGDAT(threat=LINF, loss_name="cee"), "did you mean 'ce'"),
+    (lambda: PGDAT(threat=LINF, step_size="two"), "step_size='two'"),
+    (lambda: Standard(label_smoothing=1.0), "recipe.label_smoothing=1 "),
+    (lambda: Standard(label_smoothing=math.nan), "recipe.label_smoothing=nan"),
+]
+
+
+def test_mistakes_are_user_errors():
+    for make, message in MISTAKES:
+        with pytest.raises(UserError, match=message):
+            make()
+    assert len(MISTAKES) == 7
+
+
+def test_shipped_recipes_write_out_every_field():
+    shipped = options("recipe")
+    assert {"standard", "pgd_at"} <= shipped.keys()
+    for name in ("standard", "pgd_at"):
+        text = shipped[name].read_text()
+        node = {str(key): value for key, value in OmegaConf.create(text).items()}
+        module, _, attribute = node.pop("_target_").rpartition(".")
+        component = getattr(import_module(module), attribute)
+        assert issubclass(component, Recipe)
+        assert node.keys() == {field.name for field in fields(component)}
+        values = {**node, "threat": LINF}
+        assert component(**values) == component(threat=LINF), "the file gives the defaults"
+        assert text.startswith(f"# advbench train recipe={name}\n# ")

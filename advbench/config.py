@@ -156,17 +156,14 @@ def target_of(node: Any, group: str, plugins: tuple[str, ...] = ()) -> Callable[
 
 def _schema(target: Callable[..., Any], given: Iterable[str]) -> type:
     """A dataclass with the target's parameters, less those that are given."""
-    plain_class = inspect.isclass(target) and not dataclasses.is_dataclass(target)
-    hints = typing.get_type_hints(target.__init__ if plain_class else target)
-    factories = (
-        {
-            f.name: f.default_factory
-            for f in dataclasses.fields(target)
-            if f.default_factory is not dataclasses.MISSING
-        }
-        if dataclasses.is_dataclass(target)
-        else {}
-    )
+    factories = {}
+    if inspect.isclass(target) and dataclasses.is_dataclass(target):
+        hints = typing.get_type_hints(target)
+        for f in dataclasses.fields(target):
+            if f.default_factory is not dataclasses.MISSING:
+                factories[f.name] = f.default_factory
+    else:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     required, optional = [], []
     for name, parameter in inspect.signature(target).parameters.items():
         if name in given:
@@ -194,7 +191,8 @@ def _checkable(hint: Any) -> Any:
             return Any
         if any(dataclasses.is_dataclass(a) for a in arguments):
             return Any
-        if float in arguments and int not in arguments and len(arguments) > 2:
+        choices = [argument for argument in arguments if argument is not type(None)]
+        if float in choices and int not in choices and len(choices) > 1:
             return typing.Union[(int, *arguments)]
         return hint
     if origin in (list, dict) or hint in (int, float, str, bool) or dataclasses.is_dataclass(hint):
@@ -221,8 +219,10 @@ def build(node: Any, group: str, *, plugins: tuple[str, ...] = (), **given: Any)
         try:
             OmegaConf.update(schema, key, value)
         except OmegaConfBaseException as problem:
-            reason = str(problem).split("\n")[0].rstrip(".")
-            raise UserError(f"{group}.{key}={value}: {reason}") from problem
+            lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+            named = [line.split(": ")[1] for line in lines if line.startswith("full_key: ")]
+            where = ".".join([group, *(named or [key])[:1]])
+            raise UserError(f"{where}: {lines[0].rstrip('.')}") from problem
     for key in known:
         if OmegaConf.is_missing(schema, key):
             raise UserError(f"{group}.{key} has no value: give {group}.{key}=...")

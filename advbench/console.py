@@ -13,6 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_SECONDS = 15.0
 
 
+def table_console() -> Console:
+    """For tables; without a terminal they are as wide as they need to be."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
 class Screen:
     """Lines for a person, kept in ``log.txt`` as well once the run has a directory."""
 
@@ -87,7 +93,8 @@ class TrainingView:
     def epoch(self, row: Mapping[str, float]) -> None:
         shown = ("train_acc", "val_clean", "val_robust")
         parts = [f"{key} {100 * row[key]:5.1f} %" for key in shown if row.get(key) is not None]
-        losses = [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("loss") and v is not None]
+        losses = [f"{k} {v:.3f}" for k, v in row.items() if k == "loss" or k.startswith("loss_")]
+        losses = losses if len(losses) > 2 else losses[:1]  # one term is the sum
         text = "  ".join([f"epoch {int(row['epoch']):3d}", *losses, *parts])
         self.screen.line(f"{text}  {row['seconds']:.1f} s")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -24,9 +22,10 @@ def of(problem: BaseException) -> str | None:
             return f"'{link.override}' is not KEY=VALUE; quote special characters: KEY='\"a=b\"'"
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
-    if isinstance(problem, HydraException | OmegaConfBaseException):
-        return _first_line(chain[-1] if str(chain[-1]) else problem)
-    return None
+    known = [link for link in chain if isinstance(link, HydraException | OmegaConfBaseException)]
+    # The one that names the key, or else the innermost.
+    told = [link for link in known if "full_key:" in str(link)] or known[-1:]
+    return _first_line(told[0]) if told else None
 
 
 def _chain(problem: BaseException | None) -> list[BaseException]:
@@ -62,6 +61,6 @@ def _unknown_key(problem: OmegaConfBaseException) -> str:
     full = str(problem.full_key or problem.key)
     parent = problem.parent_node
     keys = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-    last = re.split(r"[.\[]", full)[-1]
-    hint = did_you_mean(last, [key for key in keys if key != "_target_"])
-    return f"no key '{full}'{hint}"
+    prefix = full.rpartition(".")[0]
+    known = [f"{prefix}.{key}".lstrip(".") for key in keys if key not in ("_target_", "hydra")]
+    return f"no key '{full}'{did_you_mean(full, known)}"

@@ -118,7 +118,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as problem:
         raise UserError(f"'{path}' is not a safetensors file: {problem}") from problem
     except Exception as problem:
-        if "weights_only" in str(problem) or "Unsupported" in str(problem):
+        if any(word in str(problem) for word in ("GLOBAL", "Unsupported class")):
             raise UserError(
                 f"'{path}' is refused: it holds more than tensors, and loading it would run code; "
                 "save model.state_dict() instead"

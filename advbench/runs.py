@@ -9,6 +9,7 @@ on where it was interrupted, and a finished run is not run again.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ OUTPUTS = Path("outputs")
 CONFIG = "config.yaml"
 FINISHED = {"train": "summary.json", "eval": "results.json"}
 """The file that exists exactly if the run is finished; it is written last."""
+
+WITHOUT_WORK = {".lock", "log.txt", "plan.json", CONFIG}
+"""Files that a run has before it has done anything."""
 
 
 def kind_of(folder: Path) -> str | None:
@@ -78,8 +82,10 @@ def _offer() -> str:
 def occupied(folder: Path) -> Iterator[None]:
     """Hold the run directory alone. Raises UserError while another process works in it.
 
-    The lock ends with the process, however it ends.
+    The lock ends with the process, however it ends. A new directory in which a mistake was found
+    before any work is removed again.
     """
+    fresh = not folder.exists() or not any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -88,6 +94,10 @@ def occupied(folder: Path) -> Iterator[None]:
         raise UserError(f"another process is at work in '{folder}'") from None
     try:
         yield
+    except UserError:
+        if fresh and {path.name for path in folder.iterdir()} <= WITHOUT_WORK:
+            shutil.rmtree(folder)
+        raise
     finally:
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)

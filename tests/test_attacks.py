@@ -27,6 +27,12 @@ def linear(classes: int, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(48, classes))
 
 
+def last(model: nn.Sequential) -> nn.Linear:
+    layer = model[-1]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 def batch(model: nn.Module, n: int = 24) -> Clean:
     """Images away from the borders of the box, labelled as the model sees them."""
     x = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.3
@@ -36,7 +42,7 @@ def batch(model: nn.Module, n: int = 24) -> Clean:
 
 def best_margins(model: nn.Sequential, clean: Clean, threat: Threat) -> Tensor:
     """The largest value of (logit k - logit y) inside the ball, by duality: (N, K)."""
-    weight = model[1].weight.detach()
+    weight = last(model).weight.detach()
     with torch.no_grad():
         logits = model(clean.x)
     gap = logits - logits.gather(1, clean.y[:, None])
@@ -112,7 +118,7 @@ def test_pgd_reaches_the_optimum_of_a_linear_model(norm: str) -> None:
 def test_one_step_without_a_random_start_is_fgsm() -> None:
     model, threat = linear(2), Threat("linf", 0.1)
     clean = batch(model)
-    weight = model[1].weight.detach()
+    weight = last(model).weight.detach()
     direction = (weight[1 - clean.y] - weight[clean.y]).sign().view_as(clean.x)
     got = craft(PGD(steps=1, random_start=False), model, clean, threat, TorchRandom())
     torch.testing.assert_close(got, (clean.x + 0.1 * direction).clamp(0, 1))
@@ -253,7 +259,7 @@ class Cheat(Attack):
 def test_the_referee_rejects_what_is_outside_and_wrong_claims() -> None:
     model, threat = linear(2), Threat("linf", 1e-4)
     clean = batch(model)
-    weight = model[1].weight.detach().view(2, *SHAPE)
+    weight = last(model).weight.detach().view(2, *SHAPE)
     cheat = Cheat(torch.stack([weight[1] - weight[0], weight[0] - weight[1]]))
     rows = cheat.start(Oracle(model), clean, threat, *keyed(clean))
     with torch.no_grad():

@@ -292,7 +292,7 @@ def test_reference_engine_is_pyautoattack_sample_for_sample(channels_last: bool)
     with torch.no_grad():
         direct = (model(adversarial).argmax(1) != y).numpy()
     assert 3 < direct.sum() < 28
-    assert np.array_equal(results, direct)
+    assert results is not None and np.array_equal(results, direct)
 
 
 def test_any_torchattacks_attack_behind_the_referee() -> None:

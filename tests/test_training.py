@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -235,6 +237,9 @@ def test_a_training_learns_and_leaves_its_files(tmp_path):
     load_weights(last, tmp_path / "last.safetensors")
     assert_same_weights(last, model)
 
+    with (tmp_path / "metrics.csv").open() as file:
+        seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+    assert 0.5 * summary.seconds < seconds < 1.01 * summary.seconds
     best = rows[summary.best_epoch - 1]
     assert Summary.load(tmp_path / "summary.json") == summary
     assert summary.selected_by == "robust validation accuracy"
@@ -301,9 +306,9 @@ class Recorder(Defense):
 
 def test_average_of_the_weights_by_hand(tmp_path):
     recorder = Recorder()
-    trainer = Trainer(epochs=2, batch_size=16, ema=0.8, val_steps=1)
+    trainer = Trainer(epochs=1, batch_size=16, ema=0.8, val_steps=1)
     fit(tmp_path, trainer, defense=recorder)
-    assert len(recorder.weights) == 2 * STEPS
+    assert len(recorder.weights) == STEPS
     average = dict(recorder.weights[0])
     for weights in recorder.weights[1:]:
         for name, value in weights.items():
@@ -315,17 +320,40 @@ def test_average_of_the_weights_by_hand(tmp_path):
     for name in floats:
         torch.testing.assert_close(kept[name], average[name])
         assert not torch.equal(kept[name], recorder.weights[-1][name])
+    best = (tmp_path / "model.safetensors").read_bytes()
+    assert best == (tmp_path / "last.safetensors").read_bytes()
 
 
-def test_gradients_are_clipped(tmp_path):
+def test_every_step_has_its_learning_rate_and_a_clipped_gradient(tmp_path):
     recorder = Recorder()
     model = net(plain=True)
-    before = [p.detach().clone() for p in model.parameters()]
-    trainer = Trainer(epochs=1, batch_size=96, clip_grad=1e-3, val_steps=1)
-    optimizer = SGD(lr=1.0, weight_decay=0, schedule="constant")
+    weights = [state(model)]
+    trainer = Trainer(epochs=1, batch_size=16, clip_grad=1e-3, val_steps=1)
+    optimizer = SGD(lr=1.0, momentum=0, weight_decay=0, schedule="cyclic")
     fit(tmp_path, trainer, model=model, defense=recorder, optimizer=optimizer)
-    change = [new - old for new, old in zip(recorder.weights[0].values(), before, strict=True)]
-    assert torch.cat([c.flatten() for c in change]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    weights += recorder.weights
+    lengths = [
+        torch.cat([(new[name] - old[name]).flatten() for name in old]).norm().item()
+        for old, new in itertools.pairwise(weights)
+    ]
+    rates = [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]
+    assert lengths == pytest.approx([1e-3 * rate for rate in rates], rel=1e-2)
+
+
+def test_every_epoch_has_its_order(tmp_path, monkeypatch):
+    orders: list[Tensor] = []
+    batches = ArraySplit.batches
+
+    def recorded(self, order: Tensor, batch_size: int, device, seed: int | None = None):
+        orders.append(order)
+        return batches(self, order, batch_size, device, seed)
+
+    monkeypatch.setattr(ArraySplit, "batches", recorded)
+    fit(tmp_path, Trainer(epochs=2, batch_size=16, val_steps=1), seed=3)
+    assert len(orders) == 4
+    for epoch, order in enumerate(orders[::2]):
+        assert torch.equal(order, permutation(102, 3, epoch)[:96])
+    assert all(torch.equal(order, torch.arange(24)) for order in orders[1::2])
 
 
 @dataclass(frozen=True)
@@ -364,7 +392,10 @@ def test_two_terms_of_one_name_raise(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    for bad_from, place, save_every in ((8, "epoch 2, step 3 of 6", 60), (2, "epoch 1, step 3", 0)):
+    for bad_from, place, save_every, kept in (
+        (8, "epoch 2, step 3 of 6", 60, (1, 0)),
+        (2, "epoch 1, step 3 of 6", 0, (0, 2)),
+    ):
         folder = tmp_path / str(bad_from)
         trainer = Trainer(epochs=3, batch_size=16, val_steps=1, save_every=save_every)
         with pytest.raises(UserError, match=rf"{place}.*lower optimizer\.lr") as caught:
@@ -372,8 +403,8 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
         assert "\n" not in str(caught.value)
         assert not (folder / "summary.json").exists()
         saved = load_resume(folder / "resume.pt", {"run": "a"})
-        assert saved is not None
-        assert all(value.isfinite().all() for value in saved["model"].values())
+        assert saved is not None, "what was saved before is kept"
+        assert (saved["position"]["epoch"], saved["position"]["batch"]) == kept
 
 
 def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
@@ -464,6 +495,42 @@ def test_validation_of_a_linear_model_in_closed_form():
     assert not any(p.grad is not None for p in model.parameters())
 
 
+def test_validation_attacks_the_same_points_whatever_the_batch_and_the_generator():
+    class Spy(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(x)
+            return super().forward(x)
+
+    x, y = torch.rand(20, 1, 2, 3), torch.arange(20) % 2
+    model = Spy(nn.Flatten(), nn.Linear(6, 2))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    attacked = []
+    for seed, batch_size in ((0, 20), (1, 7)):
+        calls: list[Tensor] = []
+        torch.manual_seed(seed)
+        accuracies(
+            model, ArraySplit(x, y), THREAT, steps=1, seed=0, batch_size=batch_size, fabric=fabric
+        )
+        clean, _, final = (torch.cat(calls[first::3]) for first in range(3))
+        assert torch.equal(clean, x) and not torch.equal(final, x)
+        attacked.append(final)
+    torch.testing.assert_close(*attacked)
+
+
+def test_what_is_wrong_from_the_start_is_not_robust():
+    class OffGrid(nn.Module):
+        """Class 1 exactly on the grey image."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            grey = (x.flatten(1) == 0.5).all(1)
+            return torch.stack([~grey, grey], 1) + 0 * x.sum()
+
+    split = ArraySplit(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    result = accuracies(OffGrid(), split, THREAT, steps=1, seed=0, batch_size=4, fabric=fabric)
+    assert result == (0, 0)
+
+
 # Interruption
 
 
@@ -477,7 +544,7 @@ def test_validation_of_a_linear_model_in_closed_form():
         ),
     ],
 )
-def test_an_interrupted_training_goes_on(tmp_path, trainer, optimizer):
+def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, trainer, optimizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     prepared: list[bool] = []
     fit(whole, trainer, optimizer=optimizer, defense=Planted())
@@ -489,6 +556,9 @@ def test_an_interrupted_training_goes_on(tmp_path, trainer, optimizer):
         assert saved is not None
         position = saved["position"]
         assert position["epoch"] * STEPS + position["batch"] == stop_at
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "accuracies", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        fit(parts, trainer, optimizer=optimizer, defense=Planted(prepared=prepared))
     notes: list[str] = []
 
     class Notes:
@@ -502,7 +572,7 @@ def test_an_interrupted_training_goes_on(tmp_path, trainer, optimizer):
     fit(parts, trainer, optimizer=optimizer, defense=defense, report=Notes())
     assert_same_result(whole, parts)
     assert prepared == [False], "prepared once, in eval mode"
-    assert notes == ["going on at epoch 3 of 3, step 4 of 6"]
+    assert notes == ["going on at epoch 3 of 3, step 6 of 6"]
     assert not (parts / "resume.pt").exists()
 
 

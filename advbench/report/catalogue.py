@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from advbench import config
+from advbench.console import table_console
 from advbench.errors import UserError, did_you_mean
 from advbench.files import write_text
 
@@ -16,10 +17,9 @@ GROUPS = (*config.GROUPS, "logger", "experiment")
 
 
 def _group(word: str) -> str:
-    """The group that a word means, in singular or plural."""
-    plurals = {"data": "data", "defenses": "defense"}
+    """The group that a word means, in singular or plural. Raises UserError for another word."""
     for group in GROUPS:
-        if word in (group, f"{group}s", plurals.get(word, "") if group == "defense" else ""):
+        if word in (group, f"{group}s"):
             return group
     raise UserError(f"no group '{word}'{did_you_mean(word, GROUPS)}")
 
@@ -33,16 +33,17 @@ def header(text: str) -> tuple[str, str]:
 
 def show(word: str | None) -> None:
     """Print the options of a group, or of all groups. Raises UserError for an unknown group."""
-    console = Console(highlight=False)
+    console = table_console()
     for group in GROUPS if word is None else (_group(word),):
         options = config.options(group)
         if not options:
             continue
         table = Table(title=group, title_justify="left", box=None, pad_edge=False)
-        table.add_column("name", style="bold", no_wrap=True)
-        table.add_column("description")
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        table.show_header = False
         for name, file in options.items():
-            table.add_row(name, header(file.read_text(encoding="utf-8"))[1])
+            table.add_row(name, escape(header(file.read_text(encoding="utf-8"))[1]))
         console.print(table)
         console.print()
 

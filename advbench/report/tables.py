@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from advbench.attacks.threat import Threat
+from advbench.console import table_console
 from advbench.errors import UserError
 from advbench.results import Accuracy, Results
 
@@ -38,8 +39,8 @@ def show(paths: Sequence[Path]) -> None:
     )
     for results in rows:
         table.add_row(
-            results.run,
-            str(results.data["name"]),
+            escape(results.run),
+            escape(str(results.data["name"])),
             str(results.data["n"]),
             str(Threat(results.threat["norm"], results.threat["eps"])),
             f"{results.protocol['name']} {results.protocol['version']}",
@@ -48,12 +49,9 @@ def show(paths: Sequence[Path]) -> None:
             results.verdict["label"] or "-",
             f"{results.provenance['seconds']:.0f} s",
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:  # then a table is as wide as it needs to be
-        console = Console(highlight=False, width=200)
-    console.print(table)
+    table_console().print(table)
 
 
 def _cell(accuracy: Accuracy) -> str:
     low, high = accuracy.ci95
-    return f"{100 * accuracy.acc:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return escape(f"{100 * accuracy.acc:.1f} [{100 * low:.1f}, {100 * high:.1f}]")

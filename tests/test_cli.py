@@ -1,0 +1,363 @@
+"""The command line, end to end in a temporary directory; and every mistake that it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import advbench
+from advbench.cli import main
+from advbench.report import catalogue
+from advbench.results import Results
+
+FAST = ["trainer.epochs=1", "recipe.steps=2", "trainer.val_steps=1"]
+MODEL = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+
+def resnet():
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=5)
+
+
+def half():
+    return nn.Linear(2, 2).half
+"""
+
+
+def arrays(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    made = {
+        "x_train": random.integers(0, 256, (64, 8, 8, 3), np.uint8),
+        "y_train": random.integers(0, 5, 64),
+        "x_test": random.integers(0, 256, (32, 8, 8, 3), np.uint8),
+        "y_test": random.integers(0, 5, 32),
+    }
+    return {**made, **changes}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with a finished run, an interrupted one, models and data."""
+    folder = tmp_path_factory.mktemp("place")
+    before = Path.cwd()
+    os.chdir(folder)
+    Path("m.py").write_text(MODEL)
+    np.savez("ok.npz", **arrays())  # pyright: ignore
+    assert main(["train", "hydra.run.dir=good", *FAST]) == 0
+    cut = Path("cut")
+    cut.mkdir()
+    (cut / "config.yaml").write_text(Path("good/config.yaml").read_text())
+    yield folder
+    os.chdir(before)
+
+
+def test_train_eval_report_list_copy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = Path("good")
+    names = {path.name for path in good.iterdir()}
+    assert names >= {"config.yaml", "model.safetensors", "metrics.csv", "summary.json", "log.txt"}
+    assert main(["eval", "run=good", "protocol=pgd", "protocol.steps=3", "n=40"]) == 0
+    (file,) = place.glob("outputs/eval/*/results.json")
+    results = Results.load(file)
+    assert results.data["n"] == 40 and results.protocol["steps"] == 3
+    assert {p.name for p in file.parent.iterdir()} >= {
+        "config.yaml",
+        "plan.json",
+        "samples.parquet",
+        "log.txt",
+    }
+    assert main(["report", "outputs"]) == 0
+    assert "pgd 1" in capsys.readouterr().out
+    assert main(["list"]) == 0
+    assert main(["list", "backbones"]) == 0
+    assert "resnet18" in capsys.readouterr().out
+    assert main(["copy", "defense/none", "own"]) == 0
+    assert Path("own/defense/none.yaml").is_file()
+    assert main(["--help"]) == main([]) == main(["--version"]) == 0
+
+
+def test_the_same_command_does_not_work_twice(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stamp = Path("good/summary.json").stat().st_mtime_ns
+    assert main(["train", "hydra.run.dir=good", *FAST]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert Path("good/summary.json").stat().st_mtime_ns == stamp
+
+
+def test_multirun_makes_a_run_per_job(place: Path) -> None:
+    assert main(["train", "-m", "seed=1,2", "recipe=standard", "trainer.epochs=1"]) == 0
+    runs = sorted(place.glob("outputs/train/*/summary.json"))
+    assert len(runs) == 2 and all("standard-s" in str(run) for run in runs)
+    assert main(["eval", "protocol=clean"]) == 0  # the newest finished run
+    (file,) = place.glob("outputs/eval/*standard-s2*clean*/results.json")
+    assert Results.load(file).stages == ()
+
+
+def test_a_model_of_your_own(place: Path) -> None:
+    own = ["data=npz", "data.path=ok.npz", "threat=linf_8", "protocol=fgsm"]
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+               .state_dict(), "w.pt")  # fmt: skip
+    assert main(["eval", "model=m.py:build", "weights=w.pt", *own]) == 0
+    assert main(["eval", "model=m.py:resnet", *own]) == 0
+    files = list(place.glob("outputs/eval/m-fgsm*/results.json"))
+    assert len(files) == 2
+    assert len({Results.load(file).provenance["model_sha256"] for file in files}) == 2
+
+
+def test_data_and_threat_come_from_the_run_and_can_be_changed(place: Path) -> None:
+    assert main(["eval", "run=good", "protocol=fgsm", "threat.eps=8/255", "n=20"]) == 0
+    (file,) = place.glob("outputs/eval/good-fgsm-linf_8-255-*/results.json")
+    assert Results.load(file).threat == {"norm": "linf", "eps": 8 / 255}
+    assert main(["eval", "run=good", "protocol=fgsm", "threat=l2_05", "n=20"]) == 0
+    assert list(place.glob("outputs/eval/good-fgsm-l2_0.5-*/results.json"))
+
+
+def test_the_api_uses_the_same_objects(place: Path) -> None:
+    model = advbench.load("good")
+    x = torch.rand(12, 1, 8, 8)
+    results = advbench.evaluate(model, x, model(x).argmax(1), threat="linf_8", protocol="pgd")
+    assert results.clean.acc == 1.0 and results.data["n"] == 12
+
+
+def test_a_plugin_is_named_on_the_command_line(place: Path) -> None:
+    Path("mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from advbench.defenses.base import Defense\n\n\n"
+        "@dataclass(frozen=True)\nclass Mine(Defense):\n    strength: float = 1.0\n"
+    )
+    Path("conf/defense").mkdir(parents=True)
+    Path("conf/defense/mine.yaml").write_text("_target_: mine.Mine\nstrength: 2.0\n")
+    command = ["train", "--config-dir", "conf", "defense=mine", "hydra.run.dir=mine_run", *FAST]
+    assert main([*command, "plugins=[mine.py]"]) == 0
+    assert main(["eval", "run=mine_run", "protocol=clean", "plugins=[mine.py]"]) == 0
+    assert main(["eval", "run=mine_run", "protocol=clean"]) == 2
+
+
+def save(name: str, **changes: np.ndarray) -> str:
+    np.savez(name, **arrays(**changes))  # pyright: ignore
+    return f"data.path={name}"
+
+
+def save_test(name: str, y: np.ndarray) -> str:
+    np.savez(name, x_test=arrays()["x_test"], y_test=y)
+    return f"data.path={name}"
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+NPZ = ["train", "data=npz", *FAST]
+OWN = ["eval", "model=m.py:build", "data=npz", "data.path=ok.npz", "threat=linf_8", "protocol=pgd"]
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "option": (["train", "backbone=resnet19"], "no backbone 'resnet19'; did you mean 'resnet18'?"),
+    "verb": (["trian"], "did you mean 'train'?"),
+    "key": (["train", "trainer.epoch=3"], "'trainer.epoch'; did you mean 'trainer.epochs'?"),
+    "group": (["train", "defence=none"], "no key 'defence'; did you mean 'defense'?"),
+    "type": (["train", "trainer.epochs=many"], "trainer.epochs: Value 'many'"),
+    "nested type": (["train", "data.augment.crop=x"], "data.augment.crop: Value 'x'"),
+    "top type": (["train", "seed=one"], "seed: Value 'one'"),
+    "no value": (["train", "backbone"], "'backbone' is not KEY=VALUE"),
+    "no data": (["train", "data=cifar10"], "add data.download=true, or say where"),
+    "no npz": ([*NPZ, "data.path=no.npz"], "there is no file 'no.npz'"),
+    "no path": (NPZ, "data.path has no value"),
+    "0..255": (
+        lambda: [*NPZ, save("big.npz", x_train=arrays()["x_train"].astype(np.float32))],
+        "divide by 255",
+    ),
+    "nan images": (
+        lambda: [*NPZ, save("nan.npz", x_train=np.full((64, 8, 8, 3), np.nan, np.float32))],
+        "NaN",
+    ),
+    "labels": (
+        lambda: [*NPZ, save("neg.npz", y_train=arrays()["y_train"] - 1)],
+        "label -1",
+    ),
+    "labels of the test set": (
+        lambda: [*OWN[:3], save("high.npz", y_test=np.full(32, 7)), *OWN[4:]],
+        "y_test in 'high.npz' has the label 7",
+    ),
+    "labels of the model": (
+        lambda: [*OWN[:3], save_test("seven.npz", np.full(32, 7)), *OWN[4:], "data.num_classes=8"],
+        "labels up to 7 and the model has 5 classes",
+    ),
+    "eps": (["train", "threat.eps=8"], "did you mean threat.eps=8/255?"),
+    "no eps": (["train", "threat.eps=small"], "write 8/255 or 0.03"),
+    "classes": (["train", "backbone.num_classes=5"], "does not fit digits, which has 10"),
+    "shape": (["train", "backbone=lenet"], "lenet needs images of at least 16x16"),
+    "shape of the run": (
+        ["eval", "run=good", "data=npz", "data.path=ok.npz"],
+        "trained on images of shape (1, 8, 8)",
+    ),
+    "shape of the model": ([*OWN[:1], "model=m.py:build", "data=digits", *OWN[4:]], "can't take"),
+    "unfinished": (["eval", "run=cut"], "did not finish; go on with: advbench train resume=cut"),
+    "no run": (["eval", "run=nowhere"], "there is no run 'nowhere'"),
+    "n": (["eval", "run=good", "n=361"], "n=361 but the split has 360 samples"),
+    "no factory": ([*OWN[:1], "model=m.py:biuld", *OWN[2:]], "did you mean 'build'?"),
+    "no model": ([*OWN[:1], "model=m.py:half", *OWN[2:]], "not a torch.nn.Module"),
+    "no weights": ([*OWN, "weights=no.pt"], "there are no weights at 'no.pt'"),
+    "no threat": (OWN[:4], "give threat=linf_8"),
+    "plugin": (["train", "plugins=[no.py]"], "there is no file 'no.py'"),
+    "group of list": (["list", "backbon"], "did you mean 'backbone'?"),
+    "copy": (["copy", "backbone/resnet81", "."], "did you mean 'resnet18'?"),
+    "no results": (["report", "m.py"], "m.py is not a result"),
+    "loss": (["eval", "run=good", "protocol=pgd", "protocol.loss=crossent"], "no attack loss"),
+    "eval's trainer": (["train", "trainer=evaluation", "trainer.batch_size=0"], "not at least 1"),
+    "batch size": (["train", "trainer.batch_size=5000"], "batch_size"),
+}  # fmt: skip
+
+
+def test_every_mistake_is_tried() -> None:
+    assert len(MISTAKES) == 36
+
+
+def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path for path in Path.cwd().rglob("*") if path.is_dir()}
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.startswith("advbench: ") and error.count("\n") == 1, error
+    assert "Traceback" not in error
+    assert {path for path in Path.cwd().rglob("*") if path.is_dir()} == before, "left something"
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_a_mistake_is_one_line(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, expected = MISTAKES[name]
+    given: Any = arguments() if callable(arguments) else arguments
+    complain(given, expected, capsys)
+
+
+def test_weights_that_do_not_match_or_would_run_code(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3)).state_dict(), "few.pt")
+    complain([*OWN, "weights=few.pt"], "2 missing: '3.weight', '3.bias'", capsys)
+    torch.save({"0.weight": Evil()}, "evil.pt")
+    complain([*OWN, "weights=evil.pt"], "'evil.pt' is refused", capsys)
+    assert not Path("ran").exists()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    state = model.state_dict()
+    state["3.bias"][0] = torch.nan
+    torch.save(state, "nan.pt")
+    complain([*OWN, "weights=nan.pt"], "not finite: '3.bias'", capsys)
+
+
+def test_nothing_to_evaluate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    complain(["eval"], "there is no finished training run in outputs/train", capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_cannot_bring_its_own_code(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path("good/config.yaml").read_text()
+    bad = Path("bad")
+    bad.mkdir()
+    for name in ("model.safetensors", "summary.json"):
+        (bad / name).write_bytes((Path("good") / name).read_bytes())
+    for target in ("os.system", "advbench.files.write_text", "advbench.defenses.base.dataclass"):
+        (bad / "config.yaml").write_text(text.replace("advbench.defenses.base.Defense", target))
+        complain(["eval", "run=bad"], f"'{target}'", capsys)
+
+
+def test_a_directory_with_another_run_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complain(
+        ["train", "hydra.run.dir=good", *FAST, "seed=5"], "another config (it differs in: seed",
+        capsys,
+    )  # fmt: skip
+    complain(["train", "hydra.run.dir=conf_of_mine", "resume=conf"], "is not the directory", capsys)
+
+
+def test_a_sweep_goes_on_after_a_mistake(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "-m", "trainer.batch_size=9999,64", "seed=9", *FAST]
+    assert main(command) == 2
+    assert len(list(place.glob("outputs/train/*-s9-*/summary.json"))) == 1
+
+
+def run(*arguments: str, folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "advbench", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_again(place: Path, tmp_path: Path) -> None:
+    """Training and evaluation, killed three times each, end as the uninterrupted ones do."""
+    training = ["train", "trainer.epochs=6", "recipe.steps=3", "trainer.save_every=0"]
+    attack = ["eval", "protocol=pgd", "protocol.steps=200", "protocol.restarts=3",
+              "trainer.batch_size=40"]  # fmt: skip
+    ends = []
+    for name, kills in (("whole", 0), ("cut", 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for arguments, final in ((training, "summary.json"), (attack, "results.json")):
+            delay = 5.0
+            for _ in range(kills):
+                process = run(*arguments, folder=folder)
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                delay += 0.7
+            process = run(*arguments, folder=folder)
+            output, _ = process.communicate()
+            assert process.returncode == 0, output.decode()
+            assert len(list(folder.rglob(final))) == 1, "a killed run must be gone on with"
+        (weights,) = folder.rglob("model.safetensors")
+        (metrics,) = folder.rglob("metrics.csv")
+        (results,) = folder.rglob("results.json")
+        content = json.loads(results.read_text())
+        times = [line.rsplit(",", 1)[0] for line in metrics.read_text().splitlines()]
+        counts = [(s["broken"], s["forwards"], s["backwards"]) for s in content["stages"]]
+        ends.append((weights.read_bytes(), times, content["clean"], content["robust"], counts))
+    assert ends[0] == ends[1]
+
+
+def test_completion_knows_verbs_and_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "advbench tr")
+    assert main(["-sc", "query=bash"]) == 0
+    assert capsys.readouterr().out.split() == ["train"]
+    monkeypatch.setenv("COMP_LINE", "advbench train backbone=resnet")
+    assert main(["-sc", "query=bash"]) == 0
+    offered = capsys.readouterr().out.split()
+    assert "backbone=resnet18" in offered and len(offered) == 4
+
+
+def test_every_shipped_config_says_what_it_is() -> None:
+    seen = 0
+    for group in catalogue.GROUPS:
+        for name, file in catalogue.config.options(group).items():
+            command, description = catalogue.header(file.read_text())
+            assert command.startswith("advbench "), f"{group}/{name}: {command}"
+            assert len(description) > 20, f"{group}/{name}"
+            seen += 1
+    assert seen >= 40

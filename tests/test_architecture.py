@@ -20,9 +20,8 @@ LAYERS = [
     ["evaluation", "training"],
     ["recipes"],
     ["defenses"],
-    ["surgery"],
     ["attacks", "backbones", "data", "results", "provenance"],
-    ["files"],
+    ["surgery", "files"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

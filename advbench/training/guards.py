@@ -7,6 +7,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from advbench.errors import UserError
+from advbench.training.processes import gather
 
 
 class FiniteLoss:
@@ -25,9 +26,7 @@ class FiniteLoss:
 
     def check(self, fabric: Fabric) -> None:
         """Raises UserError, in every process alike, if a loss was not finite in any of them."""
-        gathered = fabric.all_gather(self._first)
-        assert isinstance(gathered, Tensor)
-        first = [step for step in gathered.flatten().tolist() if step >= 0]
+        first = [step for step in gather(self._first, fabric).tolist() if step >= 0]
         if first:
             epoch, batch = divmod(min(first), self._steps_per_epoch)
             raise UserError(

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -37,13 +37,12 @@ from advbench.training.guards import FiniteLoss
 from advbench.training.metrics import Means, Row, write_table
 from advbench.training.optimizers import Optimizer
 from advbench.training.pace import Pace
+from advbench.training.processes import share_buffers
 from advbench.training.randomness import deal, derive, permutation
-from advbench.training.step import TrainingStep, share_buffers
+from advbench.training.settings import Settings
+from advbench.training.step import TrainingStep
 from advbench.training.summary import Report, Summary
 from advbench.training.validation import accuracies
-
-if TYPE_CHECKING:
-    from advbench.training.trainer import Trainer
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Position:
 class Fit:
     """One call of ``Trainer.fit``, which describes the fields; ``identity`` is plain JSON here."""
 
-    trainer: Trainer
+    settings: Settings
     fabric: Fabric
     model: Classifier
     splits: Splits
@@ -83,12 +82,12 @@ class Fit:
     report: Report
 
     def __post_init__(self) -> None:
-        trainer, fabric = self.trainer, self.fabric
+        settings, fabric = self.settings, self.fabric
         self.began = time.perf_counter()
         self._check_sizes()
-        self.share = trainer.batch_size // fabric.world_size
-        self.steps_per_epoch = len(self.splits.train) // trainer.batch_size
-        self.mixed = trainer.precision == "bf16-mixed"
+        self.share = settings.batch_size // fabric.world_size
+        self.steps_per_epoch = len(self.splits.train) // settings.batch_size
+        self.mixed = settings.precision == "bf16-mixed"
         self.select_robust = "adversarial" in self.recipe.parts
 
         saved = load_resume(self.folder / "resume.pt", self.identity)
@@ -101,7 +100,7 @@ class Fit:
             torch.manual_seed(derive(self.seed, "prepare"))
             self.model.eval()
             self.defense.prepare(self.model, self.splits)
-        self.average = averaged(self.model, trainer.ema) if trainer.ema else None
+        self.average = averaged(self.model, settings.ema) if settings.ema else None
         self.kept = self.average.module if self.average else self.model
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if not trainable:
@@ -116,10 +115,10 @@ class Fit:
         self.position = Position()
         if saved is not None:
             self._restore(saved)
-        self.pace = Pace(fabric, trainer.save_every)
+        self.pace = Pace(fabric, settings.save_every)
 
     def _check_sizes(self) -> None:
-        batch_size, ranks = self.trainer.batch_size, self.fabric.world_size
+        batch_size, ranks = self.settings.batch_size, self.fabric.world_size
         if batch_size > len(self.splits.train):
             raise UserError(
                 f"trainer.batch_size={batch_size} is more than the {len(self.splits.train)} "
@@ -139,7 +138,7 @@ class Fit:
         return self.position.epoch * self.steps_per_epoch + self.position.batch
 
     def run(self) -> Summary:
-        while self.position.epoch < self.trainer.epochs:
+        while self.position.epoch < self.settings.epochs:
             self._train_epoch()
             self._end_epoch()
         return self._finish()
@@ -148,7 +147,7 @@ class Fit:
         position, train = self.position, self.splits.train
         order = deal(
             permutation(len(train), self.seed, position.epoch),
-            self.trainer.batch_size,
+            self.settings.batch_size,
             self.fabric.global_rank,
             self.fabric.world_size,
         )
@@ -180,11 +179,11 @@ class Fit:
         loss = torch.stack(list(terms.values())).sum()
         self.stepper.zero_grad()
         fabric.backward(loss)
-        if self.trainer.clip_grad is not None:
+        if self.settings.clip_grad is not None:
             fabric.clip_gradients(
                 self.forward,
                 self.stepper,
-                max_norm=self.trainer.clip_grad,
+                max_norm=self.settings.clip_grad,
                 error_if_nonfinite=False,  # it would wait for the device; the guard finds it
             )
         self.stepper.step()
@@ -205,7 +204,7 @@ class Fit:
         )
 
     def _lr(self, step: int) -> float:
-        return self.schedule.lr_at(step, self.trainer.epochs, self.steps_per_epoch)
+        return self.schedule.lr_at(step, self.settings.epochs, self.steps_per_epoch)
 
     def _glance(self) -> None:
         """The only place inside an epoch that waits for the device."""
@@ -215,10 +214,10 @@ class Fit:
             self._save()
 
     def _tell(self) -> None:
-        text = f"epoch {self.position.epoch + 1}/{self.trainer.epochs}"
+        text = f"epoch {self.position.epoch + 1}/{self.settings.epochs}"
         if self.position.batch:
             text += f"  loss {self.means.last('loss'):.3f}"
-        self.report.progress(self.step, self.trainer.epochs * self.steps_per_epoch, text)
+        self.report.progress(self.step, self.settings.epochs * self.steps_per_epoch, text)
 
     def _end_epoch(self) -> None:
         position = self.position
@@ -229,7 +228,7 @@ class Fit:
             self.kept,
             self.splits.val,
             self.threat,
-            steps=self.trainer.val_steps,
+            steps=self.settings.val_steps,
             seed=self.seed,
             batch_size=self.share,
             fabric=self.fabric,
@@ -292,7 +291,7 @@ class Fit:
         self.position = Position(**state["position"])
         self.means.load(state["means"], self.fabric)
         self.report.note(
-            f"going on at epoch {self.position.epoch + 1} of {self.trainer.epochs}, "
+            f"going on at epoch {self.position.epoch + 1} of {self.settings.epochs}, "
             f"step {self.position.batch + 1} of {self.steps_per_epoch}"
         )
 
@@ -311,7 +310,7 @@ class Fit:
                 "n": len(self.splits.val),
                 "clean": row["val_clean"],
                 "robust": robust,
-                "attack": f"PGD-{self.trainer.val_steps}, {self.threat}"
+                "attack": f"PGD-{self.settings.val_steps}, {self.threat}"
                 if robust is not None
                 else None,
             },
@@ -320,7 +319,7 @@ class Fit:
             torch=torch.__version__,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             devices=self.fabric.world_size,
-            precision=self.trainer.precision,
+            precision=self.settings.precision,
         )
         if self.fabric.is_global_zero:
             summary.save(self.folder / "summary.json")

@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from advbench.files import write_text
+from advbench.training.processes import gather
 
 Row = dict[str, float]
 
@@ -53,11 +54,9 @@ class Means:
 
     def _gathered(self, fabric: Fabric) -> Tensor:
         """(processes, names)."""
-        values = list(self._sums.values())
-        sums = torch.stack(values) if values else torch.zeros(0, device=fabric.device)
-        gathered = fabric.all_gather(sums)
-        assert isinstance(gathered, Tensor)
-        return gathered.reshape(fabric.world_size, -1)
+        if not self._sums:  # then in no process
+            return torch.zeros(fabric.world_size, 0)
+        return gather(torch.stack(list(self._sums.values())), fabric)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, float]]) -> None:

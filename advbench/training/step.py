@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier
@@ -65,23 +63,3 @@ def _detached(part: Part | None) -> Part | None:
     if part is None:
         return None
     return Part(part.x, part.features.detach(), part.logits.detach())
-
-
-def share_buffers(model: nn.Module, fabric: Fabric) -> None:
-    """Gives every process the buffers of the first, so that they attack and validate one model.
-
-    DDP does so at the start of a forward pass only: after it, each process has the running
-    statistics of its own rows.
-    """
-    if fabric.world_size == 1:
-        return
-    by_type: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in model.buffers():
-        by_type.setdefault(buffer.dtype, []).append(buffer)
-    for buffers in by_type.values():
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
-        torch.distributed.broadcast(flat, src=0)
-        for buffer, shared in zip(
-            buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True
-        ):
-            buffer.copy_(shared.view_as(buffer))

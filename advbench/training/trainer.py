@@ -18,65 +18,19 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
-from advbench.errors import UserError, did_you_mean
+from advbench.errors import UserError
 from advbench.files import canonical
 from advbench.recipes.base import Recipe
 from advbench.training.checkpoint import remove_leftovers, require_identity
 from advbench.training.loop import Fit
 from advbench.training.optimizers import Optimizer
+from advbench.training.settings import Settings
 from advbench.training.summary import Report, Silent, Summary
-
-# float16 is not here: small input gradients vanish in it, and an attack sees their sign alone.
-PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """How to train, whatever is trained.
-
-    epochs: at least 1.
-    batch_size: over all devices, a multiple of their number. What fills no batch at the end of an
-        epoch waits for the next permutation.
-    devices, accelerator, strategy, num_nodes: as lightning-fabric takes them. ``devices`` is a
-        number, "auto", or a list such as "0,1".
-    precision: 32-true or bf16-mixed; validation is always in float32.
-    save_every: seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end
-        saves as well.
-    clip_grad: largest l2 norm of the gradient of all parameters; None is off.
-    ema: decay in (0, 1) of a moving average of the weights, which then is what is validated and
-        kept; None is off.
-    val_steps: PGD steps of the robust validation accuracy.
-    deterministic: on a GPU, the same bits in every run, at some cost; a CPU gives them anyway.
-
-    Raises UserError for values out of range.
-    """
-
-    epochs: int = 30
-    batch_size: int = 128
-    devices: int | str = 1
-    accelerator: str = "auto"
-    strategy: str = "auto"
-    num_nodes: int = 1
-    precision: str = "32-true"
-    save_every: float = 60.0
-    clip_grad: float | None = None
-    ema: float | None = None
-    val_steps: int = 10
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "num_nodes", "val_steps"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("save_every", self.save_every >= 0, "a number of seconds")
-        self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or null")
-        self._require("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, or null")
-        if self.precision not in PRECISIONS:
-            hint = did_you_mean(self.precision, PRECISIONS)
-            raise UserError(f"no precision '{self.precision}'{hint} (trainer.precision=32-true)")
-
-    def _require(self, name: str, holds: bool, range_: str) -> None:
-        if not holds:
-            raise UserError(f"trainer.{name}={getattr(self, name):g} is not {range_}")
+class Trainer(Settings):
+    """Trains by its settings. Raises UserError for values out of range."""
 
     def fit(
         self,
@@ -127,7 +81,7 @@ class Trainer:
             return summary
         with _kernels(self.deterministic):
             return Fit(
-                trainer=self,
+                settings=self,
                 fabric=fabric,
                 model=model,
                 splits=splits,

@@ -12,6 +12,7 @@ from advbench.attacks.random import KeyedRandom
 from advbench.attacks.threat import Threat
 from advbench.data.base import Split
 from advbench.recipes.base import frozen
+from advbench.training.processes import gather
 from advbench.training.randomness import derive
 
 
@@ -50,7 +51,5 @@ def accuracies(
                 point = craft(attack, model, Clean(chunk, x, y), threat, random)
                 with torch.no_grad():
                     correct[1] += (right & (model(point).argmax(1) == y)).sum()
-    total = fabric.all_reduce(correct, reduce_op="sum")
-    assert isinstance(total, torch.Tensor)
-    clean, robust = (total / len(split)).tolist()
+    clean, robust = (count / len(split) for count in gather(correct, fabric).sum(0).tolist())
     return clean, robust if attack is not None else None

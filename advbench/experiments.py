@@ -116,8 +116,8 @@ def evaluate(
         cfg = OmegaConf.merge(cfg, {"run": str(run)})  # pyright: ignore[reportAssignmentType]
         model, defense, trained = models.from_run(run, plugins)
         traits, input_shape, name = defense.traits(model), model.input_shape, run.name
-    data_node = _inherit(cfg.data, trained, "data")
-    threat: Threat = config.build(_inherit(cfg.threat, trained, "threat"), "threat")
+    data_node = inherit(cfg.data, trained, "data")
+    threat: Threat = config.build(inherit(cfg.threat, trained, "threat"), "threat")
     protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
     splits: Splits = config.build(data_node, "data", plugins=plugins)
     samples = Samples(splits.test, subset(len(splits.test), cfg.n), resources.device)
@@ -175,7 +175,7 @@ def _kept(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:
     return kept
 
 
-def _inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
+def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
     """The node, or where it is left to the run, the run's with the values that were given."""
     if node is not None and node.get("_target_") is not None:
         return node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -23,7 +24,8 @@ class Screen:
     """Lines for a person, kept in ``log.txt`` as well once the run has a directory."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        # Bound to the stream of now: attacks of other libraries are silenced by replacing it.
+        self.console = console or Console(highlight=False, file=sys.stdout)
         self.log: Path | None = None
 
     def line(self, text: str) -> None:

@@ -20,9 +20,11 @@ from advbench.defenses.base import Traits
 from advbench.errors import UserError
 from advbench.evaluation.engine import Samples, subset
 from advbench.evaluation.evaluate import Evaluation
+from advbench.evaluation.resources import Resources
 from advbench.files import short_hash
 from advbench.results import Results
 from advbench.training.summary import Summary
+from advbench.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def train(
     recipe = config.build(cfg.recipe, "recipe", plugins=plugins, threat=threat)
     optimizer = config.build(cfg.optimizer, "optimizer", plugins=plugins)
     trainer = config.build(cfg.trainer, "trainer", plugins=plugins)
+    if not isinstance(trainer, Trainer):
+        raise UserError("trainer=evaluation is for eval; train with trainer=default")
     _check_fit(cfg.backbone, splits.info)
     torch.manual_seed(cfg.seed)
     node = models.backbone_node(cfg.backbone, splits.info)
@@ -106,6 +110,8 @@ def evaluate(
     if cfg.weights is not None and cfg.model is None:
         raise UserError("weights=FILE needs model=FILE.py:FACTORY")
     resources = config.build(cfg.trainer, "trainer", plugins=plugins)
+    if not isinstance(resources, Resources):
+        raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
     traits, trained, input_shape = Traits(), None, None
     if cfg.model is not None:
         model = models.from_factory(cfg.model, cfg.weights)

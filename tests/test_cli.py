@@ -223,13 +223,15 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "copy": (["copy", "backbone/resnet81", "."], "did you mean 'resnet18'?"),
     "no results": (["report", "m.py"], "m.py is not a result"),
     "loss": (["eval", "run=good", "protocol=pgd", "protocol.loss=crossent"], "no attack loss"),
-    "eval's trainer": (["train", "trainer=evaluation", "trainer.batch_size=0"], "not at least 1"),
+    "eval's trainer": (["train", "trainer=evaluation"], "trainer=evaluation is for eval"),
+    "train's trainer": (["eval", "run=good", "trainer=default"], "trainer=default is for train"),
+    "eval's data": (["train", "data=run"], "no data is chosen"),
     "batch size": (["train", "trainer.batch_size=5000"], "batch_size"),
 }  # fmt: skip
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 36
+    assert len(MISTAKES) == 38
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def main(folder: Path) -> None:
     ids = subset(len(test), cfg.n)
     x, y = test.fetch(ids, "cpu")
 
-    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[results.threat["norm"]]
+    norm: Any = {"linf": "Linf", "l2": "L2", "l1": "L1"}[results.threat["norm"]]
     suite = AutoAttack(model, norm=norm, eps=results.threat["eps"], seed=cfg.seed)
     suite.verbose = False
     begin = time.perf_counter()

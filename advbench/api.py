@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advbench import config, models
+from advbench import config, models, runs
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.arrays import array_split
 from advbench.defenses.base import Traits
+from advbench.errors import UserError
 from advbench.evaluation.engine import Samples, Watch, subset
 from advbench.evaluation.evaluate import Evaluation
 from advbench.evaluation.protocol import Protocol
@@ -48,7 +49,8 @@ def evaluate(
     x: (N, C, H, W), uint8, or floats in [0, 1].  y: (N,) integers in [0, K).
     threat, protocol: an object, or the name of a shipped one (``advbench list threats``).
     n: evaluate the fixed pseudo-random subset of that size.
-    traits: what an attacker must know of the model; a plain deterministic one if None.
+    traits: what an attacker must know of the model; if None, those that ``load`` found, else those
+        of a plain deterministic model.
     folder: keep the evaluation there, and go on with it if it was interrupted.
     Raises ``UserError`` for a model in training mode and for whatever does not fit.
     """
@@ -57,6 +59,9 @@ def evaluate(
     if isinstance(protocol, str):
         protocol = config.build(config.shipped("protocol", protocol), "protocol")
     assert isinstance(threat, Threat) and isinstance(protocol, Protocol)
+    shape = tuple(np.shape(x))
+    if len(shape) != 4:
+        raise UserError(f"x has shape {shape}: images are (N, C, H, W)")
     images = torch.as_tensor(x).detach().cpu().movedim(1, -1).numpy()
     labels = torch.as_tensor(y).detach().cpu().numpy()
     split = array_split(images, labels, "x", "y")
@@ -64,7 +69,7 @@ def evaluate(
     evaluation = Evaluation(
         run=name,
         model=model,
-        traits=traits or Traits(),
+        traits=traits or getattr(model, "traits", Traits()),
         samples=Samples(split, subset(len(split), n), anchor.device),
         data="arrays",
         threat=threat,
@@ -72,4 +77,8 @@ def evaluate(
         seed=seed,
         slots=batch_size,
     )
-    return evaluation.execute(None if folder is None else Path(folder), evaluation.stages(), watch)
+    stages = evaluation.stages()
+    if folder is None:
+        return evaluation.execute(None, stages, watch)
+    with runs.occupied(Path(folder)):
+        return evaluation.execute(Path(folder), stages, watch)

@@ -18,6 +18,7 @@ from typing import Any
 import advbench.messages as messages
 from advbench.errors import UserError, did_you_mean
 
+DIRECTORIES = ("hydra.run.dir=", "hydra.sweep.dir=")
 HELP = """advbench - train adversarial defenses, and measure honestly how robust they are
 
 usage: advbench VERB ...
@@ -105,12 +106,13 @@ def _hydra(verb: str, rest: list[str]) -> int:
         nonlocal status
         sys.argv = given  # what a process of another device is started with
         try:
-            status = max(status, _job(verb, cfg))
+            status = max(status, _job(verb, cfg, there))
         except Exception as problem:  # of one job: a sweep goes on with the next
             status = max(status, _refuse(problem))
 
     given = sys.argv
     sys.argv = [f"advbench {verb}", *rest]
+    there = _existing(verb, rest)
     try:
         run = hydra.main(version_base="1.3", config_path="pkg://advbench.configs", config_name=verb)
         run(task)()
@@ -119,7 +121,14 @@ def _hydra(verb: str, rest: list[str]) -> int:
     return status
 
 
-def _job(verb: str, cfg: Any) -> int:
+def _existing(verb: str, rest: list[str]) -> set[Path]:
+    """Which directories on the way to the runs there are, before Hydra makes the others."""
+    said = [word.partition("=")[2] for word in rest if word.startswith(DIRECTORIES)]
+    wanted = [Path(name).absolute() for name in (*said, f"outputs/{verb}")]
+    return {path for name in wanted for path in (name, *name.parents) if path.exists()}
+
+
+def _job(verb: str, cfg: Any, there: set[Path]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -134,27 +143,46 @@ def _job(verb: str, cfg: Any) -> int:
         exact = Path(hydra_cfg.run.dir) != runs.OUTPUTS / verb
     with suppress(ValueError):
         folder = folder.relative_to(Path.cwd())
-    named = {override.partition("=")[0].lstrip("+") for override in hydra_cfg.overrides.task}
-    if cfg.plugins and "plugins" not in named:
-        raise UserError("plugins=[FILE.py] runs code, so it may be given on the command line only")
-    plugins = config.load_plugins(cfg.plugins)
     home = experiments.Home(folder, exact)
-    screen = Screen()
-    with _tidy(folder):
+    with _tidy(folder, there):
+        _check_overrides(cfg, hydra_cfg)
+        plugins = config.load_plugins(cfg.plugins)
         if verb == "train":
-            experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
+            experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, Screen())
             return 0
-        results = experiments.evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
+        results = experiments.evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, Screen())
     return 3 if cfg.strict and results.verdict["label"] == "unreliable" else 0
 
 
+def _check_overrides(cfg: Any, hydra_cfg: Any) -> None:
+    """Raise UserError for settings that may not stand where they stand, or would be ignored."""
+    from hydra.types import RunMode
+
+    named = {override.partition("=")[0].lstrip("+") for override in hydra_cfg.overrides.task}
+    if cfg.plugins and "plugins" not in named:
+        raise UserError("plugins=[FILE.py] runs code, so it may be given on the command line only")
+    if hydra_cfg.mode == RunMode.MULTIRUN and any(
+        override.startswith("hydra.run.dir=") for override in hydra_cfg.overrides.hydra
+    ):
+        raise UserError("hydra.run.dir is for one run; with -m say where with hydra.sweep.dir=DIR")
+    ignored = named - {"resume", "plugins", "strict", "model", "weights"}
+    if cfg.resume is not None and ignored:
+        raise UserError(
+            f"resume={cfg.resume} takes its settings from the run: leave out "
+            f"{', '.join(sorted(ignored))}"
+        )
+
+
 @contextmanager
-def _tidy(folder: Path) -> Any:
-    """A mistake leaves no empty directories behind; Hydra has made ``folder`` by now."""
+def _tidy(folder: Path, there: set[Path]) -> Any:
+    """A mistake leaves no empty directories behind that were not there before."""
     try:
         yield
     except UserError:
-        for empty in (folder, *folder.parents):
+        home = folder.absolute()
+        for empty in (home, *home.parents):
+            if empty in there:
+                break
             try:
                 empty.rmdir()
             except OSError:

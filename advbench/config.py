@@ -116,6 +116,8 @@ def import_file(path: str) -> types.ModuleType:
         raise UserError(f"'{path}' is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
+    if str(file.resolve().parent) not in sys.path:  # it may import its neighbours
+        sys.path.insert(0, str(file.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except Exception as problem:
@@ -132,6 +134,8 @@ def describe(problem: BaseException) -> str:
 
 def target_of(node: Any, group: str, plugins: tuple[str, ...] = ()) -> Callable[..., Any]:
     """The component that a group node names. Raises UserError if it may not be used."""
+    if node is not None and not isinstance(node, Mapping | DictConfig):
+        raise UserError(f"{group} is {node!r}, not a component: choose one with {group}=NAME")
     name = None if node is None else node.get("_target_")
     if not name:
         raise UserError(f"no {group} is chosen: give {group}=NAME (see: advbench list {group})")
@@ -239,13 +243,19 @@ def plain(cfg: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> DictConfig:
-    """Read a YAML file of a run. Raises UserError if it is no mapping."""
+    """Read a YAML file of a run, which is resolved.
+
+    Raises UserError if it is no mapping, and for interpolations: a downloaded one could read the
+    environment.
+    """
     try:
         cfg = OmegaConf.load(path)
     except Exception as problem:
         raise UserError(f"{path} can't be read: {describe(problem)}") from problem
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{path} is not a config")
+    if "${" in str(OmegaConf.to_container(cfg, resolve=False)):
+        raise UserError(f"{path} is refused: a run's config has no interpolations (${{...}})")
     return cfg
 
 

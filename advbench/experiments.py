@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from advbench.errors import UserError
 from advbench.evaluation.engine import Samples, subset
 from advbench.evaluation.evaluate import Evaluation
 from advbench.evaluation.resources import Resources
-from advbench.files import short_hash
+from advbench.files import file_sha256, model_sha256, short_hash
 from advbench.results import Results
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
@@ -67,13 +68,19 @@ def train(
         kept = _kept(cfg, choices)
         kept.backbone = node
     content = {"train": splits.train.sha256(), "val": splits.val.sha256()}
-    identity = {"config": config.plain(kept), "data": content}
+    identity = {
+        "config": config.plain(kept),
+        "data": content,
+        "start": model_sha256(model),
+        "code": hashes(cfg.plugins),
+        "version": version("advbench"),
+    }
     names = [kept.choices.get(group, "own") for group in ("data", "backbone", "defense", "recipe")]
     folder = home.of("-".join([*names, f"s{cfg.seed}"]), identity)
     first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
     with runs.occupied(folder) if first else nullcontext():
         if first:
-            runs.keep_config(folder, kept)
+            runs.keep_config(folder, kept, compare=True)
             screen.log = folder / "log.txt"
             state = "finished already" if runs.finished(folder, "train") else "training"
             screen.line(f"{state}: {folder}")
@@ -104,7 +111,14 @@ def evaluate(
 ) -> Results:
     """Evaluate what the config says, or go on with it. Returns the results."""
     if cfg.resume is not None:
+        asked = cfg
         home, cfg = _resumed(cfg.resume, "eval")
+        if (asked.model, asked.weights) != (cfg.model, cfg.weights):
+            again = "".join(f" {k}={cfg[k]}" for k in ("model", "weights") if cfg[k] is not None)
+            raise UserError(
+                f"model=FILE.py runs code, so it is said again: advbench eval resume={home.folder}"
+                f"{again}"
+            )
     if cfg.run is not None and cfg.model is not None:
         raise UserError("give run=DIR or model=FILE.py:FACTORY, not both")
     if cfg.weights is not None and cfg.model is None:
@@ -113,15 +127,17 @@ def evaluate(
     if not isinstance(resources, Resources):
         raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
     traits, trained, input_shape = Traits(), None, None
+    code = hashes(cfg.plugins)
     if cfg.model is not None:
         model = models.from_factory(cfg.model, cfg.weights)
-        name = Path(cfg.model.rpartition(":")[0]).stem
+        file = cfg.model.rpartition(":")[0]
+        name, code["model"] = Path(file).stem, file_sha256(file)
     else:
         run = runs.newest() if cfg.run is None else runs.find(cfg.run)
         # Kept in the run's config, so that going on does not depend on what is newest then.
         cfg = OmegaConf.merge(cfg, {"run": str(run)})  # pyright: ignore[reportAssignmentType]
         model, defense, trained = models.from_run(run, plugins)
-        traits, input_shape, name = defense.traits(model), model.input_shape, run.name
+        traits, input_shape, name = defense.traits(model), model.input_shape, run.resolve().name
     data_node = inherit(cfg.data, trained, "data")
     threat: Threat = config.build(inherit(cfg.threat, trained, "threat"), "threat")
     protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
@@ -143,6 +159,7 @@ def evaluate(
         seed=cfg.seed,
         slots=resources.batch_size,
         keep_images=cfg.adversarial,
+        code=code,
     )
     stages = evaluation.stages()
     identity = evaluation.identity()
@@ -150,8 +167,10 @@ def evaluate(
     budget = str(threat).replace(" ", "_").replace("/", "-")
     folder = home.of(f"{name}-{protocol.name}-{budget}", identity)
     with runs.occupied(folder):
-        runs.keep_config(folder, kept)
+        runs.keep_config(folder, kept, compare=False)  # the plan decides what is the same
         screen.log = folder / "log.txt"
+        if runs.finished(folder, "eval"):
+            screen.line(f"finished already: {folder}")
         screen.line(f"evaluating {name} on {len(samples)} samples of {splits.info.name}, {threat}")
         for stage in stages:
             screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
@@ -161,11 +180,17 @@ def evaluate(
     return results
 
 
+def hashes(files: Sequence[str]) -> dict[str, str]:
+    """The content of the user's own files, by name."""
+    return {Path(file).name: file_sha256(file) for file in files}
+
+
 def _resumed(run: str, kind: str) -> tuple[Home, DictConfig]:
     """The directory and the config of an interrupted run."""
     folder = Path(run)
     if runs.kind_of(folder) != kind:
         raise UserError(f"resume={run} is not the directory of an advbench {kind} run")
+    runs.refuse_links(folder)
     return Home(folder, exact=True), config.read(folder / runs.CONFIG)
 
 
@@ -189,7 +214,12 @@ def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
         example = {"data": "data=npz data.path=FILE.npz", "threat": "threat=linf_8"}[group]
         raise UserError(f"a model of your own needs its {group}: give {example}")
     merged = OmegaConf.create(config.plain(trained[group]))
-    for key, value in (config.plain(node) if node is not None else {}).items():
+    if "download" in merged:  # a run that came from elsewhere does not decide this
+        merged.download = False
+    given = {} if node is None else config.plain(node)
+    if given.get("norm") not in (None, merged.get("norm")) and given.get("eps") is None:
+        raise UserError(f"threat.norm={given['norm']} needs a budget: give threat.eps=... as well")
+    for key, value in given.items():
         if value is None:
             continue
         if key not in merged:

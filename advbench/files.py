@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -12,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_LIBRARIES = ("torch", "torchvision", "timm", "advbench")
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -54,10 +58,28 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's content."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def model_sha256(model: nn.Module) -> str:
-    """Hash of a model's structure, parameters and buffers, persistent or not."""
+    """Hash of a model: structure, plain settings, source of its classes, parameters and buffers.
+
+    Source: of classes outside the installed libraries. What their functions call is not seen.
+    """
     # Some modules print the address of a function; it differs from process to process.
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
+    for name, module in model.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and key != "training"
+        }
+        digest.update(f"{name}/{sorted(settings.items())}".encode())
+        if type(module).__module__.partition(".")[0] not in _LIBRARIES:
+            with contextlib.suppress(OSError, TypeError):  # no source, as in a notebook
+                digest.update(inspect.getsource(type(module)).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))

@@ -22,6 +22,8 @@ def of(problem: BaseException) -> str | None:
             return f"'{link.override}' is not KEY=VALUE; quote special characters: KEY='\"a=b\"'"
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
+    if isinstance(problem, OSError) and problem.filename is not None:
+        return f"can't use '{problem.filename}': {problem.strerror}"
     known = [link for link in chain if isinstance(link, HydraException | OmegaConfBaseException)]
     # The one that names the key, or else the innermost.
     told = [link for link in known if "full_key:" in str(link)] or known[-1:]

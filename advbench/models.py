@@ -46,6 +46,8 @@ def assemble(
 def from_run(folder: Path, plugins: tuple[str, ...] = ()) -> tuple[Classifier, Defense, DictConfig]:
     """The best model of a finished training run, in evaluation mode, with its defense and config.
 
+    What an attacker must know of it is with it, as ``model.traits``.
+
     Raises UserError for a run that did not finish, whose weights do not match its config, or whose
     config names code that is not advbench's or in ``plugins``.
     """
@@ -53,6 +55,7 @@ def from_run(folder: Path, plugins: tuple[str, ...] = ()) -> tuple[Classifier, D
     cfg = config.read(folder / runs.CONFIG)
     model, defense = assemble(cfg.backbone, cfg.defense, plugins)
     load_weights(model, folder / WEIGHTS)
+    model.traits = defense.traits(model)  # pyright: ignore[reportArgumentType]
     return model.eval(), defense, cfg
 
 

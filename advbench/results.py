@@ -100,6 +100,7 @@ class Results:
                 for key in ("clean", "robust")
             }
             stages = tuple(StageResult(**stage) for stage in values["stages"])
+            _ = values["threat"]["norm"], values["data"]["name"], values["protocol"]["name"]
             return cls(**{**values, **accuracy, "stages": stages})
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"{path} is not a result of advbench: {problem}") from problem

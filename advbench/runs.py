@@ -9,7 +9,6 @@ on where it was interrupted, and a finished run is not run again.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +45,7 @@ def find(folder: str | Path) -> Path:
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"there is no run '{path}'{_offer()}")
+    refuse_links(path)
     kind = kind_of(path)
     if kind is None:
         raise UserError(f"'{path}' is not a run: it has no {CONFIG}{_offer()}")
@@ -54,6 +54,13 @@ def find(folder: str | Path) -> Path:
     if not finished(path, "train"):
         raise UserError(f"'{path}' did not finish; go on with: advbench train resume={path}")
     return path
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise UserError for symbolic links in a run: in a downloaded one they could lead anywhere."""
+    links = [path for path in folder.iterdir() if path.is_symlink()]
+    if links:
+        raise UserError(f"'{links[0]}' is a symbolic link, which a run has none of: remove it")
 
 
 def newest() -> Path:
@@ -85,7 +92,8 @@ def occupied(folder: Path) -> Iterator[None]:
     The lock ends with the process, however it ends. A new directory in which a mistake was found
     before any work is removed again.
     """
-    fresh = not folder.exists() or not any(folder.iterdir())
+    existed = folder.is_dir()
+    fresh = not existed or not any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -96,16 +104,24 @@ def occupied(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         if fresh and {path.name for path in folder.iterdir()} <= WITHOUT_WORK:
-            shutil.rmtree(folder)
+            for path in folder.iterdir():
+                path.unlink()
+            if not existed:
+                folder.rmdir()
         raise
     finally:
+        # The file stays: another process may hold it by now.
         lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
 
 
-def keep_config(folder: Path, cfg: DictConfig) -> None:
-    """Write config.yaml, or compare it. Raises UserError if the directory has another one."""
+def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
+    """Write config.yaml where there is none.
+
+    compare: raise UserError if there is another one. Raises it for a directory of something else.
+    """
     path = folder / CONFIG
+    if path.exists() and not compare:
+        return
     if path.exists():
         known, wanted = config.plain(config.read(path)), config.plain(cfg)
         if known != wanted:

@@ -245,7 +245,7 @@ class Cheat(Attack):
     def queries(self) -> int:
         return 0
 
-    def check(self, num_classes: int) -> None:
+    def check(self, num_classes: int, threat: Threat) -> None:
         pass
 
     def start(self, oracle, clean, threat, random, restart) -> Rows:  # pyright: ignore
@@ -325,4 +325,4 @@ def test_too_few_classes_are_refused() -> None:
         (APGD(loss_name="margin_targeted", targets=9), 5),
     ):
         with pytest.raises(UserError, match="classes"):
-            attack.check(classes)
+            attack.check(classes, Threat("linf", 0.1))

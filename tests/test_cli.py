@@ -225,13 +225,21 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "loss": (["eval", "run=good", "protocol=pgd", "protocol.loss=crossent"], "no attack loss"),
     "eval's trainer": (["train", "trainer=evaluation"], "trainer=evaluation is for eval"),
     "train's trainer": (["eval", "run=good", "trainer=default"], "trainer=default is for train"),
+    "norm without eps": (["eval", "run=good", "threat.norm=l2"], "give threat.eps=... as well"),
+    "resume and more": (["eval", "resume=good", "n=5"], "leave out n"),
+    "dir of a sweep": (["train", "-m", "seed=1", "hydra.run.dir=x"], "hydra.sweep.dir=DIR"),
+    "dir is a file": (["train", "hydra.run.dir=m.py"], "can't use"),
+    "l1": (
+        ["eval", "run=good", "threat=l1_12", "protocol=pgd"],
+        "PGD's step is not defined for l1: use protocol=apgd",
+    ),
     "eval's data": (["train", "data=run"], "no data is chosen"),
     "batch size": (["train", "trainer.batch_size=5000"], "batch_size"),
 }  # fmt: skip
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 38
+    assert len(MISTAKES) == 43
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,6 +304,61 @@ def test_a_directory_with_another_run_is_refused(
     complain(["train", "hydra.run.dir=conf_of_mine", "resume=conf"], "is not the directory", capsys)
 
 
+def test_a_run_cannot_read_the_environment_or_lead_elsewhere(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    text = Path("good/config.yaml").read_text()
+    bad = Path("leak")
+    bad.mkdir()
+    for name in ("model.safetensors", "summary.json"):
+        (bad / name).write_bytes((Path("good") / name).read_bytes())
+    (bad / "config.yaml").write_text(text.replace("split_seed: 0", "split_seed: ${oc.env:SECRET}"))
+    complain(["eval", "run=leak"], "has no interpolations", capsys)
+    (bad / "config.yaml").write_text(text)
+    (bad / "log.txt").symlink_to(place / "m.py")
+    complain(["eval", "run=leak"], "'leak/log.txt' is a symbolic link", capsys)
+
+
+def test_going_on_with_an_evaluation_does_not_run_the_code_it_names(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["data=npz", "data.path=ok.npz", "threat=linf_8", "protocol=clean"]
+    assert main(["eval", "model=m.py:build", *given, "hydra.run.dir=named"]) == 0
+    complain(["eval", "resume=named"], "advbench eval resume=named model=m.py:build", capsys)
+    assert main(["eval", "resume=named", "model=m.py:build"]) == 0
+
+
+def test_an_edited_model_is_another_model(place: Path) -> None:
+    given = ["eval", "model=e.py:build", "data=npz", "data.path=ok.npz", "threat=linf_8"]
+    for sign in ("", "-"):
+        Path("e.py").write_text(
+            "import torch\nfrom torch import nn\n\n\nclass M(nn.Linear):\n"
+            f"    def forward(self, x):\n        return {sign}super().forward(x.flatten(1))\n\n\n"
+            "def build():\n    torch.manual_seed(0)\n    return M(192, 5)\n"
+        )
+        sys.modules.pop("e", None)
+        assert main([*given, "protocol=clean"]) == 0
+    found = [Results.load(f).clean.acc for f in place.glob("outputs/eval/e-clean*/results.json")]
+    assert len(found) == 2 and found[0] != found[1]
+
+
+def test_a_result_may_be_asked_for_again_in_other_words(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["eval", "protocol=fgsm", "n=25", "run=good"]
+    assert main(asked) == 0
+    for other in (["strict=true"], ["trainer.accelerator=cpu"], [f"run={place / 'good'}"]):
+        assert main([*asked, *other]) == 0
+        assert "finished already" in capsys.readouterr().out
+
+
+def test_a_mistake_leaves_the_users_own_directories(place: Path) -> None:
+    Path("keep/empty").mkdir(parents=True)
+    assert main(["train", "hydra.run.dir=keep/empty", "threat.eps=8"]) == 2
+    assert Path("keep/empty").is_dir()
+
+
 def test_a_sweep_goes_on_after_a_mistake(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", "-m", "trainer.batch_size=9999,64", "seed=9", *FAST]
     assert main(command) == 2
@@ -323,13 +386,12 @@ def test_kill_9_and_the_same_command_again(place: Path, tmp_path: Path) -> None:
         for arguments, final in ((training, "summary.json"), (attack, "results.json")):
             delay = 5.0
             for _ in range(kills):
-                process = run(*arguments, folder=folder)
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                with run(*arguments, folder=folder) as process:
+                    time.sleep(delay)
+                    process.send_signal(signal.SIGKILL)
                 delay += 0.7
-            process = run(*arguments, folder=folder)
-            output, _ = process.communicate()
+            with run(*arguments, folder=folder) as process:
+                output, _ = process.communicate()
             assert process.returncode == 0, output.decode()
             assert len(list(folder.rglob(final))) == 1, "a killed run must be gone on with"
         (weights,) = folder.rglob("model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,7 +208,7 @@ class Liar(Attack):
     def queries(self) -> int:
         return 0
 
-    def check(self, num_classes: int) -> None:
+    def check(self, num_classes: int, threat: Threat) -> None:
         pass
 
     def start(
@@ -348,9 +349,53 @@ def test_a_subset_is_fixed_and_nested() -> None:
     assert len(small) == 50 and torch.isin(small, large).all()
     assert torch.equal(small, small.sort().values) and torch.equal(small, subset(1000, 50))
     assert not torch.equal(small, torch.arange(50))
-    for n in (0, 1001):
-        with pytest.raises(UserError, match=f"n={n} but the split has 1000"):
+    for n, said in ((0, "n=0 is not at least 1"), (1001, "n=1001 but the split has 1000")):
+        with pytest.raises(UserError, match=said):
             subset(1000, n)
+
+
+class Around(nn.Module):
+    """A model with something done around it."""
+
+    def __init__(self, model: nn.Module, call: Callable) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.model, x)
+
+
+def test_pixels_with_a_nan_gradient_do_not_stop_an_attack() -> None:
+    x = images(40)
+    x[:, :, 0, 0] = 0.0  # where the square root has no gradient
+    plain = linear()
+    rooted = Around(linear(), lambda model, x: model(x + 0 * x.sqrt()))
+    y = labels(plain, x, wrong=0)
+    threat = Threat("linf", 0.03)
+    found = [
+        advbench.evaluate(model, x, y, threat=threat, protocol="pgd").robust.acc
+        for model in (plain, rooted)
+    ]
+    assert 0 < found[0] < 1 and abs(found[0] - found[1]) <= 2 / 40
+
+
+def test_an_answer_that_is_no_number_is_wrong() -> None:
+    """NaN logits have an argmax, class 0; that does not make class 0 robust."""
+    x = images(20)
+    y = torch.zeros(20, dtype=torch.int64)
+    layer = nn.Linear(16, 2)
+    nn.init.zeros_(layer.weight)
+    layer.bias.data = torch.tensor([1.0, 0.0])
+    inner = nn.Sequential(nn.Flatten(), layer)
+
+    def off_the_images(model: nn.Module, z: Tensor) -> Tensor:
+        far = (z[:, None] - x).abs().flatten(2).amax(2).amin(1) > 1e-6
+        return torch.where(far[:, None], torch.nan, model(z))
+
+    model = Around(inner, off_the_images)
+    results = advbench.evaluate(model, x, y, threat="linf_8", protocol="pgd")
+    assert results.clean.acc == 1 and results.robust.acc == 0
 
 
 def test_models_that_cannot_be_evaluated_are_refused() -> None:
@@ -368,6 +413,14 @@ def test_models_that_cannot_be_evaluated_are_refused() -> None:
     refused(linear(), "labels up to 5", y=y + 5)
     refused(linear(), "can't take the data's images", x=torch.rand(8, 3, 9, 9))
     refused(nn.Flatten(0).eval(), r"logits of shape \(N, K\)")
+    refused(nn.Sequential(linear().train(False), nn.Dropout(0.5)), "training mode")
+    refused(Around(linear(), lambda model, x: model(x) + torch.rand(1)), "stochastic")
+    refused(Around(linear(), lambda model, x: model(x - x.mean(0))), "other images of its batch")
+    refused(Around(linear(), lambda model, x: model(x).detach()), "has no gradient")
+    refused(Around(linear(), lambda model, x: model(x.mul_(0.5))), "writes into its input")
+    refused(Around(linear(), lambda model, x: {}["key"]), "can't take the data's images")
+    refused(Around(linear(), lambda model, x: model(x) * (x - x).sum().sqrt()), "NaN or infinite")
+    refused(linear(), "images are .N, C, H, W.", x=x[:, 0])
     refused(linear(), "outside .0, 1.", x=255 * x)
     refused(linear(), "NaN", x=torch.where(x > 0.5, torch.nan, x))
 

@@ -104,7 +104,7 @@ class APGD(Attack):
         # Each phase but the last looks at its last point, to hand on the best one.
         return sum(steps for _, steps in self._schedule) + len(self._schedule) - 1
 
-    def check(self, num_classes: int) -> None:
+    def check(self, num_classes: int, threat: Threat) -> None:
         need_classes(self.loss_name, num_classes)
         if self.targeted and self.targets > num_classes - 1:
             raise UserError(

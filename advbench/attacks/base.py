@@ -121,9 +121,27 @@ class Oracle:
             logits = self.model(point)
             loss = attack.loss(logits, rows)
             grad = torch.autograd.grad(loss.sum(), point)[0] if gradient else None
+        if grad is not None:
+            grad = _usable(grad)
         rows.forwards += 1
         rows.backwards += int(gradient)
         return Answer(logits.detach(), loss.detach(), grad)
+
+
+def _usable(gradient: Tensor) -> Tensor:
+    """The gradient with zeros where it is not finite: the attack goes on with the other pixels.
+
+    Raises UserError if a row has no finite entry: an attack along it would measure nothing.
+    """
+    finite = gradient.isfinite()
+    if finite.all():
+        return gradient
+    if not finite.flatten(1).any(1).all():
+        raise UserError(
+            "the model's gradient is NaN or infinite for whole images, so an attack along it would "
+            "find nothing and its robust accuracy would mean nothing: mend the model's backward"
+        )
+    return torch.where(finite, gradient, 0.0)
 
 
 @dataclass(frozen=True)
@@ -155,8 +173,8 @@ class Attack(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def check(self, num_classes: int) -> None:
-        """Raise UserError if the attack can't run with so many classes."""
+    def check(self, num_classes: int, threat: Threat) -> None:
+        """Raise UserError if the attack can't run with so many classes, or in that norm."""
 
 
 def started(clean: Clean, point: Tensor, restart: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError, did_you_mean
 
+_L2_BALLS = ("PGDL2", "PGDRSL2")
 _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
@@ -107,12 +108,12 @@ class ReferenceAutoAttack(LibraryAttack):
     targets: int = 9
     seed: int = 0
 
-    def check(self, num_classes: int) -> None:
+    def check(self, num_classes: int, threat: Threat) -> None:
         fewest = {"apgd-dlr": 3, "apgd-t": 4}.get(self.member, 2)
         if num_classes < fewest:
             raise UserError(
                 f"the reference AutoAttack's {self.member} needs at least {fewest} classes and "
-                f"there are {num_classes}; use protocol=pgd protocol.loss=margin"
+                f"there are {num_classes}; use protocol=apgd protocol.loss=margin"
             )
 
     def perturb(self, model: nn.Module, clean: Clean, threat: Threat) -> Tensor:
@@ -174,8 +175,11 @@ class TorchAttack(LibraryAttack):
                 f"{did_you_mean(key, self._known())}"
             )
 
-    def check(self, num_classes: int) -> None:
-        """Nothing is known beforehand of what the library's attack needs."""
+    def check(self, num_classes: int, threat: Threat) -> None:
+        own = "l2" if self.name in _L2_BALLS else "linf"
+        bounded = "eps" in self._known() and "norm" not in self._known()
+        if bounded and threat.norm != own:
+            raise UserError(f"torchattacks' {self.name} is for {own} and the threat is {threat}")
 
     def _known(self) -> list[str]:
         known = inspect.signature(getattr(_torchattacks(), self.name).__init__).parameters
@@ -199,8 +203,13 @@ class TorchAttack(LibraryAttack):
             attack.set_device(x.device)
             with _own_generator(x.device, int.from_bytes(digest[:6], "big")), torch.enable_grad():
                 return attack(x.contiguous(), clean.y)
-        except (TypeError, ValueError, AssertionError) as problem:
-            raise UserError(f"torchattacks' {self.name} refused {params}: {problem}") from problem
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            reason = " ".join(str(problem).split()) or type(problem).__name__
+            raise UserError(
+                f"torchattacks' {self.name} failed with {params}: {reason}"
+            ) from problem
 
 
 def _torchattacks() -> ModuleType:

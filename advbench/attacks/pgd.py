@@ -29,7 +29,7 @@ class PGD(Attack):
     step_size: in pixel units, "2/255" or a number; None is 2.5 eps / steps (Madry et al., app. B),
         and eps for a single step.
     restarts: searches per sample.
-    loss: ce, margin or dlr.
+    loss_name: ce, margin or dlr.
     random_start: uniform in the linf ball; for l2 a uniform direction and radius.
     Raises UserError for values out of these ranges.
     """
@@ -55,14 +55,14 @@ class PGD(Attack):
     def queries(self) -> int:
         return self.steps
 
-    def check(self, num_classes: int) -> None:
+    def check(self, num_classes: int, threat: Threat) -> None:
         need_classes(self.loss_name, num_classes)
+        if threat.norm == "l1":
+            raise UserError("PGD's step is not defined for l1: use protocol=apgd")
 
     def start(
         self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
     ) -> Rows:
-        if threat.norm == "l1":
-            raise UserError("PGD's step is not defined for l1: use protocol=autoattack")
         x = clean.x
         point = x.clone()
         if self.random_start and threat.norm == "linf":

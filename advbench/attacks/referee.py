@@ -13,13 +13,19 @@ from advbench.attacks.threat import Threat
 
 class Judgement(NamedTuple):
     """point: what was judged, inside the threat and [0, 1].  label: predicted class (N,).
-    margin: true logit minus the best wrong one (N,).  broken: label differs from y (N,).
+    margin: true logit minus the best wrong one (N,); minus infinity where a logit is not finite.
+    broken: label differs from y, or a logit is not finite (N,).
     """
 
     point: Tensor
     label: Tensor
     margin: Tensor
     broken: Tensor
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Which rows have finite logits alone: (N, K) -> (N,). The argmax of NaN says nothing."""
+    return logits.isfinite().all(1)
 
 
 class Referee:
@@ -41,4 +47,6 @@ class Referee:
         point = self.threat.project(proposal, x)
         logits = self.model(point).float()
         label = logits.argmax(1)
-        return Judgement(point, label, -losses.margin(logits, y), label != y)
+        sound = finite(logits)
+        margin = torch.where(sound, -losses.margin(logits, y), -torch.inf)
+        return Judgement(point, label, margin, (label != y) | ~sound)

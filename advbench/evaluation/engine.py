@@ -27,15 +27,17 @@ from torch import Tensor, nn
 from advbench.attacks import losses
 from advbench.attacks.base import Answer, Clean, Oracle, Rows
 from advbench.attacks.random import KeyedRandom
-from advbench.attacks.referee import Referee
+from advbench.attacks.referee import Referee, finite
 from advbench.attacks.threat import Threat
 from advbench.data.base import Split
+from advbench.defenses.base import Traits
 from advbench.errors import UserError
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.store import Records, Store
 
 CLEAN = "clean"
 COMMIT_SECONDS = 2.0
+PROBE = 16  # images
 
 
 class Watch(Protocol):
@@ -83,7 +85,9 @@ def subset(total: int, n: int | None) -> Tensor:
     """
     if n is None:
         return torch.arange(total)
-    if not 1 <= n <= total:
+    if n < 1:
+        raise UserError(f"n={n} is not at least 1")
+    if n > total:
         raise UserError(f"n={n} but the split has {total} samples; use n={total} or leave n out")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     return order[:n].sort().values
@@ -91,15 +95,7 @@ def subset(total: int, n: int | None) -> Tensor:
 
 @contextmanager
 def attackable(model: nn.Module) -> Iterator[None]:
-    """Parameters frozen inside: an attack needs gradients of inputs alone.
-
-    Raises UserError for a model in training mode, and for weights that are not finite.
-    """
-    if model.training:
-        raise UserError("the model is in training mode: call model.eval() before evaluating it")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"the model's weights are not finite: '{name}' holds NaN or infinity")
+    """Parameters frozen inside: an attack needs gradients of inputs alone."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -111,32 +107,72 @@ def attackable(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def count_classes(model: nn.Module, samples: Samples) -> int:
-    """Number of classes, from the model's output on the first sample.
+def probe(model: nn.Module, samples: Samples, traits: Traits) -> int:
+    """Look at the model's answers on a few images; returns the number of classes.
 
-    Raises UserError if the model can't take the images, or its output is not (N, K) logits.
+    Raises UserError if the model is in training mode or has weights that are not finite, can't take
+    the images, does not return (N, K) logits or writes into its input, and if its predictions are
+    stochastic or batch-dependent and ``traits`` deny it.
     """
-    clean = samples.fetch(samples.ids[:1])
-    shape = tuple(clean.x.shape[1:])
-    try:
-        logits = model(clean.x)
-    except (RuntimeError, ValueError, TypeError) as problem:
-        if isinstance(problem, torch.OutOfMemoryError):
-            raise
-        reason = str(problem).strip().split("\n")[0]
-        raise UserError(
-            f"the model can't take the data's images, {shape} (C, H, W): {reason}"
-        ) from problem
+    if any(module.training for module in model.modules()):
+        raise UserError("the model is in training mode: call model.eval() before evaluating it")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"the model's weights are not finite: '{name}' holds NaN or infinity")
+    clean = samples.fetch(samples.ids[:PROBE])
+    shape, x = tuple(clean.x.shape[1:]), clean.x.clone()
+    logits = _ask(model, clean.x)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"the model must return logits of shape (N, K) with K >= 2, not {got}")
+        raise UserError(
+            f"the model must return logits of shape (N, K), K >= 2, for images {shape}, not {got}"
+        )
+    if not torch.equal(clean.x, x):
+        raise UserError("the model writes into its input: let forward work on a copy (x.clone())")
     classes, highest = logits.shape[1], int(samples.split.labels.max())
     if highest >= classes:
         raise UserError(
             f"the data has labels up to {highest} and the model has {classes} classes (0 to "
             f"{classes - 1}): choose the data that the model was trained for"
         )
+    # Kernels round differently from call to call and shape to shape; noise is orders larger.
+    slack = 1e-3 * (1 + logits.abs().max())
+    if not traits.stochastic and (_ask(model, x) - logits).abs().max() > slack:
+        raise UserError(
+            "two forward passes of the same images differ, so the model is stochastic: a protocol "
+            "that judges by one prediction can't be trusted; remove the noise"
+        )
+    alone = torch.cat([_ask(model, row) for row in x.split(1)])
+    if not traits.batch_dependent and (alone - logits).abs().max() > slack:
+        raise UserError(
+            "the model's output for an image depends on the other images of its batch: the robust "
+            "accuracy of a sample is not defined for it"
+        )
     return classes
+
+
+def check_gradient(model: nn.Module, samples: Samples) -> None:
+    """Raise UserError if the model's output has no gradient in its input."""
+    x = samples.fetch(samples.ids[:1]).x.requires_grad_()
+    with torch.enable_grad():
+        if not _ask(model, x).requires_grad:
+            raise UserError(
+                "the model's output has no gradient in its input: remove torch.no_grad() or "
+                "detach() from its forward"
+            )
+
+
+def _ask(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's answer; whatever somebody else's forward raises becomes a UserError."""
+    try:
+        return model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise UserError(
+            f"the model can't take the data's images, {tuple(x.shape[1:])} (C, H, W): {reason:.300}"
+        ) from problem
 
 
 def run(
@@ -185,7 +221,7 @@ def _score_clean(
     if not len(pending):
         return
     watch.stage(CLEAN, len(pending))
-    correct = 0
+    done = 0
     for ids in pending.split(slots):
         begin = time.perf_counter()
         clean = samples.fetch(ids)
@@ -206,8 +242,9 @@ def _score_clean(
             backwards=zeros.astype(np.int64),
         )
         store.append(CLEAN, records, time.perf_counter() - begin)
-        correct += n - int(records.broken.sum())
-        watch.progress(len(store.records(CLEAN)), correct, len(samples))
+        done += n
+        known = store.records(CLEAN)
+        watch.progress(done, int((~known.broken).sum()), len(known))
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -252,7 +289,7 @@ class _Search:
         rows: Rows | None = None
         places = torch.empty(0, dtype=torch.int64)  # position of the sample in each slot
         fresh: list[int] = []  # positions with a record that is not yet stored
-        lost = len(self.samples) - len(attacked)
+        held_at_first = len(_held(self.store, self.stage.name, attacked))
         done, begin = 0, time.perf_counter()
         while waiting or rows is not None:
             rows, places = self._fill(rows, places, waiting)
@@ -263,7 +300,7 @@ class _Search:
                 self._commit(fresh, time.perf_counter() - begin)
                 fresh, begin = [], time.perf_counter()
             if left:
-                held = len(self.samples) - lost - int(self.broken.sum())
+                held = held_at_first - int(self.broken.sum())
                 watch.progress(done, held, len(self.samples))
 
     def _fill(
@@ -292,9 +329,11 @@ class _Search:
         if self.attack.queries > 0:
             answer = self.oracle.query(self.attack, rows)
             inside = self.threat.contains(rows.point, rows.x)
-            margin = torch.where(inside, -losses.margin(answer.logits.float(), rows.y), torch.inf)
+            margin = -losses.margin(answer.logits.float(), rows.y)
+            margin = torch.where(inside & finite(answer.logits), margin, torch.inf)
             self.margin[places] = torch.minimum(self.margin[places], margin.cpu())
-            hit = self._judge(rows, places, inside & (answer.logits.argmax(1) != rows.y))
+            wrong = (answer.logits.argmax(1) != rows.y) | ~finite(answer.logits)
+            hit = self._judge(rows, places, inside & wrong)
             if hit.any():
                 self._leave(rows, places, hit, hit, waiting, left)
                 staying = ~hit

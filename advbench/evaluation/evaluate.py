@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Evaluation:
     """Everything that decides what an evaluation finds.
 
     run: what is evaluated, for people.  data: name of the data.  slots: batch size.
+    code: hashes of the user's own files, by name.
     """
 
     run: str
@@ -46,11 +48,19 @@ class Evaluation:
     seed: int = 0
     slots: int = 250
     keep_images: bool = False
+    code: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise UserError(f"a batch size of {self.slots} is not at least 1")
 
     def stages(self) -> tuple[Stage, ...]:
         """The plan. Raises UserError where model, data and protocol do not fit."""
-        classes = engine.count_classes(self.model, self.samples)
-        return self.protocol.plan(self.traits, classes, self.threat, self.seed)
+        classes = engine.probe(self.model, self.samples, self.traits)
+        stages = self.protocol.plan(self.traits, classes, self.threat, self.seed)
+        if stages and self.traits.gradient != "none":
+            engine.check_gradient(self.model, self.samples)
+        return stages
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two evaluations to be the same one."""
@@ -69,6 +79,12 @@ class Evaluation:
             "seed": self.seed,
             "batch_size": self.slots,
             "keep_images": self.keep_images,
+            "code": dict(self.code),
+            "device": self.samples.device.type,
+            "versions": {
+                name: version(name)
+                for name in ("advbench", "torch", "pyautoattack", "torchattacks")
+            },
         }
 
     def execute(
@@ -86,7 +102,6 @@ class Evaluation:
                 return Results.load(folder / RESULTS)
         store = Store(folder)
         started = datetime.now(timezone.utc)
-        begin = time.perf_counter()
         engine.run(
             self.model,
             self.samples,
@@ -98,7 +113,7 @@ class Evaluation:
             keep_images=self.keep_images,
             watch=watch,
         )
-        results = summarise(self, identity, stages, store, started, time.perf_counter() - begin)
+        results = summarise(self, identity, stages, store, started)
         if folder is not None:
             store.finish([CLEAN, *(stage.name for stage in stages)])
             self._save_images(folder, store)
@@ -122,13 +137,16 @@ def claim(folder: Path, identity: dict[str, Any], stages: tuple[Stage, ...]) -> 
         json.dumps({"identity": identity, "stages": [stage.to_json() for stage in stages]})
     )
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known != plan:
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
             differs = [k for k in identity if known["identity"].get(k) != plan["identity"][k]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"'{path}' is damaged: give another directory") from None
+        if known != plan:
             what = ", ".join(differs) or "stages"
             raise UserError(
-                f"{folder} holds another evaluation (it differs in: {what}); "
-                "give hydra.run.dir=DIR with a new DIR"
+                f"'{folder}' holds another evaluation (it differs in: {what}); "
+                "give another directory (hydra.run.dir=DIR)"
             )
     else:
         write_json(path, plan)
@@ -140,7 +158,6 @@ def summarise(
     stages: tuple[Stage, ...],
     store: Store,
     started: datetime,
-    seconds: float,
 ) -> Results:
     """The results, computed from the records alone."""
     n = len(evaluation.samples)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from advbench.attacks.apgd import APGD
 from advbench.attacks.base import Attack
 from advbench.attacks.libraries import ReferenceAutoAttack, TorchAttack
 from advbench.attacks.pgd import PGD
@@ -61,7 +62,7 @@ class Protocol(ABC):
             )
         stages = tuple(self.stages(traits, num_classes, threat, seed))
         for stage in stages:
-            stage.attack.check(num_classes)
+            stage.attack.check(num_classes, threat)
         return stages
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +112,32 @@ class FGSMProtocol(PGDProtocol):
     name: ClassVar[str] = "fgsm"
     steps: int = 1
     random_start: bool = False
+
+
+@dataclass(frozen=True)
+class APGDProtocol(Protocol):
+    """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690), ours: linf, l2 and l1, two classes and more.
+
+    loss: ce, margin, dlr, margin_targeted or dlr_targeted.  targets: of a targeted loss, at most
+    the number of classes less one are used.
+    """
+
+    name: ClassVar[str] = "apgd"
+    steps: int = 100
+    restarts: int = 1
+    loss: str = "margin"
+    targets: int = 9
+
+    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+        attack = APGD(
+            steps=self.steps,
+            restarts=self.restarts,
+            loss_name=self.loss,
+            targets=min(self.targets, num_classes - 1),
+            large_radius=threat.norm == "l1",
+        )
+        why = f"step size of its own, {self.steps} steps on the {self.loss} loss"
+        return [Stage(f"{self.name}-{self.loss}", attack, why)]
 
 
 _MEMBERS = {
@@ -168,4 +195,5 @@ class TorchattacksProtocol(Protocol):
 
     def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
         attack = TorchAttack(self.attack, dict(self.params), num_classes, seed)
-        return [Stage(f"torchattacks-{self.attack}", attack, "torchattacks' own implementation")]
+        why = "torchattacks' own code, with its own defaults where protocol.params is silent"
+        return [Stage(f"torchattacks-{self.attack}", attack, why)]

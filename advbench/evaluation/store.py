@@ -10,11 +10,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from advbench.errors import UserError
 from advbench.files import write_atomic
 
 
@@ -72,13 +74,17 @@ class Store:
         self._seconds: dict[str, float] = {}
         self._written = 0
         if folder is not None:
-            for path in sorted(self._journal.glob("*.npz")):
-                with np.load(path) as part:
-                    stage = str(part["stage"])
-                    records = Records(**{name: part[name] for name in Records.DTYPES})
-                    images = part.get("images")
-                    self._keep(stage, records, float(part["seconds"]), images)
-                self._written = max(self._written, int(path.stem) + 1)
+            for path in sorted(self._journal.glob("[0-9]*.npz")):
+                try:
+                    with np.load(path) as part:
+                        records = Records(**{name: part[name] for name in Records.DTYPES})
+                        seconds, images = float(part["seconds"]), part.get("images")
+                        self._keep(str(part["stage"]), records, seconds, images)
+                    self._written = max(self._written, int(path.stem) + 1)
+                except (ValueError, KeyError, OSError, BadZipFile):
+                    raise UserError(
+                        f"'{path}' is damaged: remove it, and its samples are attacked again"
+                    ) from None
 
     @property
     def _journal(self) -> Path:

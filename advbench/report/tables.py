@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,15 @@ def find(paths: Sequence[Path]) -> list[Results]:
     if not files:
         where = ", ".join(map(str, paths))
         raise UserError(f"there are no results in {where}: make some with 'advbench eval'")
-    return [Results.load(file) for file in dict.fromkeys(files)]
+    results = []
+    for file in dict.fromkeys(files):
+        try:
+            results.append(Results.load(file))
+        except UserError as problem:  # one damaged file does not hide the others
+            if len(files) == 1:
+                raise
+            print(f"left out: {problem}", file=sys.stderr)
+    return results
 
 
 def show(paths: Sequence[Path]) -> None:

@@ -105,10 +105,15 @@ class Counted(nn.Module):
 
 
 class Oracle:
-    """Answers an attack's queries to one model, and counts them."""
+    """Answers an attack's queries to one model, and counts them.
 
-    def __init__(self, model: nn.Module) -> None:
+    check: look at every gradient, which waits for the device; see ``_usable``. Training does not:
+    its loss tells soon enough.
+    """
+
+    def __init__(self, model: nn.Module, check: bool = True) -> None:
         self.model = Counted(model)
+        self.check = check
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ class Oracle:
             logits = self.model(point)
             loss = attack.loss(logits, rows)
             grad = torch.autograd.grad(loss.sum(), point)[0] if gradient else None
-        if grad is not None:
+        if grad is not None and self.check:
             grad = _usable(grad)
         rows.forwards += 1
         rows.backwards += int(gradient)
@@ -214,7 +219,7 @@ def craft(attack: Attack, model: nn.Module, clean: Clean, threat: Threat, random
 
     Returns x' (N, C, H, W) inside the threat. The model's mode and parameters are left alone.
     """
-    oracle = Oracle(model)
+    oracle = Oracle(model, check=False)
     rows = attack.start(oracle, clean, threat, random, torch.zeros_like(clean.ids))
     for _ in range(attack.queries):
         attack.advance(rows, oracle.query(attack, rows), threat)

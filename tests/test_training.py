@@ -741,6 +741,13 @@ def test_two_processes_compute_what_one_does(tmp_path):
 # Files
 
 
+def test_what_killed_writers_leave_is_removed(tmp_path):
+    for name in (".model.safetensors.12.tmp", ".tmpAb1", "metrics.csv"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     model = net()
     save_weights(model, tmp_path / "model.safetensors")

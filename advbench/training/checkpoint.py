@@ -68,7 +68,8 @@ def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a process that was killed while it wrote a file has left beside it."""
-    for temporary in folder.glob(".*.tmp"):
+    # The second pattern is what safetensors itself leaves when it is killed while it writes.
+    for temporary in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):
         temporary.unlink(missing_ok=True)
 
 

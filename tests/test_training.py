@@ -34,7 +34,13 @@ from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.training import loop, schedules
-from advbench.training.checkpoint import load_resume, load_weights, save_resume, save_weights
+from advbench.training.checkpoint import (
+    load_resume,
+    load_weights,
+    remove_leftovers,
+    save_resume,
+    save_weights,
+)
 from advbench.training.metrics import write_table
 from advbench.training.optimizers import SGD, AdamW, Optimizer
 from advbench.training.randomness import deal, derive, permutation

@@ -14,9 +14,12 @@ from advbench.backbones.base import Classifier
 from advbench.data.arrays import array_split
 from advbench.defenses.base import Traits
 from advbench.errors import UserError
-from advbench.evaluation.engine import Samples, Watch, subset
+from advbench.evaluation.budget import seconds
 from advbench.evaluation.evaluate import Evaluation
 from advbench.evaluation.protocol import Protocol
+from advbench.evaluation.resources import Resources
+from advbench.evaluation.samples import Samples, subset
+from advbench.evaluation.search import Watch
 from advbench.results import Results
 
 
@@ -37,7 +40,9 @@ def evaluate(
     protocol: Protocol | str = "autoattack",
     n: int | None = None,
     seed: int = 0,
-    batch_size: int = 250,
+    batch_size: int | str = "auto",
+    precision: str = "32",
+    budget: str | None = None,
     traits: Traits | None = None,
     folder: str | Path | None = None,
     name: str = "model",
@@ -49,6 +54,9 @@ def evaluate(
     x: (N, C, H, W), uint8, or floats in [0, 1].  y: (N,) integers in [0, K).
     threat, protocol: an object, or the name of a shipped one (``advbench list threats``).
     n: evaluate the fixed pseudo-random subset of that size.
+    batch_size: samples attacked side by side; "auto" fits it to the images.
+    precision: 32, or bf16 for a search in bfloat16 that is confirmed in float32.
+    budget: stop after that time, such as "10min"; the results name the stages that are missing.
     traits: what an attacker must know of the model; if None, those that ``load`` found, else those
         of a plain deterministic model.
     folder: keep the evaluation there, and go on with it if it was interrupted.
@@ -66,6 +74,7 @@ def evaluate(
     labels = torch.as_tensor(y).detach().cpu().numpy()
     split = array_split(images, labels, "x", "y")
     anchor = next(model.parameters(), torch.empty(0))
+    resources = Resources(anchor.device.type, batch_size=batch_size, precision=precision)
     evaluation = Evaluation(
         run=name,
         model=model,
@@ -75,10 +84,12 @@ def evaluate(
         threat=threat,
         protocol=protocol,
         seed=seed,
-        slots=batch_size,
+        slots=resources.slots(shape[1:]),
+        speed=resources.speed,
     )
     stages = evaluation.stages()
+    most = None if budget is None else seconds(budget)
     if folder is None:
-        return evaluation.execute(None, stages, watch)
+        return evaluation.execute(None, stages, watch, budget=most)
     with runs.occupied(Path(folder)):
-        return evaluation.execute(Path(folder), stages, watch)
+        return evaluation.execute(Path(folder), stages, watch, budget=most)

@@ -68,7 +68,8 @@ class EvalConfig:
     run: a training run; the newest finished one if neither ``run`` nor ``model`` is given.
     model: FILE.py:FACTORY of the user's own, with its ``weights``.  n: size of the subset of the
     test split.  adversarial: keep the adversarial images.  strict: exit with code 3 if the verdict
-    is unreliable.  resume: an interrupted evaluation to go on with.
+    is unreliable.  resume: an interrupted evaluation to go on with.  budget: stop after that time,
+    such as 10min, and go on when the command is repeated.
     """
 
     seed: int = 0
@@ -78,6 +79,7 @@ class EvalConfig:
     n: int | None = None
     adversarial: bool = False
     strict: bool = False
+    budget: str | None = None
     resume: str | None = None
     plugins: list[str] = field(default_factory=list)
     data: Any = None

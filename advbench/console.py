@@ -38,9 +38,12 @@ class Screen:
 
 
 class Bar:
-    """A progress bar on a terminal; elsewhere a line now and then."""
+    """A progress bar on a terminal; elsewhere a line now and then.
 
-    def __init__(self, screen: Screen) -> None:
+    clock: guess the time left from the pace so far.
+    """
+
+    def __init__(self, screen: Screen, clock: bool = True) -> None:
         self.screen = screen
         self.title = ""
         self._spoken = 0.0
@@ -51,7 +54,7 @@ class Bar:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
+                *([TimeRemainingColumn()] if clock else []),
                 console=screen.console,
                 transient=True,
             )
@@ -113,5 +116,18 @@ class EvaluationView:
         self.bar.begin(name, waiting)
         self.screen.line(f"{name}: {waiting} samples")
 
-    def progress(self, done: int, correct: int, n: int) -> None:
-        self.bar.update(done, self.waiting, f"{100 * correct / n:.1f} % still correct")
+    def progress(self, done: int, correct: int, n: int, left: float | None = None) -> None:
+        text = f"{100 * correct / n:.1f} % still correct"
+        if left is not None:
+            text += f", {duration(left)} left"
+        self.bar.update(done, self.waiting, text)
+
+    def note(self, text: str) -> None:
+        self.screen.line(text)
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min or 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -19,9 +19,10 @@ from advbench.console import Bar, EvaluationView, Screen, TrainingView
 from advbench.data.base import Info, Splits
 from advbench.defenses.base import Traits
 from advbench.errors import UserError
-from advbench.evaluation.engine import Samples, subset
-from advbench.evaluation.evaluate import Evaluation
+from advbench.evaluation.budget import seconds
+from advbench.evaluation.evaluate import Evaluation, finished_results
 from advbench.evaluation.resources import Resources
+from advbench.evaluation.samples import Samples, subset
 from advbench.files import file_sha256, model_sha256, short_hash
 from advbench.results import Results
 from advbench.training.summary import Summary
@@ -82,7 +83,7 @@ def train(
         if first:
             runs.keep_config(folder, kept, compare=True)
             screen.log = folder / "log.txt"
-            state = "finished already" if runs.finished(folder, "train") else "training"
+            state = "finished already" if runs.trained_to_end(folder) else "training"
             screen.line(f"{state}: {folder}")
         with Bar(screen) as bar:
             summary: Summary = trainer.fit(
@@ -142,7 +143,8 @@ def evaluate(
     threat: Threat = config.build(inherit(cfg.threat, trained, "threat"), "threat")
     protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
     splits: Splits = config.build(data_node, "data", plugins=plugins)
-    samples = Samples(splits.test, subset(len(splits.test), cfg.n), resources.device)
+    crew = resources.launch()
+    samples = Samples(splits.test, subset(len(splits.test), cfg.n), crew.device)
     if input_shape is not None and splits.info.input_shape != input_shape:
         raise UserError(
             f"the run was trained on images of shape {input_shape} and {splits.info.name} has "
@@ -150,33 +152,45 @@ def evaluate(
         )
     evaluation = Evaluation(
         run=name,
-        model=model.to(resources.device),
+        model=model.to(crew.device),
         traits=traits,
         samples=samples,
         data=splits.info.name,
         threat=threat,
         protocol=protocol,
         seed=cfg.seed,
-        slots=resources.batch_size,
+        slots=resources.slots(splits.info.input_shape),
+        speed=resources.speed,
         keep_images=cfg.adversarial,
         code=code,
     )
     stages = evaluation.stages()
     identity = evaluation.identity()
     kept = cfg if "choices" in cfg else _kept(cfg, choices)
-    budget = str(threat).replace(" ", "_").replace("/", "-")
-    folder = home.of(f"{name}-{protocol.name}-{budget}", identity)
-    with runs.occupied(folder):
-        runs.keep_config(folder, kept, compare=False)  # the plan decides what is the same
-        screen.log = folder / "log.txt"
-        if runs.finished(folder, "eval"):
-            screen.line(f"finished already: {folder}")
-        screen.line(f"evaluating {name} on {len(samples)} samples of {splits.info.name}, {threat}")
-        for stage in stages:
-            screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
-        with Bar(screen) as bar:
-            results = evaluation.execute(folder, stages, EvaluationView(screen, bar))
-    _tell_results(results, folder, screen)
+    limit = str(threat).replace(" ", "_").replace("/", "-")
+    folder = home.of(f"{name}-{protocol.name}-{limit}", identity)
+    budget = None if cfg.budget is None else seconds(cfg.budget)
+    with runs.occupied(folder) if crew.rank == 0 else nullcontext():
+        if crew.rank == 0:
+            runs.keep_config(folder, kept, compare=False)  # the plan decides what is the same
+            screen.log = folder / "log.txt"
+            if finished_results(folder) is not None:
+                screen.line(f"finished already: {folder}")
+            of = f"{len(samples)} samples of {splits.info.name}, {threat}"
+            screen.line(f"evaluating {name} on {of}")
+            for stage in stages:
+                screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
+        with Bar(screen, clock=False) as bar:
+            results = evaluation.execute(
+                folder,
+                stages,
+                EvaluationView(screen, bar) if crew.rank == 0 else None,
+                crew=crew,
+                archive=None if home.exact else home.folder,
+                budget=budget,
+            )
+    if crew.rank == 0:
+        _tell_results(results, folder, screen)
     return results
 
 
@@ -261,4 +275,8 @@ def _tell_results(results: Results, folder: Path, screen: Screen) -> None:
         )
     screen.line(f"clean accuracy  {results.clean}")
     screen.line(f"robust accuracy {results.robust}, an upper bound")
+    if results.missing:
+        screen.line(
+            f"time was up before the end of {', '.join(results.missing)}: the same command goes on"
+        )
     screen.line(f"results: {folder}")

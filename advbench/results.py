@@ -66,7 +66,10 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Results:
-    """The outcome of an evaluation. ``robust`` is an upper bound: what these attacks left."""
+    """The outcome of an evaluation. ``robust`` is an upper bound: what these attacks left.
+
+    missing: stages that did not come to their end, because time was up.
+    """
 
     run: str
     data: Mapping[str, Any]
@@ -77,13 +80,15 @@ class Results:
     stages: tuple[StageResult, ...]
     provenance: Mapping[str, Any]
     verdict: Mapping[str, Any] = field(default_factory=lambda: {"label": None, "indicators": []})
+    missing: tuple[str, ...] = ()
     schema: str = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
         order = ("schema", "run", "data", "threat", "protocol", "clean", "robust", "stages")
         values = asdict(self)
         values["stages"] = list(values["stages"])
-        return {key: values[key] for key in (*order, "verdict", "provenance")}
+        values["missing"] = list(values["missing"])
+        return {key: values[key] for key in (*order, "missing", "verdict", "provenance")}
 
     def save(self, path: Path) -> None:
         write_json(path, self.to_json())
@@ -101,6 +106,7 @@ class Results:
             }
             stages = tuple(StageResult(**stage) for stage in values["stages"])
             _ = values["threat"]["norm"], values["data"]["name"], values["protocol"]["name"]
-            return cls(**{**values, **accuracy, "stages": stages})
+            lists = {"stages": stages, "missing": tuple(values.get("missing", ()))}
+            return cls(**{**values, **accuracy, **lists})
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"{path} is not a result of advbench: {problem}") from problem

@@ -22,8 +22,8 @@ from advbench.files import write_text
 
 OUTPUTS = Path("outputs")
 CONFIG = "config.yaml"
-FINISHED = {"train": "summary.json", "eval": "results.json"}
-"""The file that exists exactly if the run is finished; it is written last."""
+SUMMARY = "summary.json"
+"""Exists exactly if a training run is finished; it is written last."""
 
 WITHOUT_WORK = {".lock", "log.txt", "plan.json", CONFIG}
 """Files that a run has before it has done anything."""
@@ -36,8 +36,8 @@ def kind_of(folder: Path) -> str | None:
     return "train" if "recipe" in config.read(folder / CONFIG) else "eval"
 
 
-def finished(folder: Path, kind: str) -> bool:
-    return (folder / FINISHED[kind]).is_file()
+def trained_to_end(folder: Path) -> bool:
+    return (folder / SUMMARY).is_file()
 
 
 def find(folder: str | Path) -> Path:
@@ -51,7 +51,7 @@ def find(folder: str | Path) -> Path:
         raise UserError(f"'{path}' is not a run: it has no {CONFIG}{_offer()}")
     if kind == "eval":
         raise UserError(f"'{path}' is an evaluation; give the training run that it evaluated")
-    if not finished(path, "train"):
+    if not trained_to_end(path):
         raise UserError(f"'{path}' did not finish; go on with: advbench train resume={path}")
     return path
 
@@ -76,7 +76,7 @@ def newest() -> Path:
 
 def trained() -> list[Path]:
     """All finished training runs of the output folder, the newest last."""
-    files = (OUTPUTS / "train").glob(f"*/{FINISHED['train']}")
+    files = (OUTPUTS / "train").glob(f"*/{SUMMARY}")
     return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime)]
 
 

@@ -63,7 +63,7 @@ def largest_margin(attack: Attack, model: nn.Module, clean: Clean, threat: Threa
         random, restarts = keyed(clean, restart)
         rows = attack.start(oracle, clean, threat, random, restarts)
         for _ in range(attack.queries):
-            attack.advance(rows, oracle.query(attack, rows), threat)
+            attack.advance(rows, attack.ask(oracle, rows), threat, random)
             with torch.no_grad():
                 margin = losses.margin(model(rows.point), clean.y)
             inside = threat.contains(rows.point, clean.x)
@@ -276,9 +276,10 @@ def test_counting_forwards_and_backwards() -> None:
     model, threat = linear(3), Threat("linf", 0.01)
     clean = batch(model, 5)
     oracle, attack = Oracle(model), PGD(steps=4)
-    rows = attack.start(oracle, clean, threat, *keyed(clean))
+    random, restarts = keyed(clean)
+    rows = attack.start(oracle, clean, threat, random, restarts)
     for _ in range(4):
-        attack.advance(rows, oracle.query(attack, rows), threat)
+        attack.advance(rows, oracle.query(attack, rows), threat, random)
     oracle.query(attack, rows, gradient=False)
     assert rows.forwards.tolist() == [5] * 5 and rows.backwards.tolist() == [4] * 5
     assert (oracle.model.forwards, oracle.model.backwards) == (25, 20)
@@ -293,11 +294,14 @@ def test_rows_leave_and_enter_without_a_trace() -> None:
     def search(order: Tensor) -> Tensor:
         part = Clean(*(field[order] for field in clean))
         oracle = Oracle(model)
-        rows = attack.start(oracle, part, threat, *keyed(part))
+        random, restarts = keyed(part)
+        rows = attack.start(oracle, part, threat, random, restarts)
         for step in range(attack.queries):
             if step == 7:
-                rows = rows.take(torch.arange(0, 4)).joined(rows.take(torch.arange(4, 8)))
-            attack.advance(rows, oracle.query(attack, rows), threat)
+                other = rows.take(torch.arange(4, 8))
+                rows.point[4:] = torch.nan
+                rows.put(torch.arange(4, 8), other, torch.arange(4))
+            attack.advance(rows, oracle.query(attack, rows), threat, random)
         return rows.point
 
     order = torch.tensor([5, 3, 1, 7, 0, 2, 4, 6])

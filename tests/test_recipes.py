@@ -19,6 +19,7 @@ from advbench.errors import UserError
 from advbench.recipes.base import Recipe, frozen
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
+from advbench.recipes.trades import NOISE, TRADES, divergence
 
 LINF = Threat("linf", 0.1)
 L2 = Threat("l2", 0.5)
@@ -121,6 +122,88 @@ def test_random_starts_differ_between_equal_rows_and_follow_the_seed(problem):
     assert not torch.equal(recipe.perturb(model, same, label), first)
 
 
+def bernoulli_divergence(a: Tensor, b: Tensor) -> Tensor:
+    """KL between two classes with log-odds ``a`` and two with log-odds ``b``."""
+    p, q = a.sigmoid(), b.sigmoid()
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+def test_divergence_is_the_sum_of_p_log_p_over_q():
+    logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1))
+    p, q = logits.softmax(2)
+    wanted = (p * (p / q).log()).sum(1)
+    torch.testing.assert_close(divergence(p.log(), logits[1]), wanted)
+    assert (wanted > 0).all()
+    assert not torch.allclose(divergence(q.log(), logits[0]), wanted), "not symmetric"
+
+
+def test_divergence_stays_finite_where_probabilities_vanish():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    clean, adversarial = logits.log_softmax(1), logits.flip(0)
+    loss = divergence(clean, adversarial)
+    # The second row of q holds one class alone: KL(uniform || q) is the mean gap, less log 3.
+    torch.testing.assert_close(loss, torch.tensor([math.log(3), 1e4 - math.log(3)]))
+    loss.sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_trades_finds_the_worst_point_of_a_linear_model(problem, norm):
+    model, x, y = problem
+    torch.manual_seed(0)
+    point = TRADES(threat=Threat(norm, 0.1)).perturb(model, x, y)
+    # The divergence of two classes is convex in the log-odds, so its largest values lie at the two
+    # ends of what the budget allows; the noise decides which one the search walks to.
+    direction = attack_direction(model, y)
+    length = direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    way = direction.sign() if norm == "linf" else direction / length
+    ahead = ((point - x) * direction).flatten(1).sum(1).sign().view(-1, 1, 1, 1)
+    # The sign step forgets the noise; the l2 step keeps what is across the direction.
+    across = 0.0 if norm == "linf" else 2 * NOISE
+    torch.testing.assert_close(point, x + 0.1 * ahead * way, rtol=0, atol=across + 1e-6)
+    assert {float(sign) for sign in ahead} == {-1.0, 1.0}
+
+
+def test_the_search_of_trades_does_not_look_at_the_classes(problem):
+    model, x, y = problem
+    points = []
+    for classes in (y, 1 - y):
+        torch.manual_seed(0)
+        points.append(TRADES(threat=LINF).perturb(model, x, classes))
+    assert torch.equal(*points)
+
+
+def test_trades_starts_at_small_noise_of_each_row(problem):
+    model, x, y = problem
+    recipe = TRADES(threat=LINF, steps=1, step_size=0)
+    same = x[:1].expand(500, -1, -1, -1)
+    noise = recipe.perturb(model, same, y[:1].expand(500)) - same
+    assert NOISE == 0.001
+    assert noise.mean().abs() < 1e-4 and abs(noise.std() - 0.001) < 1e-4
+    assert not torch.equal(noise[0], noise[1])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_trades_is_cross_entropy_and_beta_divergence(problem, smoothing):
+    model, x, y = problem
+    point = x + 0.1 * attack_direction(model, 1 - y).sign()
+    recipe = TRADES(threat=LINF, beta=3.0, label_smoothing=smoothing)
+    terms = recipe.loss_terms(model, record(model, y, clean=x, adversarial=point))
+    assert terms.keys() == {"ce", "kl"}
+    standard = Standard(label_smoothing=smoothing).loss_terms(model, record(model, y, clean=x))
+    torch.testing.assert_close(terms["ce"], standard["ce"])
+
+    weight = next(model.head.parameters())
+    odds = [part.flatten(1) @ (weight[1] - weight[0]) for part in (x, point)]
+    wanted = 3 * bernoulli_divergence(*odds).mean()
+    torch.testing.assert_close(terms["kl"], wanted)
+    # Both sides of the divergence learn, as in the authors' code.
+    gradients = [
+        torch.autograd.grad(term, weight, retain_graph=True)[0] for term in (terms["kl"], wanted)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 class Mode(nn.Module):
     """Notes in which mode it is called."""
 
@@ -134,7 +217,8 @@ class Mode(nn.Module):
 
 
 @pytest.mark.parametrize("threat", [LINF, L2])
-def test_the_attack_leaves_the_model_as_it_was(threat):
+@pytest.mark.parametrize(("kind", "passes"), [(PGDAT, 10), (TRADES, 11)])
+def test_the_attack_leaves_the_model_as_it_was(kind, passes, threat):
     mode = Mode()
     trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), mode, nn.Flatten())
     model = Classifier(trunk, num_features=16, num_classes=3, input_shape=(1, 4, 4)).train()
@@ -145,11 +229,11 @@ def test_the_attack_leaves_the_model_as_it_was(threat):
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
-    point = PGDAT(threat=threat).perturb(model, x, y)
+    point = kind(threat=threat).perturb(model, x, y)
 
     assert not point.requires_grad and point.shape == x.shape and not torch.equal(point, x)
     assert threat.contains(point, x).all()
-    assert mode.seen == [False] * 10
+    assert mode.seen == [False] * passes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [m.training for m in (model, trunk[1], trunk[2], mode)] == [True, True, False, True]
     assert not trunk[0].weight.requires_grad and trunk[0].bias.requires_grad
@@ -170,6 +254,7 @@ def test_parts():
     assert Standard().parts == ("clean",)
     assert Standard(threat=LINF).threat == LINF
     assert PGDAT(threat=LINF).parts == ("adversarial",)
+    assert TRADES(threat=LINF).parts == ("clean", "adversarial")
 
 
 MISTAKES = [
@@ -178,6 +263,11 @@ MISTAKES = [
     (lambda: PGDAT(threat=LINF, steps=0), "steps >= 1"),
     (lambda: PGDAT(threat=LINF, loss_name="cee"), "did you mean 'ce'"),
     (lambda: PGDAT(threat=LINF, step_size="two"), "step_size='two'"),
+    (lambda: TRADES(), "threat=linf_8"),
+    (lambda: TRADES(threat=Threat("l1", 12)), "not defined for l1"),
+    (lambda: TRADES(threat=LINF, steps=0), "steps >= 1"),
+    (lambda: TRADES(threat=LINF, beta=-1.0), "recipe.beta=-1 "),
+    (lambda: TRADES(threat=LINF, beta=math.nan), "recipe.beta=nan"),
     (lambda: Standard(label_smoothing=1.0), "recipe.label_smoothing=1 "),
     (lambda: Standard(label_smoothing=math.nan), "recipe.label_smoothing=nan"),
 ]
@@ -187,13 +277,13 @@ def test_mistakes_are_user_errors():
     for make, message in MISTAKES:
         with pytest.raises(UserError, match=message):
             make()
-    assert len(MISTAKES) == 7
+    assert len(MISTAKES) == 12
 
 
 def test_shipped_recipes_write_out_every_field():
     shipped = options("recipe")
-    assert {"standard", "pgd_at"} <= shipped.keys()
-    for name in ("standard", "pgd_at"):
+    assert {"standard", "pgd_at", "trades"} <= shipped.keys()
+    for name in ("standard", "pgd_at", "trades"):
         text = shipped[name].read_text()
         node = {str(key): value for key, value in OmegaConf.create(text).items()}
         module, _, attribute = node.pop("_target_").rpartition(".")

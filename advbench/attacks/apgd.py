@@ -104,6 +104,9 @@ class APGD(Attack):
         # Each phase but the last looks at its last point, to hand on the best one.
         return sum(steps for _, steps in self._schedule) + len(self._schedule) - 1
 
+    def stays_inside(self, threat: Threat) -> bool:
+        return not self.large_radius
+
     def check(self, num_classes: int, threat: Threat) -> None:
         need_classes(self.loss_name, num_classes)
         if self.targeted and self.targets > num_classes - 1:
@@ -152,7 +155,7 @@ class APGD(Attack):
             return losses.TARGETED[self.loss_name](logits, rows.y, rows.target)
         return untargeted(self.loss_name)(logits, rows.y)
 
-    def advance(self, rows: Rows, answer: Answer, threat: Threat) -> None:
+    def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
         assert isinstance(rows, APGDRows) and answer.gradient is not None
         loss, first = answer.loss, rows.phase_iteration == 0
         better = first | (loss > rows.loss_best)

@@ -4,9 +4,13 @@ A search over a batch of rows, in pseudo-code (the evaluation engine refills fin
 
     rows = attack.start(oracle, clean, threat, restart)
     repeat attack.queries times:
-        answer = oracle.query(attack, rows)          # logits, loss, gradient at rows.point
+        answer = attack.ask(oracle, rows)            # logits, loss, gradient at rows.point
         <referee: is rows.point a success?>
-        attack.advance(rows, answer, threat)         # moves rows.point
+        attack.advance(rows, answer, threat, random) # moves rows.point
+        if attack.peeks:
+            logits = oracle.peek(rows)               # a forward pass alone, at the new rows.point
+            <referee: is rows.point a success?>
+            attack.settle(rows, logits, threat)      # may move rows.point once more
     <referee: is rows.point a success?>
 
 All state of a search is row-wise, so that rows can leave and enter between any two queries.
@@ -15,9 +19,9 @@ All state of a search is row-wise, so that rows can leave and enter between any 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +59,10 @@ class Rows:
         """The rows at ``index`` (integers or a mask)."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
-    def joined(self: R, other: R) -> R:
-        """These rows, then the others."""
-        return replace(
-            self,
-            **{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)])
-               for f in fields(self)},
-        )  # fmt: skip
+    def put(self: R, where: Tensor, other: R, index: Tensor) -> None:
+        """Overwrite the rows at ``where`` by the other's at ``index``."""
+        for f in fields(self):
+            getattr(self, f.name)[where] = getattr(other, f.name)[index]
 
 
 class Clean(NamedTuple):
@@ -76,12 +77,15 @@ class Answer(NamedTuple):
     """What the oracle says of ``rows.point``.
 
     logits: (N, K).  loss: (N,).  gradient: of each row's loss in its point, (N, C, H, W); None
-    where only a forward pass was asked for.
+    where only a forward pass was asked for. Entries that are not finite are zero: the attack goes
+    on with the other pixels.  usable: which rows had a finite entry at all, (N,); None where nobody
+    looked.
     """
 
     logits: Tensor
     loss: Tensor
     gradient: Tensor | None
+    usable: Tensor | None = None
 
 
 class Counted(nn.Module):
@@ -107,8 +111,8 @@ class Counted(nn.Module):
 class Oracle:
     """Answers an attack's queries to one model, and counts them.
 
-    check: look at every gradient, which waits for the device; see ``_usable``. Training does not:
-    its loss tells soon enough.
+    check: look at every gradient, which waits for the device. Training does not: its loss tells
+    soon enough.
     """
 
     def __init__(self, model: nn.Module, check: bool = True) -> None:
@@ -117,46 +121,71 @@ class Oracle:
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        return self.model(x).float()
 
     def query(self, attack: Attack, rows: Rows, gradient: bool = True) -> Answer:
         """Logits, loss and, if asked for, gradient at ``rows.point``."""
         with torch.set_grad_enabled(gradient):
             point = rows.point.detach().requires_grad_(gradient)
-            logits = self.model(point)
+            logits = self.model(point).float()
             loss = attack.loss(logits, rows)
             grad = torch.autograd.grad(loss.sum(), point)[0] if gradient else None
+        usable = None
         if grad is not None and self.check:
-            grad = _usable(grad)
+            grad, usable = _finite(grad)
         rows.forwards += 1
         rows.backwards += int(gradient)
-        return Answer(logits.detach(), loss.detach(), grad)
+        return Answer(logits.detach(), loss.detach(), grad, usable)
+
+    def peek(self, rows: Rows) -> Tensor:
+        """Logits at ``rows.point``, (N, K)."""
+        rows.forwards += 1
+        return self.logits(rows.point)
+
+    def classwise(self, rows: Rows) -> tuple[Tensor, Iterator[Tensor]]:
+        """Logits (N, K) at ``rows.point`` and, class by class, each logit's gradient in it."""
+        point = rows.point.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.model(point).float()
+        rows.forwards += 1
+
+        def gradients() -> Iterator[Tensor]:
+            for column in range(logits.shape[1]):
+                kept = column < logits.shape[1] - 1
+                grad = torch.autograd.grad(logits[:, column].sum(), point, retain_graph=kept)[0]
+                rows.backwards += 1
+                yield _finite(grad)[0] if self.check else grad
+
+        return logits.detach(), gradients()
 
 
-def _usable(gradient: Tensor) -> Tensor:
-    """The gradient with zeros where it is not finite: the attack goes on with the other pixels.
-
-    Raises UserError if a row has no finite entry: an attack along it would measure nothing.
-    """
+def _finite(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient with zeros where it is not finite, and which rows are finite somewhere."""
+    # A sum is finite where all entries are: one pass over a batch that is sound.
+    sound = gradient.flatten(1).sum(1).isfinite()
+    if sound.all():
+        return gradient, sound
     finite = gradient.isfinite()
-    if finite.all():
-        return gradient
-    if not finite.flatten(1).any(1).all():
-        raise UserError(
-            "the model's gradient is NaN or infinite for whole images, so an attack along it would "
-            "find nothing and its robust accuracy would mean nothing: mend the model's backward"
-        )
-    return torch.where(finite, gradient, 0.0)
+    return torch.where(finite, gradient, 0.0), finite.flatten(1).any(1)
 
 
 @dataclass(frozen=True)
 class Attack(ABC):
     """A search for x' inside the threat around x. Subclasses propose; the referee alone decides."""
 
+    gradient: ClassVar[bool] = True
+    """Whether a query needs the gradient; a black-box attack does with the loss."""
+    peeks: ClassVar[bool] = False
+    """Whether ``settle`` wants to see the logits at the point that ``advance`` moved to."""
+
     @property
     @abstractmethod
     def tries(self) -> int:
         """Searches per sample, one after the other: restarts, times targets if it is targeted."""
+
+    def stays_inside(self, threat: Threat) -> bool:
+        """Whether every point that it queries lies inside the threat."""
+        return True
 
     @property
     @abstractmethod
@@ -173,8 +202,20 @@ class Attack(ABC):
         """What the search raises, (N,)."""
         return losses.margin(logits, rows.y)
 
-    def advance(self, rows: Rows, answer: Answer, threat: Threat) -> None:
-        """Learn from the answer and move ``rows.point``, in place."""
+    def ask(self, oracle: Oracle, rows: Rows) -> Answer:
+        """Query the oracle at ``rows.point``."""
+        return oracle.query(self, rows, self.gradient)
+
+    def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
+        """Learn from the answer, move ``rows.point`` and count ``rows.iteration`` up, in place.
+
+        random: draws for these rows; a search that draws here gives ``rows.iteration`` as the
+        iteration, so that its draws are its own.
+        """
+        raise NotImplementedError
+
+    def settle(self, rows: Rows, logits: Tensor, threat: Threat) -> None:
+        """Learn from the logits at ``rows.point``, (N, K); for an attack that ``peeks``."""
         raise NotImplementedError
 
     @abstractmethod
@@ -222,5 +263,5 @@ def craft(attack: Attack, model: nn.Module, clean: Clean, threat: Threat, random
     oracle = Oracle(model, check=False)
     rows = attack.start(oracle, clean, threat, random, torch.zeros_like(clean.ids))
     for _ in range(attack.queries):
-        attack.advance(rows, oracle.query(attack, rows), threat)
+        attack.advance(rows, attack.ask(oracle, rows), threat, random)
     return rows.point.detach()

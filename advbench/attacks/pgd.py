@@ -75,7 +75,7 @@ class PGD(Attack):
     def loss(self, logits: Tensor, rows: Rows) -> Tensor:
         return untargeted(self.loss_name)(logits, rows.y)
 
-    def advance(self, rows: Rows, answer: Answer, threat: Threat) -> None:
+    def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
         assert answer.gradient is not None
         default = threat.radius if self.steps == 1 else 2.5 * threat.radius / self.steps
         size = default if self.step_size is None else float(self.step_size)

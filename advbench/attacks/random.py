@@ -20,29 +20,37 @@ _MASK = 0xFFFFFFFF
 class Random(Protocol):
     """Where an attack gets its random numbers from."""
 
-    def uniform(self, like: Tensor, iteration: int = 0) -> Tensor:
+    def uniform(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
         """Uniform in [0, 1), with the shape, device and type of ``like`` (N, ...)."""
         ...
 
-    def normal(self, like: Tensor, iteration: int = 0) -> Tensor:
+    def normal(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
         """Standard normal, with the shape, device and type of ``like`` (N, ...)."""
+        ...
+
+    def words(self, like: Tensor, count: int, iteration: int | Tensor = 0) -> Tensor:
+        """(N, count) uniform integers in [0, 2**32), int64; ``like`` (N, ...) says N and device."""
         ...
 
 
 class TorchRandom:
     """PyTorch's global generator: for training, where the loop seeds every step."""
 
-    def uniform(self, like: Tensor, iteration: int = 0) -> Tensor:
+    def uniform(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
         return torch.rand_like(like)
 
-    def normal(self, like: Tensor, iteration: int = 0) -> Tensor:
+    def normal(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
         return torch.randn_like(like)
+
+    def words(self, like: Tensor, count: int, iteration: int | Tensor = 0) -> Tensor:
+        return torch.randint(2**32, (len(like), count), device=like.device)
 
 
 class KeyedRandom:
     """Draws keyed by (seed, stage, sample id, restart, iteration).
 
     ids, restart: (N,) integers below 2**32, one per row of the tensors that draws are made for.
+    An iteration is one number for all rows, or (N,) numbers.
     """
 
     def __init__(self, seed: int, stage: str, ids: Tensor, restart: Tensor) -> None:
@@ -51,28 +59,33 @@ class KeyedRandom:
         self.ids = ids
         self.restart = restart
 
-    def _words(self, like: Tensor, iteration: int) -> Tensor:
-        """(N, numel per row) words of 32 bits, as int64."""
-        per_row = math.prod(like.shape[1:])
-        blocks = -(-per_row // 4)
+    def words(self, like: Tensor, count: int, iteration: int | Tensor = 0) -> Tensor:
+        blocks = -(-count // 4)
         shape = (len(like), blocks)
+
+        def column(values: int | Tensor) -> Tensor:
+            on_device = torch.as_tensor(values, dtype=torch.int64, device=like.device)
+            return on_device.view(-1, 1).expand(shape)
+
         counter = (
             torch.arange(blocks, device=like.device).expand(shape),
-            torch.full(shape, iteration, dtype=torch.int64, device=like.device),
-            self.restart.to(like.device)[:, None].expand(shape),
-            self.ids.to(like.device)[:, None].expand(shape),
+            column(iteration),
+            column(self.restart),
+            column(self.ids),
         )
-        return torch.stack(philox(counter, self.key), dim=-1).flatten(1)[:, :per_row]
+        return torch.stack(philox(counter, self.key), dim=-1).flatten(1)[:, :count]
 
-    def uniform(self, like: Tensor, iteration: int = 0) -> Tensor:
-        # 24 bits: all that float32 can hold below 1.
-        words = self._words(like, iteration) >> 8
-        return (words.to(like.dtype) * 2.0**-24).view_as(like)
+    def _cells(self, like: Tensor, iteration: int | Tensor) -> Tensor:
+        """24 random bits per entry of ``like``: all that float32 can hold below 1."""
+        return (self.words(like, math.prod(like.shape[1:]), iteration) >> 8).view_as(like)
 
-    def normal(self, like: Tensor, iteration: int = 0) -> Tensor:
+    def uniform(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
+        return self._cells(like, iteration).to(like.dtype) * 2.0**-24
+
+    def normal(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
         # The centre of one of 2**24 equal cells, through the inverse distribution function.
-        cells = (self._words(like, iteration) >> 8).to(torch.float64)
-        return torch.special.ndtri((cells + 0.5) * 2.0**-24).to(like.dtype).view_as(like)
+        cells = self._cells(like, iteration).to(torch.float64)
+        return torch.special.ndtri((cells + 0.5) * 2.0**-24).to(like.dtype)
 
 
 def philox(

@@ -33,20 +33,49 @@ class Referee:
 
     What is judged is never the proposal itself but its projection into the threat around x: a
     point outside the budget, or outside [0, 1], can't count. NaN pixels are put back to x's.
+
+    chunk: images per forward pass. It is always full, so that what the referee finds does not
+        depend on how many proposals came at once.
+    draws: evaluations of a stochastic model, at least 1. A proposal counts if more than half of
+        them are wrong; its margin is their upper median, so that its sign says the same.
     """
 
-    def __init__(self, model: nn.Module, threat: Threat) -> None:
+    def __init__(self, model: nn.Module, threat: Threat, chunk: int = 8, draws: int = 1) -> None:
         self.model = model
         self.threat = threat
+        self.chunk = chunk
+        self.draws = draws
 
-    @torch.no_grad()
     def judge(self, x: Tensor, y: Tensor, proposal: Tensor) -> Judgement:
         """x, proposal: (N, C, H, W).  y: (N,)."""
         proposal = proposal.detach().to(torch.float32)
         proposal = torch.where(proposal.isnan(), x, proposal)
-        point = self.threat.project(proposal, x)
-        logits = self.model(point).float()
-        label = logits.argmax(1)
-        sound = finite(logits)
+        return self.score(self.threat.project(proposal, x), y)
+
+    @torch.no_grad()
+    def score(self, point: Tensor, y: Tensor) -> Judgement:
+        """What the real model says of points as they are."""
+        drawn = [self._score(point, y) for _ in range(self.draws)]
+        if self.draws == 1:
+            return Judgement(point, *drawn[0])
+        label, margin, broken = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+        broken = 2 * broken.sum(0) > self.draws
+        wrong = torch.where(label != y, label, -1).amax(0)  # a wrong label that was drawn
+        return Judgement(
+            point,
+            torch.where(broken, wrong, y),
+            margin.sort(0).values[self.draws // 2],
+            broken,
+        )
+
+    def _score(self, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Label, margin and broken of each row."""
+        n, parts = len(point), []
+        for part in point.split(self.chunk):
+            missing = self.chunk - len(part)
+            full = torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) if missing else part
+            parts.append(self.model(full)[: len(part)].float())
+        logits = torch.cat(parts)[:n]
+        label, sound = logits.argmax(1), finite(logits)
         margin = torch.where(sound, -losses.margin(logits, y), -torch.inf)
-        return Judgement(point, label, margin, (label != y) | ~sound)
+        return label, margin, (label != y) | ~sound

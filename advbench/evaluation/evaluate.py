@@ -20,9 +20,15 @@ from advbench import provenance
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Traits
 from advbench.errors import UserError
-from advbench.evaluation import engine
-from advbench.evaluation.engine import CLEAN, Samples, Watch
+from advbench.evaluation.budget import Deadline
+from advbench.evaluation.engine import CLEAN, Engine, Nobody
+from advbench.evaluation.probe import check_gradient, probe
 from advbench.evaluation.protocol import Protocol, Stage
+from advbench.evaluation.resources import Crew
+from advbench.evaluation.reuse import reuse
+from advbench.evaluation.samples import Samples
+from advbench.evaluation.search import Watch
+from advbench.evaluation.searcher import Speed
 from advbench.evaluation.store import Store
 from advbench.files import model_sha256, write_atomic, write_json
 from advbench.results import Accuracy, Results, StageResult
@@ -34,8 +40,8 @@ PLAN, RESULTS = "plan.json", "results.json"
 class Evaluation:
     """Everything that decides what an evaluation finds.
 
-    run: what is evaluated, for people.  data: name of the data.  slots: batch size.
-    code: hashes of the user's own files, by name.
+    run: what is evaluated, for people.  data: name of the data.  slots: samples attacked side by
+    side.  code: hashes of the user's own files, by name.
     """
 
     run: str
@@ -47,6 +53,7 @@ class Evaluation:
     protocol: Protocol
     seed: int = 0
     slots: int = 250
+    speed: Speed = field(default_factory=Speed)
     keep_images: bool = False
     code: Mapping[str, str] = field(default_factory=dict)
 
@@ -56,10 +63,10 @@ class Evaluation:
 
     def stages(self) -> tuple[Stage, ...]:
         """The plan. Raises UserError where model, data and protocol do not fit."""
-        classes = engine.probe(self.model, self.samples, self.traits)
+        classes = probe(self.model, self.samples, self.traits)
         stages = self.protocol.plan(self.traits, classes, self.threat, self.seed)
         if stages and self.traits.gradient != "none":
-            engine.check_gradient(self.model, self.samples)
+            check_gradient(self.model, self.samples)
         return stages
 
     def identity(self) -> dict[str, Any]:
@@ -78,6 +85,7 @@ class Evaluation:
             "protocol": self.protocol.to_json(),
             "seed": self.seed,
             "batch_size": self.slots,
+            "speed": self.speed.to_json(),
             "keep_images": self.keep_images,
             "code": dict(self.code),
             "device": self.samples.device.type,
@@ -88,37 +96,63 @@ class Evaluation:
         }
 
     def execute(
-        self, folder: Path | None, stages: tuple[Stage, ...], watch: Watch | None = None
+        self,
+        folder: Path | None,
+        stages: tuple[Stage, ...],
+        watch: Watch | None = None,
+        *,
+        crew: Crew | None = None,
+        archive: Path | None = None,
+        budget: float | None = None,
     ) -> Results:
         """Run what is missing and return the results; with a folder, leave them there.
 
-        A folder that holds an interrupted run of this evaluation is gone on with. Raises UserError
-        for a folder that holds another evaluation.
+        A folder that holds an interrupted run of this evaluation is gone on with.
+        crew: the processes that share the work; each calls this, with the same folder.
+        archive: other evaluations, whose records are used where they are what this one would find.
+        budget: seconds after which to stop; the results then name the stages that are missing.
+        Raises UserError for a folder that holds another evaluation.
         """
+        hurry, watch = Deadline(budget), watch or Nobody()
+        crew = crew or Crew(self.samples.device)
         identity = self.identity()
-        if folder is not None:
-            claim(folder, identity, stages)
-            if (folder / RESULTS).exists():
-                return Results.load(folder / RESULTS)
-        store = Store(folder)
         started = datetime.now(timezone.utc)
-        engine.run(
-            self.model,
-            self.samples,
-            self.threat,
-            stages,
-            store,
+        if folder is not None and crew.rank == 0:
+            claim(folder, identity, stages)
+        crew.wait()
+        if folder is not None and (known := finished_results(folder)) is not None:
+            return known
+        store = Store(folder, crew.rank)
+        if archive is not None and crew.rank == 0 and not len(store.records(CLEAN)):
+            ids = self.samples.ids
+            for line in reuse(store, archive, identity, stages, ids, CLEAN):
+                watch.note(line)
+        crew.wait()
+        store.read_journal()
+        work = Engine(
+            model=self.model,
+            samples=self.samples,
+            threat=self.threat,
             seed=self.seed,
             slots=self.slots,
+            speed=self.speed,
+            stochastic=self.traits.stochastic,
             keep_images=self.keep_images,
+            share=(crew.rank, crew.size),
             watch=watch,
+            hurry=hurry,
         )
+        done = crew.agree(work.run(stages, store))
+        store.read_journal()
         results = summarise(self, identity, stages, store, started)
-        if folder is not None:
-            store.finish([CLEAN, *(stage.name for stage in stages)])
-            self._save_images(folder, store)
+        if folder is not None and crew.rank == 0:
+            if done:
+                store.finish([CLEAN, *(stage.name for stage in stages)])
+                self._save_images(folder, store)
             results.save(folder / RESULTS)
-            store.clear_journal()
+            if done:
+                store.clear_journal()
+        crew.wait()
         return results
 
     def _save_images(self, folder: Path, store: Store) -> None:
@@ -127,6 +161,13 @@ class Evaluation:
             samples, x = images
             content = {"sample": samples, "x": x.astype(np.float32)}
             write_atomic(folder / "adversarial.safetensors", lambda path: save_file(content, path))
+
+
+def finished_results(folder: Path) -> Results | None:
+    """The results of an evaluation that is complete; None for another."""
+    path = folder / RESULTS
+    results = Results.load(path) if path.exists() else None
+    return results if results is not None and not results.missing else None
 
 
 def claim(folder: Path, identity: dict[str, Any], stages: tuple[Stage, ...]) -> None:
@@ -164,9 +205,13 @@ def summarise(
     clean = store.records(CLEAN)
     correct = n - int(clean.broken.sum())
     clean_accuracy = Accuracy.of(correct, n)
-    rows = []
+    rows, missing = [], []
+    left = clean.sample[~clean.broken]
     for stage in stages:
         records = store.records(stage.name)
+        if not np.isin(left, records.sample).all() or len(clean) < n:
+            missing.append(stage.name)
+        left = np.setdiff1d(left, records.sample[records.broken])
         broken = int(records.broken.sum())
         correct -= broken
         rows.append(
@@ -193,6 +238,7 @@ def summarise(
         clean=clean_accuracy,
         robust=Accuracy.of(correct, n),
         stages=tuple(rows),
+        missing=tuple(missing),
         provenance={
             **provenance.code(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -13,9 +13,12 @@ from typing import Any, ClassVar
 
 from advbench.attacks.apgd import APGD
 from advbench.attacks.base import Attack
+from advbench.attacks.fab import FAB
 from advbench.attacks.libraries import ReferenceAutoAttack, TorchAttack
+from advbench.attacks.losses import FEWEST_CLASSES
 from advbench.attacks.pgd import PGD
-from advbench.attacks.threat import Threat
+from advbench.attacks.square import Square
+from advbench.attacks.threat import Threat, pixels
 from advbench.defenses.base import Traits
 from advbench.errors import UserError, did_you_mean
 
@@ -25,16 +28,27 @@ class Stage:
     """An attack on a target. The result is always scored on the real model.
 
     target: ``model``, or the name of a surrogate.  why: one line on what the stage adds.
+    draws: of a stochastic target, of which each query takes the mean (EOT).  eps: a radius of the
+    stage's own, at most the threat's.
     """
 
     name: str
     attack: Attack
     why: str
     target: str = "model"
+    draws: int = 1
+    eps: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         attack = {"type": type(self.attack).__name__, **asdict(self.attack)}
-        return {"name": self.name, "target": self.target, "why": self.why, "attack": attack}
+        own = {"draws": self.draws, "eps": self.eps}
+        return {
+            "name": self.name,
+            "target": self.target,
+            "why": self.why,
+            "attack": attack,
+            **{key: value for key, value in own.items() if value not in (1, None)},
+        }
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,10 @@ class Protocol(ABC):
 
         Raises UserError where the protocol would not measure what it says.
         """
-        if traits.stochastic or traits.batch_dependent:
-            kind = "stochastic" if traits.stochastic else "batch-dependent"
+        if traits.batch_dependent:
             raise UserError(
-                f"protocol={self.name} judges a sample by one prediction and the model is {kind}"
+                f"protocol={self.name} judges every sample by itself and the model is "
+                "batch-dependent"
             )
         stages = tuple(self.stages(traits, num_classes, threat, seed))
         for stage in stages:
@@ -140,6 +154,84 @@ class APGDProtocol(Protocol):
         return [Stage(f"{self.name}-{self.loss}", attack, why)]
 
 
+@dataclass(frozen=True)
+class FABProtocol(Protocol):
+    """FAB (Croce & Hein 2020, arXiv 1907.02044): the smallest perturbation, class by class.
+
+    targets: at most the number of classes less one are used.
+    """
+
+    name: ClassVar[str] = "fab"
+    steps: int = 100
+    restarts: int = 1
+    targets: int = 9
+
+    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+        targets = min(self.targets, num_classes - 1)
+        attack = FAB(steps=self.steps, restarts=self.restarts, targets=targets)
+        return [Stage("fab-t", attack, f"smallest perturbation, {targets} targets")]
+
+
+@dataclass(frozen=True)
+class SquareProtocol(Protocol):
+    """The Square attack (Andriushchenko et al. 2020, arXiv 1912.00049): a black box."""
+
+    name: ClassVar[str] = "square"
+    steps: int = 5000
+    restarts: int = 1
+
+    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+        attack = Square(steps=self.steps, restarts=self.restarts)
+        return [Stage("square", attack, f"black box, {self.steps} queries")]
+
+
+@dataclass(frozen=True)
+class CurveProtocol(Protocol):
+    """Robust accuracy over radii up to the threat's, one APGD stage for each.
+
+    A sample that breaks at one radius is broken at every larger one, so a stage attacks only what
+    the smaller radii left, and the curve falls by construction.
+
+    points: evenly spaced radii, the last of which is the threat's.
+    eps: radii instead, in pixel units, below the threat's, which is added.
+    loss: as of ``APGDProtocol``.
+    """
+
+    name: ClassVar[str] = "curve"
+    points: int = 8
+    eps: list[float | str] | None = None
+    steps: int = 100
+    restarts: int = 1
+    loss: str = "margin"
+    targets: int = 9
+
+    def radii(self, threat: Threat) -> list[float]:
+        """The radii in order. Raises UserError for one that is not inside the threat."""
+        if self.eps is None:
+            if self.points < 1:
+                raise UserError(f"protocol.points={self.points} is not at least 1")
+            return [threat.radius * i / self.points for i in range(1, self.points + 1)]
+        radii = sorted({pixels(eps, "protocol.eps") for eps in self.eps} | {threat.radius})
+        if not radii[0] > 0 or radii[-1] > threat.radius:
+            raise UserError(
+                f"protocol.eps must lie above 0 and at most at threat.eps={threat.radius:g}"
+            )
+        return radii
+
+    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+        attack = APGD(
+            steps=self.steps,
+            restarts=self.restarts,
+            loss_name=self.loss,
+            targets=min(self.targets, num_classes - 1),
+            large_radius=threat.norm == "l1",
+        )
+        return [
+            Stage(f"eps-{eps:.6g}", attack, f"{Threat(threat.norm, eps)}, {self.loss}", eps=eps)
+            for eps in self.radii(threat)
+        ]
+
+
 _MEMBERS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -153,33 +245,62 @@ _WHY = {
     "fab-t": "smallest perturbation, class by class",
     "square": "black box: does not need a gradient",
 }
+_ENGINES = ("fast", "reference")
 
 
 @dataclass(frozen=True)
 class AutoAttackProtocol(Protocol):
     """AutoAttack (Croce & Hein 2020, arXiv 2003.01690), upstream order and parameters.
 
-    suite: standard, plus or rand.  engine: reference is the authors' own code.
+    suite: standard, plus, or rand, whose gradients are means over 20 draws.  engine: fast is ours,
+    reference is the authors' own code. With fewer than four classes, where its DLR losses are not
+    defined, fast takes the margin; there are never more targets than wrong classes.
     """
 
     name: ClassVar[str] = "autoattack"
     suite: str = "standard"
-    engine: str = "reference"
+    engine: str = "fast"
 
     def __post_init__(self) -> None:
         for what, value, known in (
             ("suite", self.suite, _MEMBERS),
-            ("engine", self.engine, ("reference",)),
+            ("engine", self.engine, _ENGINES),
         ):
             if value not in known:
                 raise UserError(f"no protocol.{what} '{value}'{did_you_mean(value, known)}")
 
     def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
-        targets = min(9, num_classes - 1)
+        if self.engine == "reference":
+            targets = min(9, num_classes - 1)
+            return [
+                Stage(member, ReferenceAutoAttack(member, self.suite, targets, seed), _WHY[member])
+                for member in _MEMBERS[self.suite]
+            ]
+        draws = 20 if self.suite == "rand" else 1
         return [
-            Stage(member, ReferenceAutoAttack(member, self.suite, targets, seed), _WHY[member])
+            Stage(member, self._attack(member, num_classes, threat.norm), _WHY[member], draws=draws)
             for member in _MEMBERS[self.suite]
         ]
+
+    def _attack(self, member: str, num_classes: int, norm: str) -> Attack:
+        """A member with the parameters that upstream gives it in this suite and norm."""
+        l1 = norm == "l1" and self.suite == "standard"
+        restarts = 5 if self.suite == "plus" or l1 else 1
+        wrong = num_classes - 1
+        if member == "apgd-ce":
+            return APGD(loss_name="ce", restarts=restarts, large_radius=l1)
+        if member == "apgd-dlr":
+            loss = "dlr" if num_classes >= FEWEST_CLASSES["dlr"] else "margin"
+            return APGD(loss_name=loss, restarts=restarts, large_radius=l1)
+        if member == "apgd-t":
+            enough = num_classes >= FEWEST_CLASSES["dlr_targeted"]
+            loss = "dlr_targeted" if enough else "margin_targeted"
+            return APGD(loss_name=loss, targets=min(5 if l1 else 9, wrong), large_radius=l1)
+        if member == "fab":
+            return FAB(targeted=False, restarts=restarts)
+        if member == "fab-t":
+            return FAB(targets=min(9, wrong))
+        return Square()
 
 
 @dataclass(frozen=True)

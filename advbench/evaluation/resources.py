@@ -2,38 +2,83 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from advbench.errors import UserError, did_you_mean
+from advbench.evaluation.searcher import Speed
+
+ROOM = {"cpu": 2e5, "cuda": 8e6}
+"""Values of images in a batch at which a device is busy, by trial on small and large nets."""
+
+
+class Crew:
+    """The processes that share an evaluation; this is one of them."""
+
+    def __init__(self, device: torch.device, fabric: Fabric | None = None) -> None:
+        self.fabric = fabric
+        self.device = device if fabric is None else fabric.device
+        self.rank = 0 if fabric is None else fabric.global_rank
+        self.size = 1 if fabric is None else fabric.world_size
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.fabric is not None:
+            self.fabric.barrier()
+
+    def agree(self, mine: bool) -> bool:
+        """Whether all say so."""
+        if self.fabric is None:
+            return mine
+        least = self.fabric.all_reduce(torch.tensor(float(mine)), reduce_op="sum")
+        return bool(least == self.size)  # pyright: ignore[reportUnknownArgumentType]
 
 
 @dataclass(frozen=True)
 class Resources:
-    """The device, and how many samples are attacked side by side.
+    """The devices, and how the model runs on them.
 
-    accelerator: auto, cpu, cuda or mps.  batch_size: at least 1; it belongs to the result of
-    ``engine=reference``, whose random numbers depend on the batch.
+    accelerator: auto, cpu, cuda or mps.
+    devices: a number or a list such as "0,1"; the samples are dealt out to them.
+    num_nodes: machines, each of which runs the same command through a launcher (torchrun, SLURM).
+    batch_size: samples attacked side by side, at least 1; "auto" fits it to the images. It belongs
+        to the result of ``engine=reference``, whose random numbers depend on the batch.
+    precision, compile: as of ``Speed``.
     Raises UserError for values out of range, and for a device that is not there.
     """
 
     accelerator: str = "auto"
-    batch_size: int = 250
+    devices: int | str = 1
+    num_nodes: int = 1
+    batch_size: int | str = "auto"
+    precision: str = "32"
+    compile: str | None = None
 
     def __post_init__(self) -> None:
         known = ("auto", "cpu", "cuda", "mps")
         if self.accelerator not in known:
             hint = did_you_mean(self.accelerator, known)
             raise UserError(f"no trainer.accelerator '{self.accelerator}'{hint}")
-        if self.batch_size < 1:
-            raise UserError(f"trainer.batch_size={self.batch_size} is not at least 1")
+        if self.batch_size != "auto" and not (
+            isinstance(self.batch_size, int) and self.batch_size >= 1
+        ):
+            raise UserError(f"trainer.batch_size={self.batch_size} is not auto or at least 1")
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not here.get(self.accelerator, True):
             raise UserError(
                 f"trainer.accelerator={self.accelerator} is not available here; "
                 "use trainer.accelerator=cpu"
             )
+        _ = self.speed
+
+    @property
+    def speed(self) -> Speed:
+        return Speed(self.precision, self.compile)
 
     @property
     def device(self) -> torch.device:
@@ -42,3 +87,33 @@ class Resources:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+    def slots(self, input_shape: tuple[int, ...]) -> int:
+        """Samples attacked side by side, for images of that shape."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        room = ROOM.get(self.device.type, ROOM["cpu"]) / math.prod(input_shape)
+        return min(max(2 ** round(math.log2(room)), 8), 512)
+
+    def launch(self) -> Crew:
+        """Start the other processes, which run this same command, and meet them.
+
+        Raises UserError for devices that can't be had.
+        """
+        if str(self.devices) == "1" and self.num_nodes == 1 and "WORLD_SIZE" not in os.environ:
+            return Crew(self.device)
+        try:
+            fabric = Fabric(
+                accelerator=self.accelerator,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                strategy="ddp",
+            )
+            fabric.launch()
+        except (TypeError, ValueError, RuntimeError, MisconfigurationException) as problem:
+            reason = " ".join(str(problem).split())
+            raise UserError(
+                f"trainer.accelerator={self.accelerator} with trainer.devices={self.devices} "
+                f"cannot be had here: {reason:.200}"
+            ) from problem
+        return Crew(self.device, fabric)

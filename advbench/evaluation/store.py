@@ -1,13 +1,15 @@
 """Per-sample records of an evaluation, written as they come.
 
 While an evaluation runs, each batch of finished samples is one small file in ``journal/``, written
-atomically. A killed evaluation reads them back and goes on. When all stages are done they become
-``samples.parquet``, sorted, so that its bytes do not depend on the order of work.
+atomically; what is under way is there too, now and then. A killed evaluation reads them back and
+goes on. When all stages are done the records become ``samples.parquet``, sorted, so that its bytes
+do not depend on the order of work. Several processes share a journal; each has its own files.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from zipfile import BadZipFile
@@ -15,6 +17,9 @@ from zipfile import BadZipFile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from advbench.errors import UserError
 from advbench.files import write_atomic
@@ -51,6 +56,10 @@ class Records:
     def __len__(self) -> int:
         return len(self.sample)
 
+    def where(self, mask: np.ndarray) -> Records:
+        """The records of a mask."""
+        return Records(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
+
     @classmethod
     def joined(cls, parts: list[Records]) -> Records:
         """All records of the parts, sorted by sample."""
@@ -65,26 +74,38 @@ class Records:
 
 
 class Store:
-    """The records of one evaluation, stage by stage; in memory if ``folder`` is None."""
+    """The records of one evaluation, stage by stage; in memory if ``folder`` is None.
 
-    def __init__(self, folder: Path | None) -> None:
+    rank: of this process among those that share the evaluation.
+    """
+
+    def __init__(self, folder: Path | None, rank: int = 0) -> None:
         self.folder = folder
+        self.rank = rank
         self._parts: dict[str, list[Records]] = {}
         self._images: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._seconds: dict[str, float] = {}
         self._written = 0
-        if folder is not None:
-            for path in sorted(self._journal.glob("[0-9]*.npz")):
-                try:
-                    with np.load(path) as part:
-                        records = Records(**{name: part[name] for name in Records.DTYPES})
-                        seconds, images = float(part["seconds"]), part.get("images")
-                        self._keep(str(part["stage"]), records, seconds, images)
-                    self._written = max(self._written, int(path.stem) + 1)
-                except (ValueError, KeyError, OSError, BadZipFile):
-                    raise UserError(
-                        f"'{path}' is damaged: remove it, and its samples are attacked again"
-                    ) from None
+        self.read_journal()
+
+    def read_journal(self) -> None:
+        """Take in what all processes have written."""
+        if self.folder is None:
+            return
+        self._parts, self._images, self._seconds = {}, {}, {}
+        for path in sorted(self._journal.glob("[0-9]*-[0-9]*.npz")):
+            try:
+                with np.load(path) as part:
+                    records = Records(**{name: part[name] for name in Records.DTYPES})
+                    seconds, images = float(part["seconds"]), part.get("images")
+                    self._keep(str(part["stage"]), records, seconds, images)
+                rank, number = map(int, path.stem.split("-"))
+            except (ValueError, KeyError, OSError, BadZipFile):
+                raise UserError(
+                    f"'{path}' is damaged: remove it, and its samples are attacked again"
+                ) from None
+            if rank == self.rank:
+                self._written = max(self._written, number + 1)
 
     @property
     def _journal(self) -> Path:
@@ -117,9 +138,35 @@ class Store:
                 with path.open("wb") as file:
                     np.savez(file, stage=stage, seconds=seconds, **arrays)
 
-            write_atomic(self._journal / f"{self._written:06d}.npz", write)
+            name = f"{self.rank:03d}-{self._written:06d}.npz"
+            write_atomic(self._journal / name, write)
             self._written += 1
         self._keep(stage, records, seconds, images)
+
+    def save_flight(self, stage: str, flight: dict[str, Tensor]) -> None:
+        """Write down the searches that this process has under way, in place of earlier ones."""
+        if self.folder is None:
+            return
+        self._journal.mkdir(exist_ok=True)
+        content = {name: part.detach().cpu().contiguous() for name, part in flight.items()}
+        write_atomic(
+            self._journal / f"flight-{self.rank:03d}.safetensors",
+            lambda path: save_file(content, path, metadata={"stage": stage}),
+        )
+
+    def flights(self, stage: str) -> Iterator[dict[str, Tensor]]:
+        """The searches of a stage that were under way, of each process."""
+        if self.folder is None:
+            return
+        for path in sorted(self._journal.glob("flight-*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    if (file.metadata() or {}).get("stage") == stage:
+                        yield {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except SafetensorError:
+                raise UserError(
+                    f"'{path}' is damaged: remove it, and its searches begin again"
+                ) from None
 
     def records(self, stage: str) -> Records:
         """What is known of a stage so far, sorted by sample."""

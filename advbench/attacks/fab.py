@@ -1,0 +1,250 @@
+"""FAB, the fast adaptive boundary attack (Croce & Hein 2020, arXiv 1907.02044), in linf, l2, l1."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from advbench.attacks import losses
+from advbench.attacks.base import Answer, Attack, Clean, Counted, Oracle, Rows, started
+from advbench.attacks.random import Random
+from advbench.attacks.threat import NORMS, Threat, norm_of, per_row, unit
+from advbench.errors import UserError
+
+DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+DEAREST = 128  # coordinates that most l1 projections get by with
+PASSES = 50  # Newton needs 3 to 6, and less than 20 for inputs made to be slow
+TINY, HUGE = 1e-37, 1e30  # in float32
+
+
+@dataclass
+class FABRows(Rows):
+    """State of FAB.
+
+    target: class of a targeted search.  norm: index of the threat's norm in ``NORMS``.
+    """
+
+    target: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True)
+class FAB(Attack):
+    """Walks along the decision boundary towards x; alg. 1 of the paper.
+
+    The model is taken to be linear around the point, and both the point and x are projected onto
+    its boundary there. The next point lies between the two projections, a bit beyond the boundary;
+    if it is misclassified, it is pulled back towards x. So the search needs no budget: it looks for
+    the nearest error, wherever that is.
+
+    steps: steps per search.
+    restarts: searches per sample, and per target for a targeted search. The first one starts at x.
+    targeted: one boundary per search (FAB-T; arXiv 2003.01690), or at each step the nearest, for
+        one backward pass per wrong class.
+    targets: for a targeted search, the classes with the largest wrong logits, one after the other.
+    alpha_max: the largest weight of x's projection (the paper's biased step).
+    eta: how far to step, in distances to the boundary.
+    beta: how much of the way from x a misclassified point keeps (backward step).
+    Raises UserError for values out of these ranges.
+    """
+
+    steps: int = 100
+    restarts: int = 1
+    targeted: bool = True
+    targets: int = 9
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+
+    peeks = True
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.restarts, self.targets) < 1:
+            raise UserError("FAB needs steps >= 1, restarts >= 1 and targets >= 1")
+        if not (0 <= self.alpha_max <= 1 and self.eta >= 1 and 0 < self.beta <= 1):
+            raise UserError("FAB needs alpha_max in [0, 1], eta >= 1 and beta in (0, 1]")
+
+    @property
+    def tries(self) -> int:
+        return self.restarts * (self.targets if self.targeted else 1)
+
+    @property
+    def queries(self) -> int:
+        return self.steps
+
+    def stays_inside(self, threat: Threat) -> bool:
+        return False
+
+    def check(self, num_classes: int, threat: Threat) -> None:
+        if self.targeted and self.targets > num_classes - 1:
+            raise UserError(
+                f"{self.targets} targets need {self.targets + 1} classes and there are "
+                f"{num_classes}"
+            )
+
+    def start(
+        self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
+    ) -> FABRows:
+        x = clean.x
+        again = (restart % self.restarts > 0).to(x.dtype)
+        point = x.clone()
+        if self.restarts > 1:
+            noise = 2 * random.uniform(x) - 1 if threat.norm == "linf" else random.normal(x)
+            reach = per_row(again * threat.radius / 2, x)
+            point = (x + reach * unit(noise, threat.norm)).clamp(0.0, 1.0)
+        rows = FABRows(
+            **started(clean, point, restart),
+            target=clean.y,
+            norm=torch.full_like(clean.ids, NORMS.index(threat.norm)),
+        )
+        if self.targeted:
+            logits = oracle.logits(x).scatter(1, clean.y[:, None], -torch.inf)
+            rows.forwards += 1
+            rank = logits.argsort(dim=1, descending=True)
+            rows.target = rank.gather(1, (restart // self.restarts)[:, None]).squeeze(1)
+        return rows
+
+    def loss(self, logits: Tensor, rows: Rows) -> Tensor:
+        assert isinstance(rows, FABRows)
+        return losses.margin_targeted(logits, rows.y, rows.target)
+
+    def ask(self, oracle: Oracle, rows: Rows) -> Answer:
+        """Logits, and the nearest boundary's margin and its gradient.
+
+        The distance of a boundary is |margin| over the dual norm of its gradient.
+        """
+        if self.targeted:
+            return super().ask(oracle, rows)
+        assert isinstance(rows, FABRows)
+        dual = DUAL[NORMS[int(rows.norm[0])]]
+        model = _Margins(oracle.model, rows.y)
+        boundaries = copy(oracle)
+        boundaries.model, boundaries.check = Counted(model), False
+        margins, gradients = boundaries.classwise(rows)
+        nearest = torch.full_like(margins[:, 0], torch.inf)
+        loss, gradient = margins[:, 0], torch.zeros_like(rows.x)
+        usable = torch.zeros_like(nearest, dtype=torch.bool)
+        for margin, slope in zip(margins.unbind(1), gradients, strict=True):
+            finite = slope.isfinite()
+            usable |= finite.flatten(1).any(1)
+            slope = torch.where(finite, slope, 0.0)
+            distance = margin.abs() / (norm_of(slope, dual) + 1e-12)
+            nearer = distance < nearest
+            nearest = torch.where(nearer, distance, nearest)
+            loss = torch.where(nearer, margin, loss)
+            gradient = torch.where(per_row(nearer, slope), slope, gradient)
+        return Answer(model.logits, loss, gradient, usable)
+
+    def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
+        assert answer.gradient is not None
+        x, point, normal = rows.x, rows.point, answer.gradient
+        ahead = -answer.loss
+        drift = (normal * (point - x)).flatten(1).sum(1)
+        both = torch.stack((point, x))
+        moves = hyperplane_moves(both, normal, torch.stack((ahead, ahead + drift)), threat.norm)
+        length = norm_of(moves.flatten(0, 1), threat.norm).view(2, -1).clamp_min(1e-8)
+        alpha = (length[0] / length.sum(0)).clamp_max(self.alpha_max)
+        over, home = both + self.eta * moves
+        rows.point = torch.lerp(over, home, per_row(alpha, x)).clamp(0.0, 1.0)
+        rows.iteration += 1
+
+    def settle(self, rows: Rows, logits: Tensor, threat: Threat) -> None:
+        beta = torch.where(logits.argmax(1) != rows.y, self.beta, 1.0)
+        rows.point = torch.lerp(rows.x, rows.point, per_row(beta, rows.x))
+
+
+class _Margins(nn.Module):
+    """The margin of each wrong class, (N, K - 1); ``logits`` keeps the model's last ones (N, K).
+
+    With margins in place of logits, the gradients of all boundaries come one by one, and need not
+    be kept until the true class has had its turn.
+    """
+
+    logits: Tensor
+
+    def __init__(self, model: nn.Module, y: Tensor) -> None:
+        super().__init__()
+        self.model, self.y = model, y[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x).float()
+        self.logits = logits.detach()
+        wrong = torch.arange(logits.shape[1] - 1, device=x.device)
+        return logits.gather(1, wrong + (wrong >= self.y)) - logits.gather(1, self.y)
+
+
+def hyperplane_moves(start: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Tensor:
+    """The smallest moves that take images onto a hyperplane and keep them in [0, 1].
+
+    start: (P, N, ...), P images per hyperplane, in [0, 1].  normal: (N, ...).  gap: (P, N), by how
+    much <normal, image> has to change; its sign says on which side of the hyperplane the image is.
+    Returns (P, N, ...). An image that can't get there goes as far as the box allows; one whose
+    normal is zero stays.
+
+    Exact up to rounding. Entry i of an image moves by m_i in [0, room_i], which closes m_i |w_i| of
+    the gap. In linf and l2, m = min(lam u, room) with u = 1 and u = |w|; what that closes is a
+    concave, piecewise linear function of lam, so Newton's method from zero climbs to the root in a
+    few passes and then stands still. In l1 the entries with the largest |w_i| come first.
+    """
+    shape, start = start.shape, start.flatten(2)
+    size = normal.flatten(1).abs()
+    scale = size.amax(1, keepdim=True).clamp_min(TINY)
+    size = size / scale
+    sign = normal.flatten(1).sign() * gap.sign()[..., None]
+    room = ((sign > 0).to(start.dtype) - start).abs()
+    goal = torch.nan_to_num(gap.abs()[..., None] / scale, 0.0, HUGE)
+    if norm == "l1":
+        moves = _greedy(size, room, goal)
+    elif norm == "l2":
+        moves = torch.minimum(
+            room, size * _newton(size**2, size * room, room / size.clamp_min(TINY), goal)
+        )
+    else:
+        moves = torch.minimum(room, _newton(size, size * room, room, goal))
+    return (moves * sign).view(shape)
+
+
+def _newton(slope: Tensor, full: Tensor, stops: Tensor, goal: Tensor) -> Tensor:
+    """The smallest lam with sum_i min(lam slope_i, full_i) = goal, or a large one if there is none.
+
+    slope: (N, d).  full: (P, N, d), zero where the slope is.  stops: (P, N, d), where full is
+    reached.  goal: (P, N, 1).  Returns (P, N, 1).
+    """
+    lam, mask = torch.zeros_like(goal), torch.empty_like(full)
+    for _ in range(PASSES):
+        closed = torch.le(stops, lam, out=mask).mul_(full).sum(2, keepdim=True)
+        steep = torch.gt(stops, lam, out=mask).mul_(slope).sum(2, keepdim=True)
+        root = torch.maximum(lam, ((goal - closed) / steep.clamp_min(TINY)).clamp_max(HUGE))
+        if torch.equal(root, lam):
+            break
+        lam = root
+    return lam
+
+
+def _greedy(size: Tensor, room: Tensor, goal: Tensor) -> Tensor:
+    """The moves in [0, room] with the smallest sum and sum_i size_i move_i = goal.
+
+    size: (N, d).  room: (P, N, d).  goal: (P, N, 1).  Returns (P, N, d): all of the room where size
+    is above a threshold, and the rest of the goal shared out where it is at the threshold.
+    """
+    full = size * room
+    threshold, short = _threshold(size, full, goal, min(DEAREST, size.shape[1]))
+    rows = short.any(0).squeeze(1)
+    if rows.any():
+        threshold[:, rows], _ = _threshold(size[rows], full[:, rows], goal[:, rows], size.shape[1])
+    above, at = (size > threshold).to(size.dtype), (size == threshold).to(size.dtype)
+    rest = goal - (above * full).sum(2, keepdim=True)
+    share = (rest / (at * full).sum(2, keepdim=True).clamp_min(TINY)).clamp(0.0, 1.0)
+    return room * (above + at * share)
+
+
+def _threshold(size: Tensor, full: Tensor, goal: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The size at which the k largest entries, in order, reach the goal; and where they don't."""
+    largest, order = size.topk(k, dim=1)
+    closed = full.gather(2, order.expand(len(full), -1, -1)).cumsum(2)
+    needed = (closed < goal).sum(2, keepdim=True)
+    threshold = largest.expand(len(full), -1, -1).gather(2, needed.clamp_max(k - 1))
+    return threshold, needed == k

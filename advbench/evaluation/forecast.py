@@ -1,0 +1,57 @@
+"""How long a stage will still take."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+BINS = 64
+MEMORY = 0.9  # of the moving average over rounds
+
+
+class Forecast:
+    """Expects of the samples that wait what was seen of those that came before them.
+
+    A sample's work is a number of queries; it ends early if it breaks. How likely it is to come so
+    far is estimated from all samples, finished or under way (Kaplan & Meier 1958).
+
+    queries: of a sample that holds, over all its tries.
+    """
+
+    def __init__(self, queries: int) -> None:
+        self.queries = max(queries, 1)
+        self.reached = np.zeros(BINS + 1)  # samples that ended in the bin, whatever the reason
+        self.broke = np.zeros(BINS + 1)
+        self.round_seconds = 0.0
+        self._last = time.perf_counter()
+
+    def _bin(self, queries: np.ndarray) -> np.ndarray:
+        return np.minimum(queries * BINS // self.queries, BINS)
+
+    def ended(self, queries: int, broke: bool) -> None:
+        """A sample left after so many queries."""
+        at = int(self._bin(np.array(queries)))
+        self.reached[at] += 1
+        self.broke[at] += broke
+
+    def round(self) -> None:
+        """One query of every slot is over."""
+        now = time.perf_counter()
+        took, self._last = now - self._last, now
+        before = self.round_seconds or took
+        self.round_seconds = MEMORY * before + (1 - MEMORY) * took
+
+    def seconds(self, under_way: np.ndarray, waiting: int, slots: int) -> float:
+        """Time left. under_way: queries that each sample in a slot has behind it."""
+        at = self._bin(under_way)
+        ended = self.reached + np.bincount(at, minlength=BINS + 1)
+        at_risk = np.maximum(ended[::-1].cumsum()[::-1], 1)
+        alive = np.cumprod(np.concatenate([[1.0], 1 - self.broke / at_risk]))[: BINS + 1]
+        # Bins still ahead of a sample at the start of each bin, given that it came there.
+        ahead = np.concatenate([alive[:-1][::-1].cumsum()[::-1], [0.0]]) / np.maximum(alive, 1e-9)
+        left = ahead[at].sum() + waiting * ahead[0]
+        # Slots work side by side; but one sample's queries come one after the other.
+        longest = (BINS - at).max(initial=0)
+        rounds = max(left / slots, longest) * self.queries / BINS
+        return float(rounds * self.round_seconds)

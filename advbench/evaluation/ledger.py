@@ -1,0 +1,77 @@
+"""What one stage has found so far, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advbench.evaluation.store import Records
+
+PROGRESS = ("attempt", "margin", "forwards", "backwards")
+
+
+class Ledger:
+    """Columns over the samples of a stage; a *position* is a sample's place in ``samples``.
+
+    attempt: the search that a sample is at, or waits for.  The other columns are as in ``Records``.
+    """
+
+    def __init__(self, samples: Tensor, labels: Tensor) -> None:
+        n = len(samples)
+        self.samples = samples
+        self.attempt = torch.zeros(n, dtype=torch.int64)
+        self.broken = torch.zeros(n, dtype=torch.bool)
+        self.label = labels.clone()
+        self.margin = torch.full((n,), torch.inf)
+        self.distance = torch.full((n,), torch.nan)
+        self.forwards = torch.zeros(n, dtype=torch.int64)
+        self.backwards = torch.zeros(n, dtype=torch.int64)
+        self._images: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def spend(self, at: Tensor, margin: Tensor, forwards: Tensor, backwards: Tensor) -> None:
+        """A search of the samples at these positions is over, or interrupted."""
+        self.margin[at] = torch.minimum(self.margin[at], margin)
+        self.forwards[at] += forwards
+        self.backwards[at] += backwards
+
+    def breaks(self, at: Tensor, label: Tensor, margin: Tensor, distance: Tensor) -> None:
+        """The referee found these samples broken."""
+        self.broken[at], self.label[at] = True, label
+        self.margin[at], self.distance[at] = margin, distance
+
+    def keep_images(self, at: Tensor, images: Tensor) -> None:
+        for position, image in zip(at.tolist(), images.cpu().numpy(), strict=True):
+            self._images[position] = image
+
+    def records(self, positions: Sequence[int]) -> tuple[Records, np.ndarray | None]:
+        """The records of finished samples, and the images of the broken ones if they are kept."""
+        at = torch.tensor(positions)
+        records = Records(
+            sample=self.samples[at].numpy(),
+            **{
+                name: getattr(self, name)[at].numpy()
+                for name in Records.DTYPES
+                if name != "sample"
+            },
+        )
+        images = [self._images.pop(p) for p in positions if p in self._images]
+        return records, np.stack(images) if images else None
+
+    def progress(self) -> dict[str, Tensor]:
+        """What has to be remembered of samples that are not finished."""
+        begun = ((self.attempt > 0) | (self.forwards > 0)).nonzero().flatten()
+        columns = {name: getattr(self, name)[begun] for name in PROGRESS}
+        return {"sample": self.samples[begun], **columns}
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        """Take up what ``progress`` remembered."""
+        known = torch.isin(progress["sample"], self.samples)
+        at = torch.searchsorted(self.samples, progress["sample"][known])
+        for name in PROGRESS:
+            getattr(self, name)[at] = progress[name][known]

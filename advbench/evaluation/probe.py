@@ -1,0 +1,81 @@
+"""A look at a model before it is attacked: whether its answers mean what they should."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from advbench.defenses.base import Traits
+from advbench.errors import UserError
+from advbench.evaluation.samples import Samples
+
+PROBE = 16  # images
+
+
+@torch.no_grad()
+def probe(model: nn.Module, samples: Samples, traits: Traits) -> int:
+    """Look at the model's answers on a few images; returns the number of classes.
+
+    Raises UserError if the model is in training mode or has weights that are not finite, can't take
+    the images, does not return (N, K) logits or writes into its input, and if its predictions are
+    stochastic or batch-dependent and ``traits`` deny it.
+    """
+    if any(module.training for module in model.modules()):
+        raise UserError("the model is in training mode: call model.eval() before evaluating it")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"the model's weights are not finite: '{name}' holds NaN or infinity")
+    clean = samples.fetch(samples.ids[:PROBE])
+    shape, x = tuple(clean.x.shape[1:]), clean.x.clone()
+    logits = _ask(model, clean.x)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"the model must return logits of shape (N, K), K >= 2, for images {shape}, not {got}"
+        )
+    if not torch.equal(clean.x, x):
+        raise UserError("the model writes into its input: let forward work on a copy (x.clone())")
+    classes, highest = logits.shape[1], int(samples.split.labels.max())
+    if highest >= classes:
+        raise UserError(
+            f"the data has labels up to {highest} and the model has {classes} classes (0 to "
+            f"{classes - 1}): choose the data that the model was trained for"
+        )
+    # Kernels round differently from call to call and shape to shape; noise is orders larger.
+    slack = 1e-3 * (1 + logits.abs().max())
+    if not traits.stochastic and (_ask(model, x) - logits).abs().max() > slack:
+        raise UserError(
+            "two forward passes of the same images differ, so the model is stochastic: a protocol "
+            "that judges by one prediction can't be trusted; remove the noise"
+        )
+    alone = torch.cat([_ask(model, row) for row in x.split(1)])
+    if not traits.batch_dependent and (alone - logits).abs().max() > slack:
+        raise UserError(
+            "the model's output for an image depends on the other images of its batch: the robust "
+            "accuracy of a sample is not defined for it"
+        )
+    return classes
+
+
+def check_gradient(model: nn.Module, samples: Samples) -> None:
+    """Raise UserError if the model's output has no gradient in its input."""
+    x = samples.fetch(samples.ids[:1]).x.requires_grad_()
+    with torch.enable_grad():
+        if not _ask(model, x).requires_grad:
+            raise UserError(
+                "the model's output has no gradient in its input: remove torch.no_grad() or "
+                "detach() from its forward"
+            )
+
+
+def _ask(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's answer; whatever somebody else's forward raises becomes a UserError."""
+    try:
+        return model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise UserError(
+            f"the model can't take the data's images, {tuple(x.shape[1:])} (C, H, W): {reason:.300}"
+        ) from problem

@@ -1,0 +1,43 @@
+"""Which samples are evaluated, and where they live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advbench.attacks.base import Clean
+from advbench.data.base import Split
+from advbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of an evaluation: rows ``ids`` (sorted) of a split, on a device."""
+
+    split: Split
+    ids: Tensor
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def fetch(self, ids: Tensor) -> Clean:
+        x, y = self.split.fetch(ids, self.device)
+        return Clean(ids.to(self.device), x, y)
+
+
+def subset(total: int, n: int | None) -> Tensor:
+    """The fixed pseudo-random n of ``total`` sample ids, sorted; all of them for None.
+
+    A smaller subset is part of a larger one. Raises UserError for n out of 1..total.
+    """
+    if n is None:
+        return torch.arange(total)
+    if n < 1:
+        raise UserError(f"n={n} is not at least 1")
+    if n > total:
+        raise UserError(f"n={n} but the split has {total} samples; use n={total} or leave n out")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return order[:n].sort().values

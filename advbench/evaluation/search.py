@@ -1,0 +1,377 @@
+"""One stage over its samples: a fixed number of slots that waiting samples enter as others leave.
+
+In pseudo-code:
+
+    repeat until nobody waits and no slot is taken:
+        fill free slots with waiting samples; the attack starts them
+        query the model at every slot's point; what looks like a success goes to the referee
+        the attack advances; the referee judges the points where a search ends
+        a sample that broke, or has no search left, leaves its slot with a record
+        a sample with a search left goes to the head of the line
+
+Batches have one of a few sizes, with free slots filled up, so that a sample's outcome depends
+neither on who is beside it nor on when it came.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advbench.attacks import losses
+from advbench.attacks.base import Oracle, Rows
+from advbench.attacks.random import KeyedRandom
+from advbench.attacks.referee import Referee, finite
+from advbench.attacks.threat import Threat
+from advbench.errors import UserError
+from advbench.evaluation.forecast import Forecast
+from advbench.evaluation.ledger import Ledger
+from advbench.evaluation.protocol import Stage
+from advbench.evaluation.samples import Samples
+from advbench.evaluation.searcher import Shapes
+from advbench.evaluation.store import Store
+
+TELL_SECONDS = 0.2
+COMMIT_SECONDS = 2.0
+FLIGHT_SECONDS = 30.0
+FLIGHT_SHARE = 0.02  # of the time may go into writing down what is under way
+
+
+class Watch(Protocol):
+    """Who looks on while an evaluation runs."""
+
+    def stage(self, name: str, waiting: int) -> None:
+        """A stage begins with so many samples to attack."""
+        ...
+
+    def progress(self, done: int, correct: int, n: int, left: float | None = None) -> None:
+        """So many of the stage's samples are done; of all n, so many are still correct.
+
+        left: seconds that the stage will still take.
+        """
+        ...
+
+    def note(self, text: str) -> None:
+        """Something that a person should know."""
+        ...
+
+
+class Search:
+    """A stage at work.
+
+    seed: of the keyed draws.  correct: samples that are still correct as the stage begins, of
+    ``total``.
+    hurry: whether time is up; asked between two queries.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        samples: Samples,
+        threat: Threat,
+        oracle: Oracle,
+        referee: Referee,
+        shapes: Shapes,
+        store: Store,
+        *,
+        seed: int,
+        correct: int,
+        total: int,
+        keep_images: bool,
+        watch: Watch,
+        hurry: Callable[[], bool],
+    ) -> None:
+        self.stage, self.attack = stage, stage.attack
+        self.samples, self.threat = samples, threat
+        self.oracle, self.referee, self.shapes, self.store = oracle, referee, shapes, store
+        self.seed, self.correct, self.total = seed, correct, total
+        self.keep_images = keep_images
+        self.watch, self.hurry = watch, hurry
+        self.inside = self.attack.stays_inside(threat)
+        self.rows: Rows | None = None
+        # For each slot: position in the ledger or -1; queries of this search; smallest margin seen.
+        self.place = torch.empty(0, dtype=torch.int64)
+        self.age = torch.empty(0, dtype=torch.int64)
+        self.smallest = torch.empty(0)
+
+    def run(self, pending: Tensor) -> bool:
+        """Attack the samples ``pending`` (sorted ids). Returns False if time was up before."""
+        self.watch.stage(self.stage.name, len(pending))
+        self.ledger = Ledger(pending, self.samples.split.labels[pending])
+        self.forecast = Forecast(self.attack.tries * self.attack.queries)
+        self.fresh: list[int] = []  # positions with a record that is not yet stored
+        self.done = 0
+        self.committed = self.flown = self.told = time.perf_counter()
+        self.flight_cost = 0.0
+        waiting = self._board()
+        self.waiting = deque(position for position in range(len(pending)) if position in waiting)
+        while True:
+            try:
+                if not self._fill():
+                    break
+                self._round()
+                full = False
+            except RuntimeError as problem:
+                if not out_of_memory(problem):
+                    raise
+                full = True
+            if full:  # outside of the handler, which would hold on to the memory
+                self._back_off()
+            if self._write_down():
+                return False
+        self._commit()
+        self.watch.progress(self.done, self.correct, self.total, 0.0)
+        return True
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    def _fill(self) -> bool:
+        """Bring waiting samples into free slots. Returns whether any slot is taken."""
+        taken = (self.place >= 0).nonzero().flatten()
+        entering = min(self.shapes.largest - len(taken), len(self.waiting))
+        if len(taken) and 8 * entering < self.shapes.largest and entering < len(self.waiting):
+            entering = 0  # a start has its price: rather several at once
+        if not len(taken) and not entering:
+            return False
+        positions = torch.tensor([self.waiting.popleft() for _ in range(entering)])
+        try:
+            started = self._start(positions) if entering else None
+        except RuntimeError:
+            self.waiting.extendleft(reversed(positions.tolist()))
+            raise
+        width = self._width(len(taken) + entering)
+        if self.rows is None or not len(taken):
+            assert started is not None
+            self.rows, free = started, torch.arange(len(started))
+            self.place = torch.full((len(started),), -1)
+            self.age = torch.zeros(len(started), dtype=torch.int64)
+            self.smallest = torch.full((len(started),), torch.inf, device=self.samples.device)
+            started = None
+        elif width != len(self.place):
+            self._resize(taken, width)
+            free = torch.arange(len(taken), width)
+        else:
+            free = (self.place < 0).nonzero().flatten()
+        if entering:
+            where = free[:entering]
+            if started is not None:
+                there = where.to(self.samples.device)
+                self.rows.put(there, started, torch.arange(entering, device=there.device))
+            self.place[where], self.age[where] = positions, 0
+            self.smallest[where.to(self.samples.device)] = torch.inf
+        return True
+
+    def _width(self, rows: int) -> int:
+        # A library's attack gets its batch as it is: its draws depend on the batch.
+        return self.shapes.fit(rows) if self.attack.queries else rows
+
+    def _start(self, positions: Tensor) -> Rows:
+        """The attack's rows for samples at these positions, filled up to a shape."""
+        width = self._width(len(positions))
+        positions = positions[torch.arange(width) % len(positions)]
+        restart = self.ledger.attempt[positions].to(self.samples.device)
+        clean = self.samples.fetch(self.ledger.samples[positions])
+        random = KeyedRandom(self.seed, self.stage.name, clean.ids, restart)
+        return self.attack.start(self.oracle, clean, self.threat, random, restart)
+
+    def _resize(self, taken: Tensor, width: int) -> None:
+        """Move the taken slots to the front of a batch of another size."""
+        assert self.rows is not None
+        index = taken[torch.arange(width) % len(taken)]
+        self.rows = self.rows.take(index.to(self.samples.device))
+        self.place, self.age = self.place[index], self.age[index]
+        self.smallest = self.smallest[index.to(self.samples.device)]
+        self.place[len(taken) :] = -1
+
+    def _back_off(self) -> None:
+        """Memory ran out: begin the searches under way again, fewer side by side."""
+        self.shapes.shrink()
+        back = self.place[self.place >= 0].sort().values.tolist()
+        self.waiting.extendleft(reversed(back))
+        self.rows = None
+        self.place = self.place[:0]
+        if self.samples.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.watch.note(
+            f"out of memory: going on with {self.shapes.largest} samples side by side "
+            f"(trainer.batch_size={self.shapes.largest})"
+        )
+
+    # --- one query ------------------------------------------------------------------------------
+
+    def _round(self) -> None:
+        rows, attack = self.rows, self.attack
+        assert rows is not None
+        if attack.queries:
+            answer = attack.ask(self.oracle, rows)
+            if answer.usable is not None:
+                self._need_gradients(answer.usable)
+            self._look(rows, answer.logits)
+            random = KeyedRandom(self.seed, self.stage.name, rows.ids, rows.restart)
+            attack.advance(rows, answer, self.threat, random)
+            if attack.peeks:
+                logits = self.oracle.peek(rows)
+                self._look(rows, logits)
+                attack.settle(rows, logits, self.threat)
+            self.age += 1
+        over = ((self.place >= 0) & (self.age >= attack.queries)).nonzero().flatten()
+        if len(over):
+            self._judge(rows, over)
+            self._leave(rows, over[self.place[over] >= 0])
+        self.forecast.round()
+
+    def _need_gradients(self, usable: Tensor) -> None:
+        if not bool((usable.cpu() | (self.place < 0)).all()):
+            raise UserError(
+                "the model's gradient is NaN or infinite for whole images, so an attack along it "
+                "would find nothing and its robust accuracy would mean nothing: mend the model's "
+                "backward"
+            )
+
+    def _look(self, rows: Rows, logits: Tensor) -> None:
+        """Put before the referee what looks like a success."""
+        sound = finite(logits)
+        wrong = (logits.argmax(1) != rows.y) | ~sound
+        if self.stage.target == "model":
+            margin = torch.where(wrong, torch.inf, -losses.margin(logits, rows.y))
+            if not self.inside:
+                margin = torch.where(self.threat.contains(rows.point, rows.x), margin, torch.inf)
+            self.smallest = torch.minimum(self.smallest, margin)
+        hits = (wrong.cpu() & (self.place >= 0)).nonzero().flatten()
+        if len(hits) and not self.inside:
+            at = hits.to(rows.x.device)
+            hits = hits[self.threat.contains(rows.point[at], rows.x[at]).cpu()]
+        if len(hits):
+            self._judge(rows, hits)
+
+    def _judge(self, rows: Rows, slots: Tensor) -> None:
+        """Put rows before the referee; the broken ones leave."""
+        at = slots.to(rows.x.device)
+        x = rows.x[at]
+        judged = self.referee.judge(x, rows.y[at], rows.point[at])
+        rows.forwards[at] += self.referee.draws
+        self.smallest[at] = torch.minimum(
+            self.smallest[at], torch.where(judged.broken, torch.inf, judged.margin)
+        )
+        broken = judged.broken.cpu()
+        if not broken.any():
+            return
+        distance = self.threat.distance(judged.point, x).cpu()[broken]
+        positions = self.place[slots[broken]]
+        label, margin = judged.label.cpu()[broken], judged.margin.cpu()[broken]
+        if self.keep_images:
+            self.ledger.keep_images(positions, judged.point[judged.broken])
+        self._leave(rows, slots[broken], broke=True)
+        self.ledger.breaks(positions, label, margin, distance)
+
+    def _leave(self, rows: Rows, slots: Tensor, broke: bool = False) -> None:
+        """Free the slots of searches that are over."""
+        if not len(slots):
+            return
+        at, positions = slots.to(rows.x.device), self.place[slots]
+        self.ledger.spend(
+            positions, self.smallest[at].cpu(), rows.forwards[at].cpu(), rows.backwards[at].cpu()
+        )
+        self.place[slots] = -1
+        again = []
+        for position, age in zip(positions.tolist(), self.age[slots].tolist(), strict=True):
+            attempt = int(self.ledger.attempt[position])
+            if broke or attempt + 1 == self.attack.tries:
+                self.fresh.append(position)
+                self.done += 1
+                self.correct -= broke
+                self.forecast.ended(attempt * self.attack.queries + age, broke)
+            else:
+                self.ledger.attempt[position] = attempt + 1
+                again.append(position)
+        self.waiting.extendleft(reversed(again))
+
+    # --- what is written down -------------------------------------------------------------------
+
+    def _write_down(self) -> bool:
+        """Store what is finished and, now and then, what is under way. Returns if time is up."""
+        now = time.perf_counter()
+        hurry = self.hurry()
+        if self.fresh and (now - self.committed > COMMIT_SECONDS or hurry):
+            self._commit()
+        pause = max(FLIGHT_SECONDS, self.flight_cost / FLIGHT_SHARE)
+        if now - self.flown > pause or hurry:
+            self._commit()
+            self._save_flight()
+            self.flown = time.perf_counter()
+            self.flight_cost = self.flown - now
+        if now - self.told > TELL_SECONDS or hurry:
+            self.watch.progress(self.done, self.correct, self.total, self._seconds_left())
+            self.told = now
+        return hurry
+
+    def _seconds_left(self) -> float | None:
+        if not self.attack.queries:
+            return None
+        taken = self.place >= 0
+        attempts = self.ledger.attempt[self.place[taken]]
+        queries = attempts * self.attack.queries + self.age[taken]
+        return self.forecast.seconds(queries.numpy(), len(self.waiting), self.shapes.largest)
+
+    def _commit(self) -> None:
+        if not self.fresh:
+            return
+        now = time.perf_counter()
+        records, images = self.ledger.records(self.fresh)
+        self.store.append(self.stage.name, records, now - self.committed, images)
+        self.fresh, self.committed = [], now
+
+    def _save_flight(self) -> None:
+        """Write down the searches under way, to go on in their middle after an interruption."""
+        taken = (self.place >= 0).nonzero().flatten()
+        if self.rows is None or not self.attack.queries or not len(taken):
+            return
+        at = taken.to(self.samples.device)
+        flight = {f"rows.{f.name}": getattr(self.rows, f.name)[at] for f in fields(self.rows)}
+        flight["smallest"] = self.smallest[at]
+        flight |= {f"ledger.{name}": part for name, part in self.ledger.progress().items()}
+        self.store.save_flight(self.stage.name, flight)
+
+    def _board(self) -> set[int]:
+        """Take up the searches that were under way; returns the positions that have to wait."""
+        everyone = set(range(len(self.ledger)))
+        for flight in self.store.flights(self.stage.name):
+            progress = {
+                name.removeprefix("ledger."): part
+                for name, part in flight.items()
+                if name.startswith("ledger.")
+            }
+            self.ledger.resume(progress)
+            ids = flight["rows.ids"]
+            mine = torch.isin(ids, self.ledger.samples).nonzero().flatten()
+            free = self.shapes.largest - int((self.place >= 0).sum())
+            mine = mine[: free if self.rows is None else 0]
+            if not len(mine):
+                continue
+            positions = torch.searchsorted(self.ledger.samples, ids[mine])
+            rows = self._start(positions)
+            width = torch.arange(len(rows)) % len(mine)
+            for f in fields(rows):
+                saved = flight[f"rows.{f.name}"][mine][width]
+                setattr(rows, f.name, saved.to(self.samples.device))
+            self.rows = rows
+            self.place = torch.full((len(rows),), -1)
+            self.place[: len(mine)] = positions
+            self.age = rows.iteration.cpu().clone()
+            self.smallest = flight["smallest"][mine][width].to(self.samples.device)
+        return everyone - set(self.place.tolist())
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left."""
+    text = str(problem).lower()
+    return isinstance(problem, torch.OutOfMemoryError) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate")
+    )

@@ -1,0 +1,179 @@
+"""The model as a search sees it: the same function, faster. The referee keeps the real one.
+
+A search asks millions of questions and is trusted with none of the answers, so its copy of the
+model may round differently: channels last, batch normalisation folded into the convolutions, and,
+where asked for, bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from advbench.attacks import losses
+from advbench.attacks.base import Clean
+from advbench.errors import UserError, did_you_mean
+
+PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+SMALLEST = 8  # rows
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How a search runs the model.
+
+    precision: 32, or bf16, in which every success is still confirmed in float32.
+    compile: None, or a mode of ``torch.compile`` such as "default" or "reduce-overhead", which
+        takes a minute and needs a model that it understands.
+    Raises UserError for another precision or mode.
+    """
+
+    precision: str = "32"
+    compile: str | None = None
+
+    def __post_init__(self) -> None:
+        modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+        for what, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("compile", self.compile or "default", modes),
+        ):
+            if value not in known:
+                raise UserError(f"no trainer.{what} '{value}'{did_you_mean(value, known)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Searcher(nn.Module):
+    """A copy of a model for searching. Input (N, C, H, W) as the model's; logits float32."""
+
+    def __init__(self, model: nn.Module, speed: Speed, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.device_type = device.type
+        self.dtype = PRECISIONS[speed.precision]
+        self.call = (
+            torch.compile(model, dynamic=False, mode=speed.compile) if speed.compile else model
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.call(x).float()
+
+
+def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = False) -> nn.Module:
+    """A fast copy of ``model``, which must be in evaluation mode.
+
+    clean: a few images, on which the copy's logits and gradients are held against the model's; a
+    copy that differs by more than rounding is not used. What comes back shares no state with it.
+    stochastic: the model's noise can't be compared, so the copy keeps the model's own steps.
+    """
+    try:
+        plain = copy.deepcopy(model).requires_grad_(False)
+    except Exception:  # somebody's module that can't be copied
+        return model
+    candidates = [plain]
+    if not stochastic:
+        try:
+            # Tracing drops hooks and grad modes and fails on control flow: hence the comparison.
+            candidates.insert(0, fuse(plain).requires_grad_(False))
+        except Exception:
+            pass
+    for candidate in candidates:
+        fast = Searcher(candidate.to(memory_format=torch.channels_last), speed, clean.x.device)
+        # Compared in float32: bf16 differs by more than a wrong fold would.
+        exact = Searcher(candidate, Speed(), clean.x.device)
+        if stochastic or _agree(model, exact, clean):
+            return fast.eval()
+    return model
+
+
+def _agree(model: nn.Module, fast: nn.Module, clean: Clean) -> bool:
+    try:
+        (logits, gradient), (logits_fast, gradient_fast) = (ask(m, clean) for m in (model, fast))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False
+    # A row whose gradient is not finite is not the copy's fault.
+    close = torch.allclose(logits, logits_fast, rtol=1e-3, atol=1e-4, equal_nan=True)
+    gap, size = gradient_fast - gradient, gradient.nan_to_num(0.0, 0.0, 0.0).norm()
+    return close and bool(gap.nan_to_num(0.0, 0.0, 0.0).norm() <= 0.01 * size + 1e-12)
+
+
+def ask(model: nn.Module, clean: Clean) -> tuple[Tensor, Tensor]:
+    """Logits (N, K), and the gradient of each row's margin in its image, (N, C, H, W)."""
+    with torch.enable_grad():
+        x = clean.x.detach().clone().requires_grad_()
+        logits = model(x)
+        if not logits.requires_grad:
+            return logits, torch.zeros_like(x)
+        gradient = torch.autograd.grad(losses.margin(logits.float(), clean.y).sum(), x)[0]
+    return logits.detach().float(), gradient
+
+
+class Shapes:
+    """The batch sizes that a search may use: the largest, and smaller ones that change no bit.
+
+    A row's answer could depend on the batch: on its size, through the kernel that is chosen for it,
+    and on the row's place. So every batch is filled up to one of these sizes, and a size is used
+    only if the model gives the same bits there as at the largest. ``placeless`` says whether a
+    row's place changes nothing either.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self.sizes = (largest,)
+        self.placeless = False
+
+    @property
+    def largest(self) -> int:
+        return self.sizes[-1]
+
+    def fit(self, rows: int) -> int:
+        """The smallest size for so many rows, at most ``largest``."""
+        return next(size for size in self.sizes if size >= rows)
+
+    def shrink(self) -> None:
+        """Go down to the next smaller size, for want of memory."""
+        if self.largest == 1:
+            raise UserError("the memory of the device does not hold a single image's attack")
+        self.sizes = self.sizes[:-1] or (self.largest // 2,)
+
+    def probe(self, model: nn.Module, clean: Clean) -> None:
+        """Find out which sizes ``model`` is indifferent to. clean: ``largest`` rows, or fewer."""
+        largest = self.largest
+        full = _part(clean, torch.arange(largest) % len(clean.x))
+        truth = _answers(model, full)
+        back = torch.arange(largest - 1, -1, -1)
+        turned = ask(model, _part(full, back))
+        self.placeless = _same([part[back] for part in truth[1:]], turned)
+        sizes, size, front = [largest], largest // 2, True
+        while size >= SMALLEST:
+            # By turns from the front and from the back, where the last tile of a kernel may differ.
+            part = torch.arange(size) if front else torch.arange(largest - size, largest)
+            if _same([answer[part] for answer in truth], _answers(model, _part(full, part))):
+                sizes.insert(0, size)
+            size, front = size // 2, not front
+        self.sizes = tuple(sizes)
+
+
+def _part(clean: Clean, rows: Tensor) -> Clean:
+    return Clean(*(part[rows.to(part.device)] for part in clean))
+
+
+def _answers(model: nn.Module, clean: Clean) -> list[Tensor]:
+    """Logits without and with a graph, and gradients."""
+    with torch.no_grad():
+        alone = model(clean.x)
+    return [alone, *ask(model, clean)]
+
+
+def _same(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -63,7 +63,7 @@ def largest_margin(attack: Attack, model: nn.Module, clean: Clean, threat: Threa
         random, restarts = keyed(clean, restart)
         rows = attack.start(oracle, clean, threat, random, restarts)
         for _ in range(attack.queries):
-            attack.advance(rows, attack.ask(oracle, rows), threat, random)
+            attack.advance(rows, attack.ask(oracle, rows, threat), threat, random)
             with torch.no_grad():
                 margin = losses.margin(model(rows.point), clean.y)
             inside = threat.contains(rows.point, clean.x)

@@ -71,7 +71,7 @@ def search(
     random = KeyedRandom(0, "test", clean.ids, restarts)
     rows = attack.start(oracle, clean, threat, random, restarts)
     for _ in range(attack.queries):
-        attack.advance(rows, attack.ask(oracle, rows), threat, random)
+        attack.advance(rows, attack.ask(oracle, rows, threat), threat, random)
         assert rows.point.min() >= 0 and rows.point.max() <= 1
         logits = oracle.peek(rows)
         distance = threat.distance(rows.point, rows.x)
@@ -330,7 +330,7 @@ def test_the_untargeted_search_asks_for_the_nearest(norm: str, dual: float, clas
     clean, oracle = batch(model, 10), Oracle(model)
     attack, zero = FAB(targeted=False), torch.zeros_like(clean.ids)
     rows = attack.start(oracle, clean, threat, KeyedRandom(0, "test", clean.ids, zero), zero)
-    answer = attack.ask(oracle, rows)
+    answer = attack.ask(oracle, rows, threat)
     assert answer.gradient is not None and answer.usable is not None and answer.usable.all()
     assert torch.equal(answer.logits, model(clean.x))
     assert rows.forwards.tolist() == [1] * 10 and rows.backwards.tolist() == [classes - 1] * 10
@@ -387,7 +387,7 @@ def test_unusable_gradients_are_told(targeted: bool) -> None:
     clean, zero = batch(model, 4, 0.4, 0.9), torch.zeros(4, dtype=torch.int64)
     attack, oracle = FAB(targeted=targeted, targets=2), Oracle(model)
     rows = attack.start(oracle, clean, threat, KeyedRandom(0, "test", clean.ids, zero), zero)
-    answer = attack.ask(oracle, rows)
+    answer = attack.ask(oracle, rows, threat)
     assert answer.usable is not None and not answer.usable.any()
     assert answer.gradient is not None and not answer.gradient.any()
     attack.advance(rows, answer, threat, KeyedRandom(0, "test", clean.ids, zero))
@@ -405,7 +405,7 @@ def test_single_pixels_without_a_gradient_stay(targeted: bool) -> None:
     for model in (Deaf(curved(3)), Deaf(curved(3), factor)):
         random, oracle = KeyedRandom(0, "test", clean.ids, zero), Oracle(model)
         rows.append(attack.start(oracle, clean, threat, random, zero))
-        attack.advance(rows[-1], attack.ask(oracle, rows[-1]), threat, random)
+        attack.advance(rows[-1], attack.ask(oracle, rows[-1], threat), threat, random)
     whole, some = ((row.point - clean.x).flatten(1) for row in rows)
     still = ~factor.flatten().isfinite()
     assert whole[:, still].all() and not some[:, still].any()

@@ -4,7 +4,7 @@ A search over a batch of rows, in pseudo-code (the evaluation engine refills fin
 
     rows = attack.start(oracle, clean, threat, restart)
     repeat attack.queries times:
-        answer = attack.ask(oracle, rows)            # logits, loss, gradient at rows.point
+        answer = attack.ask(oracle, rows, threat)    # logits, loss, gradient at rows.point
         <referee: is rows.point a success?>
         attack.advance(rows, answer, threat, random) # moves rows.point
         if attack.peeks:
@@ -142,21 +142,26 @@ class Oracle:
         rows.forwards += 1
         return self.logits(rows.point)
 
-    def classwise(self, rows: Rows) -> tuple[Tensor, Iterator[Tensor]]:
-        """Logits (N, K) at ``rows.point`` and, class by class, each logit's gradient in it."""
+    def boundaries(self, rows: Rows) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
+        """Logits (N, K) at ``rows.point``, the margin of each wrong class (N, K - 1), and one after
+        the other each margin's gradient (N, C, H, W) with the rows where it is usable (N,).
+        """
         point = rows.point.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.model(point).float()
+            wrong = torch.arange(logits.shape[1] - 1, device=logits.device)
+            wrong = wrong + (wrong >= rows.y[:, None])
+            margins = logits.gather(1, wrong) - logits.gather(1, rows.y[:, None])
         rows.forwards += 1
 
-        def gradients() -> Iterator[Tensor]:
-            for column in range(logits.shape[1]):
-                kept = column < logits.shape[1] - 1
-                grad = torch.autograd.grad(logits[:, column].sum(), point, retain_graph=kept)[0]
+        def gradients() -> Iterator[tuple[Tensor, Tensor]]:
+            for column in range(margins.shape[1]):
+                kept = column < margins.shape[1] - 1
+                grad = torch.autograd.grad(margins[:, column].sum(), point, retain_graph=kept)[0]
                 rows.backwards += 1
-                yield _finite(grad)[0] if self.check else grad
+                yield _finite(grad)
 
-        return logits.detach(), gradients()
+        return logits.detach(), margins.detach(), gradients()
 
 
 def _finite(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +207,7 @@ class Attack(ABC):
         """What the search raises, (N,)."""
         return losses.margin(logits, rows.y)
 
-    def ask(self, oracle: Oracle, rows: Rows) -> Answer:
+    def ask(self, oracle: Oracle, rows: Rows, threat: Threat) -> Answer:
         """Query the oracle at ``rows.point``."""
         return oracle.query(self, rows, self.gradient)
 
@@ -263,5 +268,5 @@ def craft(attack: Attack, model: nn.Module, clean: Clean, threat: Threat, random
     oracle = Oracle(model, check=False)
     rows = attack.start(oracle, clean, threat, random, torch.zeros_like(clean.ids))
     for _ in range(attack.queries):
-        attack.advance(rows, attack.ask(oracle, rows), threat, random)
+        attack.advance(rows, attack.ask(oracle, rows, threat), threat, random)
     return rows.point.detach()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from advbench.attacks.base import Answer, Attack, Oracle, Rows
+from advbench.errors import UserError
 
 
 class Expectation(Oracle):
@@ -28,19 +29,16 @@ class Expectation(Oracle):
         return super().peek(rows)
 
     def query(self, attack: Attack, rows: Rows, gradient: bool = True) -> Answer:
-        total = super().query(attack, rows, gradient)
+        logits, loss, slope, usable = super().query(attack, rows, gradient)
         for _ in range(self.draws - 1):
-            answer = super().query(attack, rows, gradient)
-            total = Answer(
-                total.logits + answer.logits,
-                total.loss + answer.loss,
-                None if answer.gradient is None else total.gradient + answer.gradient,
-                None if answer.usable is None else total.usable | answer.usable,
-            )
-        gradient_mean = None if total.gradient is None else total.gradient / self.draws
-        return Answer(
-            total.logits / self.draws, total.loss / self.draws, gradient_mean, total.usable
-        )
+            other = super().query(attack, rows, gradient)
+            logits, loss = logits + other.logits, loss + other.loss
+            if slope is not None and other.gradient is not None:
+                slope = slope + other.gradient
+            if usable is not None and other.usable is not None:
+                usable = usable | other.usable
+        n = self.draws
+        return Answer(logits / n, loss / n, None if slope is None else slope / n, usable)
 
-    def classwise(self, rows: Rows) -> tuple[Tensor, Iterator[Tensor]]:
-        raise NotImplementedError("untargeted FAB takes no mean over draws: use the targeted one")
+    def boundaries(self, rows: Rows) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
+        raise UserError("untargeted FAB takes no mean over draws: use the targeted one")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from advbench.attacks import losses
-from advbench.attacks.base import Answer, Attack, Clean, Counted, Oracle, Rows, started
+from advbench.attacks.base import Answer, Attack, Clean, Oracle, Rows, started
 from advbench.attacks.random import Random
-from advbench.attacks.threat import NORMS, Threat, norm_of, per_row, unit
+from advbench.attacks.threat import Threat, norm_of, per_row, unit
 from advbench.errors import UserError
 
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
@@ -24,11 +23,10 @@ TINY, HUGE = 1e-37, 1e30  # in float32
 class FABRows(Rows):
     """State of FAB.
 
-    target: class of a targeted search.  norm: index of the threat's norm in ``NORMS``.
+    target: class of a targeted search.
     """
 
     target: Tensor
-    norm: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,7 @@ class FAB(Attack):
             noise = 2 * random.uniform(x) - 1 if threat.norm == "linf" else random.normal(x)
             reach = per_row(again * threat.radius / 2, x)
             point = (x + reach * unit(noise, threat.norm)).clamp(0.0, 1.0)
-        rows = FABRows(
-            **started(clean, point, restart),
-            target=clean.y,
-            norm=torch.full_like(clean.ids, NORMS.index(threat.norm)),
-        )
+        rows = FABRows(**started(clean, point, restart), target=clean.y)
         if self.targeted:
             logits = oracle.logits(x).scatter(1, clean.y[:, None], -torch.inf)
             rows.forwards += 1
@@ -111,32 +105,25 @@ class FAB(Attack):
         assert isinstance(rows, FABRows)
         return losses.margin_targeted(logits, rows.y, rows.target)
 
-    def ask(self, oracle: Oracle, rows: Rows) -> Answer:
+    def ask(self, oracle: Oracle, rows: Rows, threat: Threat) -> Answer:
         """Logits, and the nearest boundary's margin and its gradient.
 
         The distance of a boundary is |margin| over the dual norm of its gradient.
         """
         if self.targeted:
-            return super().ask(oracle, rows)
-        assert isinstance(rows, FABRows)
-        dual = DUAL[NORMS[int(rows.norm[0])]]
-        model = _Margins(oracle.model, rows.y)
-        boundaries = copy(oracle)
-        boundaries.model, boundaries.check = Counted(model), False
-        margins, gradients = boundaries.classwise(rows)
+            return super().ask(oracle, rows, threat)
+        logits, margins, gradients = oracle.boundaries(rows)
         nearest = torch.full_like(margins[:, 0], torch.inf)
         loss, gradient = margins[:, 0], torch.zeros_like(rows.x)
         usable = torch.zeros_like(nearest, dtype=torch.bool)
-        for margin, slope in zip(margins.unbind(1), gradients, strict=True):
-            finite = slope.isfinite()
-            usable |= finite.flatten(1).any(1)
-            slope = torch.where(finite, slope, 0.0)
-            distance = margin.abs() / (norm_of(slope, dual) + 1e-12)
+        for margin, (slope, sound) in zip(margins.unbind(1), gradients, strict=True):
+            usable |= sound
+            distance = margin.abs() / (norm_of(slope, DUAL[threat.norm]) + 1e-12)
             nearer = distance < nearest
             nearest = torch.where(nearer, distance, nearest)
             loss = torch.where(nearer, margin, loss)
             gradient = torch.where(per_row(nearer, slope), slope, gradient)
-        return Answer(model.logits, loss, gradient, usable)
+        return Answer(logits, loss, gradient, usable)
 
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
         assert answer.gradient is not None
@@ -154,26 +141,6 @@ class FAB(Attack):
     def settle(self, rows: Rows, logits: Tensor, threat: Threat) -> None:
         beta = torch.where(logits.argmax(1) != rows.y, self.beta, 1.0)
         rows.point = torch.lerp(rows.x, rows.point, per_row(beta, rows.x))
-
-
-class _Margins(nn.Module):
-    """The margin of each wrong class, (N, K - 1); ``logits`` keeps the model's last ones (N, K).
-
-    With margins in place of logits, the gradients of all boundaries come one by one, and need not
-    be kept until the true class has had its turn.
-    """
-
-    logits: Tensor
-
-    def __init__(self, model: nn.Module, y: Tensor) -> None:
-        super().__init__()
-        self.model, self.y = model, y[:, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.model(x).float()
-        self.logits = logits.detach()
-        wrong = torch.arange(logits.shape[1] - 1, device=x.device)
-        return logits.gather(1, wrong + (wrong >= self.y)) - logits.gather(1, self.y)
 
 
 def hyperplane_moves(start: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Tensor:

@@ -146,13 +146,14 @@ class Square(Attack):
         x = clean.x
         if threat.norm == "linf":  # vertical stripes
             stripes = _signs(random.words(x, x.shape[1] * x.shape[3]) >> 31, x)
-            stripes = threat.radius * stripes.view(len(x), x.shape[1], 1, x.shape[3])
-            point = (x + stripes).clamp(0.0, 1.0)
+            stripes = stripes.view(len(x), x.shape[1], 1, x.shape[3])
+            point = (x + threat.radius * stripes).clamp(0.0, 1.0)
         else:
             tiles = _tiles(x, threat.norm, random)
             if threat.norm == "l2":
                 tiles *= threat.radius / tiles.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            point = threat.project(x + tiles, x)
+            # Sums over all pixels of a large image are too coarse in float32.
+            point = threat.project(x.double() + tiles, x.double()).to(x.dtype)
         fields = started(clean, point, restart)
         dealt, deck = self._deal(x, fields["iteration"], threat.norm, random)
         worst = torch.full((len(x),), -torch.inf, device=x.device)
@@ -173,7 +174,15 @@ class Square(Attack):
             rows.dealt, rows.deck = self._deal(rows.x, rows.iteration, threat.norm, random)
             used = rows.iteration - rows.dealt
         drawn = rows.deck[torch.arange(len(used), device=used.device), used]
-        rows.point = self._propose(rows, drawn, threat, youngest)
+        young, old = bisect_left(HALVINGS, youngest), bisect_left(HALVINGS, oldest)
+        if young == old:
+            rows.point = self._propose(rows.x, rows.point_best, drawn, threat, young)
+        else:  # row by row the same sums, whatever the ages of the others
+            rows.point = torch.empty_like(rows.x)
+            for halvings in range(young, old + 1):
+                at = (drawn[:, 1] == halvings).nonzero().squeeze(1)
+                some = rows.x[at], rows.point_best[at], drawn[at]
+                rows.point[at] = self._propose(*some, threat, halvings)
         if oldest >= self.steps:
             done = per_row(rows.iteration >= self.steps, rows.x)
             rows.point = torch.where(done, rows.point_best, rows.point)
@@ -182,8 +191,8 @@ class Square(Attack):
     def _deal(self, x: Tensor, age: Tensor, norm: str, random: Random) -> tuple[Tensor, Tensor]:
         """The windows of each row's current BLOCK of proposals and of the next.
 
-        A row that comes to its deck's end lets all rows deal anew. A block's draws are always the
-        same, and rows of many ages draw no more often than once in BLOCK.
+        A row that comes to its deck's end lets all deal anew. A block's draws are always the same,
+        and rows of many ages draw no more often than once in BLOCK.
 
         Returns the number of the first proposal, (N,), and per proposal the window's side, how
         often its area has halved, its first row and column, for l2 and l1 those of a second window,
@@ -205,15 +214,17 @@ class Square(Attack):
         bits = ((words[..., windows:, None] >> shifts) & 1).flatten(2)[..., : channels + 1]
         return first, torch.cat((side, halved, corner, bits), 2)
 
-    def _propose(self, rows: SquareRows, drawn: Tensor, threat: Threat, youngest: int) -> Tensor:
+    def _propose(
+        self, x: Tensor, best: Tensor, drawn: Tensor, threat: Threat, halvings: int
+    ) -> Tensor:
         """The best points with a window changed: 2020, alg. 2 (linf) and 3 (l2); l1: 2021.
 
-        Works on crops of the images, as large as the window of the youngest row, the largest.
+        Works on crops of the images, as large as the window after so many halvings.
         drawn: what ``_deal`` says of each row's proposal.
         """
-        x, norm = rows.x, threat.norm
+        norm = threat.norm
         plan = _plan(norm, self.p_init, tuple(x.shape[2:]), x.device, x.dtype)
-        crop = plan.sizes[bisect_left(HALVINGS, youngest)]
+        crop = plan.sizes[halvings]
         windows = 1 if norm == "linf" else 2
         side, halved = drawn[:, 0].view(-1, 1, 1, 1), drawn[:, 1]
         corner = drawn[:, 2 : 2 + 2 * windows].view(-1, windows, 2)
@@ -228,14 +239,14 @@ class Square(Attack):
 
         signs = _signs(drawn[:, 3 + 2 * windows :, None], x)  # (N, C, 1)
         if norm == "linf":
-            point = rows.point_best.flatten(2).clone()
+            point = best.flatten(2).clone()
             index = index[:, 0]
             corners = (x.flatten(2).gather(2, index) + threat.radius * signs).clamp_(0.0, 1.0)
             point.scatter_(2, index, torch.where(inside[:, 0], corners, point.gather(2, index)))
             return point.view_as(x)
 
         order = 2 if norm == "l2" else 1
-        delta = (rows.point_best - x).flatten(2)
+        delta = (best - x).flatten(2)
         spare = threat.radius**order - torch.linalg.vector_norm(delta, order, (1, 2)) ** order
         lifted = []
         for k in range(windows):
@@ -271,11 +282,12 @@ def _project_sparse(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
         return boxed
     count = over.new_zeros(len(x), dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
     rank = torch.arange(len(row), device=x.device) - (count.cumsum(0) - count)[row]
-    packed = x.new_zeros(2, len(x), int(count.max()))
-    packed[0, row, rank] = point.flatten(1)[row, pixel]
-    packed[1, row, rank] = x.flatten(1)[row, pixel]
+    # In float64, where the width of the packed rows does not show in a sum.
+    packed = x.new_zeros(2, len(x), int(count.max()), dtype=torch.float64)
+    packed[0, row, rank] = point.flatten(1)[row, pixel].double()
+    packed[1, row, rank] = x.flatten(1)[row, pixel].double()
     flat = boxed.flatten(1)
-    flat[row, pixel] = threat.project(packed[0], packed[1])[row, rank]
+    flat[row, pixel] = threat.project(packed[0], packed[1])[row, rank].to(x.dtype)
     return flat.view_as(x)
 
 

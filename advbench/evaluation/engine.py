@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from advbench.attacks.threat import Threat
 from advbench.errors import UserError
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.search import Search, Watch, out_of_memory
-from advbench.evaluation.searcher import Shapes, Speed, searcher
+from advbench.evaluation.search import Search, Watch
+from advbench.evaluation.searcher import Shapes, Speed, out_of_memory, searcher
 from advbench.evaluation.store import Records, Store
 
 CLEAN = "clean"
@@ -92,7 +93,9 @@ class Engine:
                 correct = held(store, stage.name, correct)
         return True
 
-    def _search(self, stage: Stage, target: nn.Module, store: Store, correct: int, total: int) -> Search:
+    def _search(
+        self, stage: Stage, target: nn.Module, store: Store, correct: int, total: int
+    ) -> Search:
         threat = self.threat if stage.eps is None else Threat(self.threat.norm, stage.eps)
         if self.stochastic:
             # Noise of the model's own has no key: the stage is repeatable as a whole.
@@ -109,6 +112,7 @@ class Engine:
             seed=self.seed,
             correct=correct,
             total=total,
+            exact=stage.target == "model" and self.speed.precision == "32",
             keep_images=self.keep_images,
             watch=self.watch,
             hurry=self.hurry,
@@ -117,17 +121,23 @@ class Engine:
     def _searcher(self, target: str) -> nn.Module:
         """The target's copy for searching; finds out which batch sizes suit it."""
         model = self.model if target == "model" else self.surrogates[target]
-        clean = self.samples.fetch(self.samples.ids[: self.shapes.largest])
-        few = Clean(*(part[:COMPARED] for part in clean))
-        fast = searcher(model, self.speed, few, self.stochastic)
-        while not self.stochastic:
+        while True:
+            clean = self.samples.fetch(self.samples.ids[: self.shapes.largest])
+            few = Clean(*(part[:COMPARED] for part in clean))
             try:
-                self.shapes.probe(fast, clean)
+                fast = searcher(model, self.speed, few, self.stochastic)
+                if not self.stochastic:
+                    self.shapes.probe(fast, clean)
                 break
             except RuntimeError as problem:
                 if not out_of_memory(problem):
                     raise
             self._back_off()
+        if not self.stochastic and not self.shapes.placeless:
+            self.watch.note(
+                "an image's logits depend, in their last bits, on its place in the batch: "
+                "a repeated evaluation may round differently"
+            )
         return fast
 
     def _back_off(self) -> None:
@@ -192,7 +202,8 @@ def attackable(*models: nn.Module) -> Iterator[None]:
 @contextmanager
 def _float32() -> Iterator[None]:
     """No TF32 inside: float32 means float32, on a GPU too."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:

@@ -55,9 +55,7 @@ class Ledger:
         records = Records(
             sample=self.samples[at].numpy(),
             **{
-                name: getattr(self, name)[at].numpy()
-                for name in Records.DTYPES
-                if name != "sample"
+                name: getattr(self, name)[at].numpy() for name in Records.DTYPES if name != "sample"
             },
         )
         images = [self._images.pop(p) for p in positions if p in self._images]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from advbench.defenses.base import Traits
 from advbench.errors import UserError
 from advbench.evaluation.samples import Samples
+from advbench.evaluation.searcher import out_of_memory
 
 PROBE = 16  # images
 
@@ -72,9 +73,11 @@ def _ask(model: nn.Module, x: Tensor) -> Tensor:
     """The model's answer; whatever somebody else's forward raises becomes a UserError."""
     try:
         return model(x)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as problem:
+        if out_of_memory(problem):
+            raise UserError(
+                f"the device has no memory for {len(x)} images of the data, {tuple(x.shape[1:])}"
+            ) from problem
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise UserError(
             f"the model can't take the data's images, {tuple(x.shape[1:])} (C, H, W): {reason:.300}"

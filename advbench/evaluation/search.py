@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from advbench.evaluation.forecast import Forecast
 from advbench.evaluation.ledger import Ledger
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.searcher import Shapes
+from advbench.evaluation.searcher import Shapes, out_of_memory
 from advbench.evaluation.store import Store
 
 TELL_SECONDS = 0.2
@@ -67,7 +66,7 @@ class Search:
     """A stage at work.
 
     seed: of the keyed draws.  correct: samples that are still correct as the stage begins, of
-    ``total``.
+    ``total``.  exact: whether the oracle's margins are the model's, up to rounding.
     hurry: whether time is up; asked between two queries.
     """
 
@@ -84,6 +83,7 @@ class Search:
         seed: int,
         correct: int,
         total: int,
+        exact: bool,
         keep_images: bool,
         watch: Watch,
         hurry: Callable[[], bool],
@@ -92,7 +92,7 @@ class Search:
         self.samples, self.threat = samples, threat
         self.oracle, self.referee, self.shapes, self.store = oracle, referee, shapes, store
         self.seed, self.correct, self.total = seed, correct, total
-        self.keep_images = keep_images
+        self.exact, self.keep_images = exact, keep_images
         self.watch, self.hurry = watch, hurry
         self.inside = self.attack.stays_inside(threat)
         self.rows: Rows | None = None
@@ -149,7 +149,8 @@ class Search:
         width = self._width(len(taken) + entering)
         if self.rows is None or not len(taken):
             assert started is not None
-            self.rows, free = started, torch.arange(len(started))
+            free = torch.arange(len(started))
+            self.rows = started.take(free.to(self.samples.device))  # fields of their own, to write
             self.place = torch.full((len(started),), -1)
             self.age = torch.zeros(len(started), dtype=torch.int64)
             self.smallest = torch.full((len(started),), torch.inf, device=self.samples.device)
@@ -210,7 +211,7 @@ class Search:
         rows, attack = self.rows, self.attack
         assert rows is not None
         if attack.queries:
-            answer = attack.ask(self.oracle, rows)
+            answer = attack.ask(self.oracle, rows, self.threat)
             if answer.usable is not None:
                 self._need_gradients(answer.usable)
             self._look(rows, answer.logits)
@@ -239,7 +240,7 @@ class Search:
         """Put before the referee what looks like a success."""
         sound = finite(logits)
         wrong = (logits.argmax(1) != rows.y) | ~sound
-        if self.stage.target == "model":
+        if self.exact:
             margin = torch.where(wrong, torch.inf, -losses.margin(logits, rows.y))
             if not self.inside:
                 margin = torch.where(self.threat.contains(rows.point, rows.x), margin, torch.inf)
@@ -367,11 +368,3 @@ class Search:
             self.age = rows.iteration.cpu().clone()
             self.smallest = flight["smallest"][mine][width].to(self.samples.device)
         return everyone - set(self.place.tolist())
-
-
-def out_of_memory(problem: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no memory left."""
-    text = str(problem).lower()
-    return isinstance(problem, torch.OutOfMemoryError) or any(
-        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate")
-    )

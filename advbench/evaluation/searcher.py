@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,11 +82,9 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
         return model
     candidates = [plain]
     if not stochastic:
-        try:
-            # Tracing drops hooks and grad modes and fails on control flow: hence the comparison.
+        # Tracing drops hooks and grad modes and fails on control flow: hence the comparison.
+        with suppress(Exception):
             candidates.insert(0, fuse(plain).requires_grad_(False))
-        except Exception:
-            pass
     for candidate in candidates:
         fast = Searcher(candidate.to(memory_format=torch.channels_last), speed, clean.x.device)
         # Compared in float32: bf16 differs by more than a wrong fold would.
@@ -98,9 +97,9 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
 def _agree(model: nn.Module, fast: nn.Module, clean: Clean) -> bool:
     try:
         (logits, gradient), (logits_fast, gradient_fast) = (ask(m, clean) for m in (model, fast))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as problem:
+        if out_of_memory(problem):
+            raise
         return False
     # A row whose gradient is not finite is not the copy's fault.
     close = torch.allclose(logits, logits_fast, rtol=1e-3, atol=1e-4, equal_nan=True)
@@ -117,6 +116,14 @@ def ask(model: nn.Module, clean: Clean) -> tuple[Tensor, Tensor]:
             return logits, torch.zeros_like(x)
         gradient = torch.autograd.grad(losses.margin(logits.float(), clean.y).sum(), x)[0]
     return logits.detach().float(), gradient
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left."""
+    text = str(problem).lower()
+    return isinstance(problem, torch.OutOfMemoryError) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate")
+    )
 
 
 class Shapes:
@@ -155,7 +162,7 @@ class Shapes:
         turned = ask(model, _part(full, back))
         self.placeless = _same([part[back] for part in truth[1:]], turned)
         sizes, size, front = [largest], largest // 2, True
-        while size >= SMALLEST:
+        while self.placeless and size >= SMALLEST:
             # By turns from the front and from the back, where the last tile of a kernel may differ.
             part = torch.arange(size) if front else torch.arange(largest - size, largest)
             if _same([answer[part] for answer in truth], _answers(model, _part(full, part))):

@@ -8,7 +8,7 @@ where asked for, bfloat16.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from advbench.attacks.base import Clean
 from advbench.errors import UserError, did_you_mean
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
-SMALLEST = 8  # rows
+PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -130,45 +130,50 @@ class Shapes:
     """The batch sizes that a search may use: the largest, and smaller ones that change no bit.
 
     A row's answer could depend on the batch: on its size, through the kernel that is chosen for it,
-    and on the row's place. So every batch is filled up to one of these sizes, and a size is used
-    only if the model gives the same bits there as at the largest. ``placeless`` says whether a
-    row's place changes nothing either.
+    and on the row's place. So every batch is filled up to a multiple of a sixteenth of the largest,
+    and a size is used only if the model gives the same bits there as at the largest.
+    ``placeless`` says whether a row's place changes nothing either; if it does, the largest is the
+    only size.
     """
 
     def __init__(self, largest: int) -> None:
-        self.sizes = (largest,)
+        self.largest = largest
         self.placeless = False
-
-    @property
-    def largest(self) -> int:
-        return self.sizes[-1]
+        self._usable: dict[int, bool] = {}
+        self._try: Callable[[int], bool] = lambda size: False
 
     def fit(self, rows: int) -> int:
         """The smallest size for so many rows, at most ``largest``."""
-        return next(size for size in self.sizes if size >= rows)
+        step = max(self.largest // PARTS, 1)
+        for size in range(-(-rows // step) * step, self.largest, step):
+            if size not in self._usable:
+                self._usable[size] = self._try(size)
+            if self._usable[size]:
+                return size
+        return self.largest
 
     def shrink(self) -> None:
-        """Go down to the next smaller size, for want of memory."""
+        """Go down to half the size, for want of memory."""
         if self.largest == 1:
             raise UserError("the memory of the device does not hold a single image's attack")
-        self.sizes = self.sizes[:-1] or (self.largest // 2,)
+        self.largest //= 2
 
     def probe(self, model: nn.Module, clean: Clean) -> None:
-        """Find out which sizes ``model`` is indifferent to. clean: ``largest`` rows, or fewer."""
+        """Find out what ``model`` is indifferent to. clean: ``largest`` rows, or fewer."""
         largest = self.largest
         full = _part(clean, torch.arange(largest) % len(clean.x))
         truth = _answers(model, full)
         back = torch.arange(largest - 1, -1, -1)
         turned = ask(model, _part(full, back))
         self.placeless = _same([part[back] for part in truth[1:]], turned)
-        sizes, size, front = [largest], largest // 2, True
-        while self.placeless and size >= SMALLEST:
-            # By turns from the front and from the back, where the last tile of a kernel may differ.
-            part = torch.arange(size) if front else torch.arange(largest - size, largest)
-            if _same([answer[part] for answer in truth], _answers(model, _part(full, part))):
-                sizes.insert(0, size)
-            size, front = size // 2, not front
-        self.sizes = tuple(sizes)
+
+        def same(size: int) -> bool:
+            part = torch.arange(size)
+            return self.placeless and _same(
+                [answer[part] for answer in truth], _answers(model, _part(full, part))
+            )
+
+        self._usable, self._try = {}, same
 
 
 def _part(clean: Clean, rows: Tensor) -> Clean:

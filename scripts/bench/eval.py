@@ -1,0 +1,197 @@
+#!/usr/bin/env python
+"""AutoAttack by ``engine=fast``, by pyautoattack and by torchattacks: time, passes, what is left.
+
+    python scripts/bench/eval.py RUN --threads 2 --n 200 --out benchmarks/data/eval.jsonl
+
+All tools attack the same images of the same model, one after the other, in one process, with the
+same number of threads. The floor of a tool's time is what its passes would cost at the least: the
+rows that it sent forwards and backwards, each at the best price that any batch size, memory layout
+and fused copy of the model had before or after the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor, nn
+
+import advbench
+from advbench import config, models
+from advbench.attacks.base import Clean, Counted
+from advbench.attacks.threat import Threat
+from advbench.evaluation.engine import attackable
+from advbench.evaluation.protocol import AutoAttackProtocol
+from advbench.evaluation.resources import Resources
+from advbench.evaluation.samples import subset
+from advbench.evaluation.searcher import Speed, ask, searcher
+from advbench.experiments import inherit
+from advbench.files import write_text
+
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+TOOLS = ("fast", "fast-bf16", "pyautoattack", "torchattacks")
+
+
+class Prices:
+    """The best seconds per row of a forward pass, and of one with an input gradient."""
+
+    def __init__(self, model: nn.Module, clean: Clean, batches: list[int]) -> None:
+        self.forward = self.both = float("inf")
+        few = Clean(*(part[:8] for part in clean))
+        self.copies = [model, searcher(model, Speed(), few)]
+        self.clean, self.batches = clean, batches
+
+    def measure(self, seconds: float = 0.5) -> None:
+        for batch in self.batches:
+            rows = torch.arange(batch) % len(self.clean.x)
+            part = Clean(*(field[rows] for field in self.clean))
+            for model in self.copies:
+                self.forward = min(
+                    self.forward, _best(lambda m=model, p=part: m(p.x), seconds) / batch
+                )
+                self.both = min(
+                    self.both, _best(lambda m=model, p=part: ask(m, p), seconds) / batch
+                )
+
+    def floor(self, forwards: int, backwards: int) -> float:
+        """Seconds for so many rows; each backward row had a forward one."""
+        return (forwards - backwards) * self.forward + backwards * self.both
+
+
+@torch.no_grad()
+def _best(work: Callable[[], Any], seconds: float) -> float:
+    work()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        work()
+        _wait()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def fast(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, batch: int, precision: str) -> Any:
+    begin = time.perf_counter()
+    results = advbench.evaluate(
+        model, x, y, threat=threat, protocol=AutoAttackProtocol(), batch_size=batch,
+        precision=precision,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    passes = [sum(getattr(s, what) for s in results.stages) for what in ("forwards", "backwards")]
+    return {
+        "seconds": seconds,
+        "robust": round(results.robust.acc * len(y)),
+        "forwards": passes[0] + len(y),
+        "backwards": passes[1],
+        "stages": [[s.name, s.attacked, s.broken, s.seconds] for s in results.stages],
+    }
+
+
+def theirs(tool: str, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, batch: int) -> Any:
+    counted = Counted(model).eval()
+    norm: Any = NORMS[threat.norm]
+    begin = time.perf_counter()
+    if tool == "pyautoattack":
+        suite = AutoAttack(counted, norm=norm, eps=threat.radius, seed=0, device=x.device)
+        classes = model(x[:1]).shape[1]
+        for member in (suite.apgd_targeted, suite.fab):
+            member.n_target_classes = min(member.n_target_classes, classes - 1)
+        found, _ = suite.run_standard_evaluation(x, y, batch_size=batch)
+    else:
+        import torchattacks
+
+        classes = model(x[:1]).shape[1]
+        attack = torchattacks.AutoAttack(
+            counted, norm=norm, eps=threat.radius, n_classes=classes, seed=0
+        )
+        attack.set_device(x.device)
+        with torch.enable_grad():
+            parts = zip(x.split(batch), y.split(batch), strict=True)
+            found = torch.cat([attack(a, b) for a, b in parts])
+    _wait()
+    seconds = time.perf_counter() - begin
+    with torch.no_grad():
+        right = torch.cat([model(part) for part in found.split(batch)]).argmax(1) == y
+    inside = threat.contains(found, x).all() and found.min() >= 0 and found.max() <= 1
+    return {
+        "seconds": seconds,
+        "robust": int(right.sum()),
+        "forwards": counted.forwards,
+        "backwards": counted.backwards,
+        "inside": bool(inside),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", type=Path, help="a finished training run")
+    parser.add_argument("--threat", help="such as linf:8/255; default: the run's")
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--batch", type=int, help="default: what advbench eval takes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=["fast", "pyautoattack"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="append a line of JSON")
+    given = parser.parse_args()
+    logging.disable()
+    torch.set_num_threads(given.threads)
+    torch.backends.cudnn.allow_tf32 = False
+
+    model, _, trained = models.from_run(given.run)
+    model.to(given.device)
+    norm, _, eps = (given.threat or "").partition(":")
+    threat = Threat(norm, eps) if norm else config.build(trained.threat, "threat")
+    test = config.build(inherit(None, trained, "data"), "data").test
+    ids = subset(len(test), given.n)
+    x, y = test.fetch(ids, given.device)
+    batch = given.batch or Resources(given.device).slots(tuple(x.shape[1:]))
+    print(f"{given.run.name}, {threat}, n = {len(y)}, batch {batch}, {given.threads} threads")
+
+    with attackable(model):
+        prices = Prices(model, Clean(ids, x, y), sorted({16, 32, 64, batch}))
+        prices.measure()
+    rows = {}
+    for tool in given.tools:
+        if tool.startswith("fast"):
+            rows[tool] = fast(model, x, y, threat, batch, "bf16" if "bf16" in tool else "32")
+        else:
+            rows[tool] = theirs(tool, model, x, y, threat, batch)
+        print(tool, json.dumps(rows[tool]), flush=True)
+    with attackable(model):
+        prices.measure()
+
+    print("| tool | seconds | robust | forwards / sample | backwards / sample | time / floor |")
+    print("|---|---|---|---|---|---|")
+    for tool, row in rows.items():
+        row["floor"] = prices.floor(row["forwards"], row["backwards"])
+        print(
+            f"| {tool} | {row['seconds']:.1f} | {row['robust']} of {len(y)} "
+            f"| {row['forwards'] / len(y):.0f} | {row['backwards'] / len(y):.0f} "
+            f"| {row['seconds'] / row['floor']:.2f} |"
+        )
+    if given.out is not None:
+        record = {
+            "date": time.strftime("%Y-%m-%d"), "run": given.run.name, "threat": str(threat),
+            "n": len(y), "batch": batch, "threads": given.threads, "torch": torch.__version__,
+            "machine": platform.processor() or platform.machine(),
+            "ms_forward": 1e3 * prices.forward, "ms_both": 1e3 * prices.both, "tools": rows,
+        }  # fmt: skip
+        before = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
+        write_text(given.out, before + json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

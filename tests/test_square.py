@@ -10,7 +10,7 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from advbench.attacks import losses
+from advbench.attacks import losses, square
 from advbench.attacks.base import Answer, Clean, Oracle, craft
 from advbench.attacks.random import KeyedRandom, TorchRandom
 from advbench.attacks.square import (
@@ -75,9 +75,11 @@ def test_proposals_stay_inside_and_change_one_window(norm: str, shape: tuple[int
         answer = attack.ask(oracle, rows, threat)
         assert answer.gradient is None
         attack.advance(rows, answer, threat, keyed(rows))
-        if norm != "linf" or query >= attack.steps:
+        if norm != "linf":
+            assert rows.iteration.tolist() == [query + 1] * 6
             continue
-        side = sizes[sum(query > bound for bound in HALVINGS)]
+        halved = [sum(age > bound for bound in HALVINGS) for age in (rows.iteration - 1).tolist()]
+        side = torch.tensor([sizes[h] for h in halved])
         moved = (rows.point - rows.point_best).abs().amax(1) > 0
         for axis in (1, 2):
             touched = moved.any(axis)
@@ -86,8 +88,27 @@ def test_proposals_stay_inside_and_change_one_window(norm: str, shape: tuple[int
             assert (spread.amax(1) - first < side).all()
         changed += int(moved.any())
     assert torch.equal(rows.point, rows.point_best)
-    assert rows.iteration.tolist() == [61] * 6 and rows.forwards.tolist() == [61] * 6
-    assert norm != "linf" or changed > 50
+    assert (rows.iteration >= 61).all() and rows.forwards.tolist() == [61] * 6
+    assert norm != "linf" or changed > 20
+
+
+def test_passing_over_what_changes_nothing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same best points after the same proposals, for fewer queries."""
+    threat, clean, attack = Threat("linf", 0.2), images(20, (1, 8, 8)), Square(steps=300)
+    model = linear((1, 8, 8))
+    best, spent = {}, []
+    for skips in (0, square.SKIPS):
+        monkeypatch.setattr(square, "SKIPS", skips)
+        oracle = Oracle(model)
+        rows = begin(attack, oracle, clean, threat)
+        ended = torch.zeros(20, dtype=torch.int64)
+        for _ in range(attack.queries):
+            attack.advance(rows, attack.ask(oracle, rows, threat), threat, keyed(rows))
+            ended = torch.where((ended == 0) & (rows.iteration > 300), rows.forwards, ended)
+        best[skips] = rows.point_best
+        spent.append(ended)
+    assert (spent[0] == 301).all() and (spent[1] < 290).all()
+    assert torch.equal(*best.values())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -144,7 +165,7 @@ def test_a_proposal_from_the_clean_image_is_its_window(norm: str) -> None:
         for halvings in drawn[:, 1].unique().tolist():
             at = drawn[:, 1] == halvings
             x = clean.x[at]
-            moves[at] = attack._propose(x, x, drawn[at], threat, halvings) - x
+            moves[at] = attack._propose(x, x, drawn[at], threat, halvings)[0] - x
         for move, (side, halved, top, left, *rest), age in zip(
             moves, drawn.tolist(), ages, strict=True
         ):
@@ -210,7 +231,7 @@ def test_a_row_does_not_feel_the_others(norm: str) -> None:
     old = rows.take(everyone)
     rows.put(torch.tensor([0, 5]), fresh, torch.tensor([1, 0]))  # samples 1 and 0 begin anew
     walk(attack, oracle, rows, threat, 53)
-    assert sorted(rows.iteration.tolist()) == [53] * 2 + [150] * 4
+    assert (rows.iteration[[0, 5]] < 100).all() and (rows.iteration[1:5] >= 150).all()
     walk(attack, oracle, young := rows.take(torch.tensor([0, 5])), threat, 97)
     rows.put(torch.tensor([0, 5]), young, torch.arange(2))
 
@@ -218,6 +239,7 @@ def test_a_row_does_not_feel_the_others(norm: str) -> None:
     for i, sample in enumerate((rows.ids - 5).tolist()):
         torch.testing.assert_close(rows.point[i], alone[sample].point[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(rows.loss_best[i], alone[sample].loss_best[0])
+        assert rows.iteration[i] == alone[sample].iteration[0]
         # A deck may have been dealt at another age; where two overlap they are the same.
         ours, theirs = int(rows.dealt[i]), int(alone[sample].dealt[0])
         begin_at, end = max(ours, theirs), min(ours, theirs) + 2 * BLOCK

@@ -25,6 +25,8 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """The window's area halves after these proposals, as in the authors' code for 10000 queries."""
 BLOCK = 64
 """Proposals that random words are drawn for at a time."""
+SKIPS = 4
+"""Proposals at most that a row passes over at a time because they change nothing."""
 TINY = 1e-12
 
 
@@ -168,25 +170,41 @@ class Square(Attack):
         rows.loss_best[better] = answer.loss[better]
         rows.point_best[better] = rows.point[better]
 
-        used = rows.iteration - rows.dealt
-        youngest, oldest, last = torch.stack((*rows.iteration.aminmax(), used.max())).tolist()
-        if last >= 2 * BLOCK:
+        oldest, last = torch.stack(
+            (rows.iteration.max(), (rows.iteration - rows.dealt).max())
+        ).tolist()
+        if last >= 2 * BLOCK - SKIPS:
             rows.dealt, rows.deck = self._deal(rows.x, rows.iteration, threat.norm, random)
-            used = rows.iteration - rows.dealt
-        drawn = rows.deck[torch.arange(len(used), device=used.device), used]
-        young, old = bisect_left(HALVINGS, youngest), bisect_left(HALVINGS, oldest)
-        if young == old:
-            rows.point = self._propose(rows.x, rows.point_best, drawn, threat, young)
-        else:  # row by row the same sums, whatever the ages of the others
-            rows.point = torch.empty_like(rows.x)
-            for halvings in range(young, old + 1):
-                at = (drawn[:, 1] == halvings).nonzero().squeeze(1)
-                some = rows.x[at], rows.point_best[at], drawn[at]
-                rows.point[at] = self._propose(*some, threat, halvings)
+        rows.point, idle = self._proposals(
+            rows, torch.arange(len(rows), device=rows.x.device), threat
+        )
         if oldest >= self.steps:
             done = per_row(rows.iteration >= self.steps, rows.x)
             rows.point = torch.where(done, rows.point_best, rows.point)
         rows.iteration += 1
+        for _ in range(SKIPS):
+            # A window that has these signs already changes nothing: its answer is known.
+            idle = idle[rows.iteration[idle] < self.steps]
+            if not len(idle):
+                break
+            rows.point[idle], again = self._proposals(rows, idle, threat)
+            rows.iteration[idle] += 1
+            idle = idle[again]
+
+    def _proposals(self, rows: SquareRows, at: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
+        """The next proposals of the rows ``at``, and which of these are the best point itself."""
+        age = rows.iteration[at]
+        drawn = rows.deck[at, age - rows.dealt[at]]
+        x, best = rows.x[at], rows.point_best[at]
+        young, old = (bisect_left(HALVINGS, n) for n in torch.stack(age.aminmax()).tolist())
+        if young == old or threat.norm == "linf":
+            point, idle = self._propose(x, best, drawn, threat, young)
+            return point, idle.nonzero().squeeze(1)
+        point = torch.empty_like(x)
+        for halvings in range(young, old + 1):  # the same sums, whatever the ages of the others
+            one = (drawn[:, 1] == halvings).nonzero().squeeze(1)
+            point[one], _ = self._propose(x[one], best[one], drawn[one], threat, halvings)
+        return point, at[:0]
 
     def _deal(self, x: Tensor, age: Tensor, norm: str, random: Random) -> tuple[Tensor, Tensor]:
         """The windows of each row's current BLOCK of proposals and of the next.
@@ -216,9 +234,10 @@ class Square(Attack):
 
     def _propose(
         self, x: Tensor, best: Tensor, drawn: Tensor, threat: Threat, halvings: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """The best points with a window changed: 2020, alg. 2 (linf) and 3 (l2); l1: 2021.
 
+        Returns the points, and for linf which of them are the best points still, (N,).
         Works on crops of the images, as large as the window after so many halvings.
         drawn: what ``_deal`` says of each row's proposal.
         """
@@ -242,8 +261,9 @@ class Square(Attack):
             point = best.flatten(2).clone()
             index = index[:, 0]
             corners = (x.flatten(2).gather(2, index) + threat.radius * signs).clamp_(0.0, 1.0)
-            point.scatter_(2, index, torch.where(inside[:, 0], corners, point.gather(2, index)))
-            return point.view_as(x)
+            before = point.gather(2, index)
+            after = torch.where(inside[:, 0], corners, before)
+            return point.scatter_(2, index, after).view_as(x), (after == before).flatten(1).all(1)
 
         order = 2 if norm == "l2" else 1
         delta = (best - x).flatten(2)
@@ -267,7 +287,8 @@ class Square(Attack):
         fresh *= mass.sqrt() if norm == "l2" else mass * x.shape[1]
         delta.scatter_add_(2, index[:, 0], fresh)
         point = delta.view_as(x).add_(x)
-        return point.clamp_(0.0, 1.0) if norm == "l2" else _project_sparse(point, x, threat)
+        point = point.clamp_(0.0, 1.0) if norm == "l2" else _project_sparse(point, x, threat)
+        return point, torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
 
 def _project_sparse(point: Tensor, x: Tensor, threat: Threat) -> Tensor:

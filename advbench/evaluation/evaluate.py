@@ -142,15 +142,16 @@ class Evaluation:
             watch=watch,
             hurry=hurry,
         )
-        done = crew.agree(work.run(stages, store))
+        work.run(stages, store)
+        crew.wait()
         store.read_journal()
         results = summarise(self, identity, stages, store, started)
         if folder is not None and crew.rank == 0:
-            if done:
+            if not results.missing:
                 store.finish([CLEAN, *(stage.name for stage in stages)])
                 self._save_images(folder, store)
             results.save(folder / RESULTS)
-            if done:
+            if not results.missing:
                 store.clear_journal()
         crew.wait()
         return results

@@ -23,7 +23,7 @@ class Forecast:
         self.queries = max(queries, 1)
         self.reached = np.zeros(BINS + 1)  # samples that ended in the bin, whatever the reason
         self.broke = np.zeros(BINS + 1)
-        self.round_seconds = 0.0
+        self.query_seconds = 0.0  # of all slots side by side
         self._last = time.perf_counter()
 
     def _bin(self, queries: np.ndarray) -> np.ndarray:
@@ -35,12 +35,12 @@ class Forecast:
         self.reached[at] += 1
         self.broke[at] += broke
 
-    def round(self) -> None:
-        """One query of every slot is over."""
+    def round(self, queries: float = 1.0) -> None:
+        """The slots have gone on, by so many queries in the mean."""
         now = time.perf_counter()
-        took, self._last = now - self._last, now
-        before = self.round_seconds or took
-        self.round_seconds = MEMORY * before + (1 - MEMORY) * took
+        took, self._last = (now - self._last) / max(queries, 0.1), now
+        before = self.query_seconds or took
+        self.query_seconds = MEMORY * before + (1 - MEMORY) * took
 
     def seconds(self, under_way: np.ndarray, waiting: int, slots: int) -> float:
         """Time left. under_way: queries that each sample in a slot has behind it."""
@@ -54,4 +54,4 @@ class Forecast:
         # Slots work side by side; but one sample's queries come one after the other.
         longest = (BINS - at).max(initial=0)
         rounds = max(left / slots, longest) * self.queries / BINS
-        return float(rounds * self.round_seconds)
+        return float(rounds * self.query_seconds)

@@ -31,13 +31,6 @@ class Crew:
         if self.fabric is not None:
             self.fabric.barrier()
 
-    def agree(self, mine: bool) -> bool:
-        """Whether all say so."""
-        if self.fabric is None:
-            return mine
-        least = self.fabric.all_reduce(torch.tensor(float(mine)), reduce_op="sum")
-        return bool(least == self.size)  # pyright: ignore[reportUnknownArgumentType]
-
 
 @dataclass(frozen=True)
 class Resources:

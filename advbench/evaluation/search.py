@@ -96,7 +96,7 @@ class Search:
         self.watch, self.hurry = watch, hurry
         self.inside = self.attack.stays_inside(threat)
         self.rows: Rows | None = None
-        # For each slot: position in the ledger or -1; queries of this search; smallest margin seen.
+        # For each slot: position in the ledger or -1; queries of its search; smallest margin seen.
         self.place = torch.empty(0, dtype=torch.int64)
         self.age = torch.empty(0, dtype=torch.int64)
         self.smallest = torch.empty(0)
@@ -152,7 +152,7 @@ class Search:
             free = torch.arange(len(started))
             self.rows = started.take(free.to(self.samples.device))  # fields of their own, to write
             self.place = torch.full((len(started),), -1)
-            self.age = torch.zeros(len(started), dtype=torch.int64)
+            self.age = self.rows.iteration.cpu().clone()
             self.smallest = torch.full((len(started),), torch.inf, device=self.samples.device)
             started = None
         elif width != len(self.place):
@@ -221,12 +221,14 @@ class Search:
                 logits = self.oracle.peek(rows)
                 self._look(rows, logits)
                 attack.settle(rows, logits, self.threat)
-            self.age += 1
+            before, self.age = self.age, rows.iteration.cpu().clone()
+            going = self.place >= 0
+            if going.any():
+                self.forecast.round(float((self.age - before)[going].float().mean()))
         over = ((self.place >= 0) & (self.age >= attack.queries)).nonzero().flatten()
         if len(over):
             self._judge(rows, over)
             self._leave(rows, over[self.place[over] >= 0])
-        self.forecast.round()
 
     def _need_gradients(self, usable: Tensor) -> None:
         if not bool((usable.cpu() | (self.place < 0)).all()):

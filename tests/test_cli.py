@@ -171,6 +171,11 @@ class Evil:
 NPZ = ["train", "data=npz", *FAST]
 OWN = ["eval", "model=m.py:build", "data=npz", "data.path=ok.npz", "threat=linf_8", "protocol=pgd"]
 MISTAKES: dict[str, tuple[Any, str]] = {
+    "budget": ([*OWN, "budget=soon"], "budget=soon is not a duration: write 90s, 10min or 2h"),
+    "slots": ([*OWN, "trainer.batch_size=0"], "trainer.batch_size=0 is not auto or at least 1"),
+    "search": ([*OWN, "trainer.precision=fp8"], "no trainer.precision 'fp8'"),
+    "engine": ([*OWN, "protocol=autoattack", "protocol.engine=quick"], "no protocol.engine 'qu"),
+    "curve": ([*OWN, "protocol=curve", "protocol.eps=[0.9]"], "protocol.eps must lie above 0"),
     "option": (["train", "backbone=resnet19"], "no backbone 'resnet19'; did you mean 'resnet18'?"),
     "verb": (["trian"], "did you mean 'train'?"),
     "key": (["train", "trainer.epoch=3"], "'trainer.epoch'; did you mean 'trainer.epochs'?"),
@@ -239,7 +244,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 43
+    assert len(MISTAKES) == 48
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

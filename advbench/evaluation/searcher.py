@@ -22,7 +22,6 @@ from advbench.attacks.base import Clean
 from advbench.errors import UserError, did_you_mean
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
-PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,8 @@ class Shapes:
     """The batch sizes that a search may use: the largest, and smaller ones that change no bit.
 
     A row's answer could depend on the batch: on its size, through the kernel that is chosen for it,
-    and on the row's place. So every batch is filled up to a multiple of a sixteenth of the largest,
-    and a size is used only if the model gives the same bits there as at the largest.
+    and on the row's place. So every batch is filled up to one of a few sizes, no more than about an
+    eighth larger, and a size is used only if the model gives the same bits there as at the largest.
     ``placeless`` says whether a row's place changes nothing either; if it does, the largest is the
     only size.
     """
@@ -144,7 +143,7 @@ class Shapes:
 
     def fit(self, rows: int) -> int:
         """The smallest size for so many rows, at most ``largest``."""
-        step = max(self.largest // PARTS, 1)
+        step = max(2 ** (rows.bit_length() - 1) // 8, 4)
         for size in range(-(-rows // step) * step, self.largest, step):
             if size not in self._usable:
                 self._usable[size] = self._try(size)

@@ -52,7 +52,8 @@ def show(paths: Sequence[Path]) -> None:
             escape(str(results.data["name"])),
             str(results.data["n"]),
             str(Threat(results.threat["norm"], results.threat["eps"])),
-            f"{results.protocol['name']} {results.protocol['version']}",
+            f"{results.protocol['name']} {results.protocol['version']}"
+            + (" (unfinished)" if results.missing else ""),
             _cell(results.clean),
             _cell(results.robust),
             results.verdict["label"] or "-",

@@ -111,6 +111,7 @@ def evaluate(
     screen: Screen,
 ) -> Results:
     """Evaluate what the config says, or go on with it. Returns the results."""
+    budget = None if cfg.budget is None else seconds(cfg.budget)
     if cfg.resume is not None:
         asked = cfg
         home, cfg = _resumed(cfg.resume, "eval")
@@ -169,7 +170,6 @@ def evaluate(
     kept = cfg if "choices" in cfg else _kept(cfg, choices)
     limit = str(threat).replace(" ", "_").replace("/", "-")
     folder = home.of(f"{name}-{protocol.name}-{limit}", identity)
-    budget = None if cfg.budget is None else seconds(cfg.budget)
     with runs.occupied(folder) if crew.rank == 0 else nullcontext():
         if crew.rank == 0:
             runs.keep_config(folder, kept, compare=False)  # the plan decides what is the same

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +64,26 @@ def file_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+_MODULE = set(vars(nn.Module()))
+"""What every module has: its tensors, which are hashed by name, its hooks and its mode."""
+
+
+def _plain(value: Any) -> Any:
+    """A setting of a module in words that say all of it; None for what is no plain value."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value) if value.dtype != object else None
+    if isinstance(value, Tensor):
+        content = hashlib.sha256(tensor_bytes(value)).hexdigest()
+        return f"{value.dtype}/{tuple(value.shape)}/{content}"
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None
+
+
 def model_sha256(model: nn.Module) -> str:
     """Hash of a model: structure, plain settings, source of its classes, parameters and buffers.
 
@@ -71,11 +92,7 @@ def model_sha256(model: nn.Module) -> str:
     # Some modules print the address of a function; it differs from process to process.
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
     for name, module in model.named_modules():
-        settings = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and key != "training"
-        }
+        settings = {key: _plain(value) for key, value in vars(module).items() if key not in _MODULE}
         digest.update(f"{name}/{sorted(settings.items())}".encode())
         if type(module).__module__.partition(".")[0] not in _LIBRARIES:
             with contextlib.suppress(OSError, TypeError):  # no source, as in a notebook

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from advbench.attacks import losses
 from advbench.attacks.threat import Threat
 
+CONFIRMATIONS = (3, 10)
+
 
 class Judgement(NamedTuple):
     """point: what was judged, inside the threat and [0, 1].  label: predicted class (N,).
@@ -36,8 +38,10 @@ class Referee:
 
     chunk: images per forward pass. It is always full, so that what the referee finds does not
         depend on how many proposals came at once.
-    draws: evaluations of a stochastic model, at least 1. A proposal counts if more than half of
-        them are wrong; its margin is their upper median, so that its sign says the same.
+    draws: evaluations of a stochastic model, at least 1. A point is wrong if more than half of them
+        are; its margin is their upper median, so that its sign says the same. Whoever proposes
+        often enough is lucky some time: so a proposal counts only if it is wrong again in
+        ``CONFIRMATIONS`` times as many fresh evaluations.
     """
 
     def __init__(self, model: nn.Module, threat: Threat, chunk: int = 8, draws: int = 1) -> None:
@@ -50,21 +54,31 @@ class Referee:
         """x, proposal: (N, C, H, W).  y: (N,)."""
         proposal = proposal.detach().to(torch.float32)
         proposal = torch.where(proposal.isnan(), x, proposal)
-        return self.score(self.threat.project(proposal, x), y)
+        point = self.threat.project(proposal, x)
+        judged = self.score(point, y)
+        for times in CONFIRMATIONS if self.draws > 1 else ():
+            claimed = judged.broken.nonzero().squeeze(1)
+            if len(claimed):
+                again = self.score(point[claimed], y[claimed], times * self.draws)
+                judged.label[claimed] = again.label
+                judged.margin[claimed] = again.margin
+                judged.broken[claimed] = again.broken
+        return judged
 
     @torch.no_grad()
-    def score(self, point: Tensor, y: Tensor) -> Judgement:
+    def score(self, point: Tensor, y: Tensor, draws: int | None = None) -> Judgement:
         """What the real model says of points as they are."""
-        drawn = [self._score(point, y) for _ in range(self.draws)]
-        if self.draws == 1:
+        draws = draws or self.draws
+        drawn = [self._score(point, y) for _ in range(draws)]
+        if draws == 1:
             return Judgement(point, *drawn[0])
         label, margin, broken = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-        broken = 2 * broken.sum(0) > self.draws
+        broken = 2 * broken.sum(0) > draws
         wrong = torch.where(label != y, label, -1).amax(0)  # a wrong label that was drawn
         return Judgement(
             point,
             torch.where(broken, wrong, y),
-            margin.sort(0).values[self.draws // 2],
+            margin.sort(0).values[draws // 2],
             broken,
         )
 

@@ -20,6 +20,7 @@ from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError
 from advbench.evaluation.protocol import Stage
+from advbench.evaluation.reuse import Archive
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import Search, Watch
 from advbench.evaluation.searcher import Shapes, Speed, out_of_memory, searcher
@@ -50,7 +51,7 @@ class Engine:
 
     model: the real one, in evaluation mode.  surrogates: other targets that stages name.
     slots: samples attacked side by side, at most.  share: of this process, (rank, processes).
-    hurry: whether time is up.
+    archive: what other evaluations know.  hurry: whether time is up.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class Engine:
     keep_images: bool = False
     share: tuple[int, int] = (0, 1)
     watch: Watch = field(default_factory=Nobody)
+    archive: Archive | None = None
     hurry: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
@@ -78,12 +80,17 @@ class Engine:
         keep_freed_memory()
         rank, processes = self.share
         mine = self.samples.ids[rank::processes]
+        if processes > 1 and not all(stage.attack.queries for stage in stages):
+            raise UserError(
+                "the attacks of other libraries draw by the batch: run them with trainer.devices=1"
+            )
         with attackable(self.model, *self.surrogates.values()), _float32():
-            self._score_clean(mine, store)
+            if not self._score_clean(mine, store):
+                return False
             correct = held(store, CLEAN, mine)
             prepared: dict[str, nn.Module] = {}
             for stage in stages:
-                pending = _pending(store, stage.name, correct)
+                pending = self._pending(store, stage.name, correct)
                 if len(pending):
                     if self.hurry():
                         return False
@@ -136,6 +143,10 @@ class Engine:
                 if not out_of_memory(problem):
                     raise
             self._back_off()
+        if fast is model:
+            self.watch.note(
+                f"no faster copy of '{target}': the search runs on it as it is, in float32"
+            )
         if not self.stochastic and not self.shapes.placeless:
             self.watch.note(
                 "an image's logits depend, in their last bits, on its place in the batch: "
@@ -147,11 +158,26 @@ class Engine:
         self.shapes.shrink()
         self.watch.note(f"out of memory: going on with batches of {self.shapes.largest}")
 
-    def _score_clean(self, mine: Tensor, store: Store) -> None:
-        pending = _pending(store, CLEAN, mine)
+    def _pending(self, store: Store, stage: str, attacked: Tensor) -> Tensor:
+        """The samples that have no record of the stage, here or in the archive."""
+        pending = attacked[~torch.isin(attacked, torch.from_numpy(store.records(stage).sample))]
+        if self.archive is not None and not self.stochastic and len(pending):
+            for records, seconds, folder in self.archive.records(stage, pending):
+                store.append(stage, records, seconds)
+                self.watch.note(f"{stage}: {len(records)} samples known from {folder}")
+                known = torch.from_numpy(records.sample)
+                pending = pending[~torch.isin(pending, known)]
+        return pending
+
+    def _score_clean(self, mine: Tensor, store: Store) -> bool:
+        pending = self._pending(store, CLEAN, mine)
         if len(pending):
             self.watch.stage(CLEAN, len(pending))
+        if self.stochastic:
+            torch.manual_seed(hash_of(f"{self.seed}/{CLEAN}"))
         while len(pending):
+            if self.hurry():
+                return False
             begin = time.perf_counter()
             ids = pending[: self.shapes.largest]
             clean = self.samples.fetch(ids)
@@ -182,6 +208,7 @@ class Engine:
             pending = pending[len(ids) :]
             known = store.records(CLEAN)
             self.watch.progress(len(mine) - len(pending), int((~known.broken).sum()), len(known))
+        return True
 
 
 def hash_of(text: str) -> int:
@@ -232,8 +259,3 @@ def held(store: Store, stage: str, attacked: Tensor) -> Tensor:
     records = store.records(stage)
     broken = torch.from_numpy(records.sample[records.broken])
     return attacked[~torch.isin(attacked, broken)]
-
-
-def _pending(store: Store, stage: str, attacked: Tensor) -> Tensor:
-    """The samples that have no record of the stage."""
-    return attacked[~torch.isin(attacked, torch.from_numpy(store.records(stage).sample))]

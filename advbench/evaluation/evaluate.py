@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from advbench.evaluation.engine import CLEAN, Engine, Nobody
 from advbench.evaluation.probe import check_gradient, probe
 from advbench.evaluation.protocol import Protocol, Stage
 from advbench.evaluation.resources import Crew
-from advbench.evaluation.reuse import reuse
+from advbench.evaluation.reuse import Archive
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import Watch
 from advbench.evaluation.searcher import Speed
@@ -74,6 +74,7 @@ class Evaluation:
         ids = self.samples.ids.numpy().astype("<i8").tobytes()
         return {
             "model_sha256": model_sha256(self.model),
+            "traits": asdict(self.traits),
             "data": {
                 "name": self.data,
                 "split": "test",
@@ -123,12 +124,6 @@ class Evaluation:
         if folder is not None and (known := finished_results(folder)) is not None:
             return known
         store = Store(folder, crew.rank)
-        if archive is not None and crew.rank == 0 and not len(store.records(CLEAN)):
-            ids = self.samples.ids
-            for line in reuse(store, archive, identity, stages, ids, CLEAN):
-                watch.note(line)
-        crew.wait()
-        store.read_journal()
         work = Engine(
             model=self.model,
             samples=self.samples,
@@ -140,6 +135,7 @@ class Evaluation:
             keep_images=self.keep_images,
             share=(crew.rank, crew.size),
             watch=watch,
+            archive=None if archive is None else Archive(archive, folder, identity, stages),
             hurry=hurry,
         )
         work.run(stages, store)

@@ -68,8 +68,11 @@ class Ledger:
         return {"sample": self.samples[begun], **columns}
 
     def resume(self, progress: dict[str, Tensor]) -> None:
-        """Take up what ``progress`` remembered."""
+        """Take up what ``progress`` remembered of samples that are not further on already."""
         known = torch.isin(progress["sample"], self.samples)
         at = torch.searchsorted(self.samples, progress["sample"][known])
+        attempt, forwards = progress["attempt"][known], progress["forwards"][known]
+        same = attempt == self.attempt[at]
+        newer = (attempt > self.attempt[at]) | (same & (forwards > self.forwards[at]))
         for name in PROGRESS:
-            getattr(self, name)[at] = progress[name][known]
+            getattr(self, name)[at[newer]] = progress[name][known][newer]

@@ -75,6 +75,9 @@ class Protocol(ABC):
                 "batch-dependent"
             )
         stages = tuple(self.stages(traits, num_classes, threat, seed))
+        names = [stage.name for stage in stages]
+        if len(set(names)) < len(names):
+            raise UserError(f"protocol={self.name} has stages of the same name: {', '.join(names)}")
         for stage in stages:
             stage.attack.check(num_classes, threat)
         return stages
@@ -211,7 +214,9 @@ class CurveProtocol(Protocol):
             if self.points < 1:
                 raise UserError(f"protocol.points={self.points} is not at least 1")
             return [threat.radius * i / self.points for i in range(1, self.points + 1)]
-        radii = sorted({pixels(eps, "protocol.eps") for eps in self.eps} | {threat.radius})
+        near = (1 - 1e-5) * threat.radius, (1 + 1e-5) * threat.radius
+        given = {pixels(eps, "protocol.eps") for eps in self.eps}
+        radii = sorted({eps for eps in given if not near[0] < eps < near[1]} | {threat.radius})
         if not radii[0] > 0 or radii[-1] > threat.radius:
             raise UserError(
                 f"protocol.eps must lie above 0 and at most at threat.eps={threat.radius:g}"

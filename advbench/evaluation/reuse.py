@@ -15,39 +15,44 @@ from advbench.evaluation.protocol import Stage
 from advbench.evaluation.store import Records, Store, read_samples
 from advbench.results import Results
 
-ALWAYS = ("model_sha256", "batch_size", "code", "device", "versions")
+ALWAYS = ("model_sha256", "traits", "batch_size", "code", "device", "versions")
 UNDER_ATTACK = (*ALWAYS, "threat", "seed", "speed")
 
 
-def reuse(
-    store: Store,
-    archive: Path,
-    identity: dict[str, Any],
-    stages: Sequence[Stage],
-    samples: Tensor,
-    clean: str,
-) -> list[str]:
-    """Put records of other evaluations in ``archive`` into a new ``store``.
+class Archive:
+    """Records of other evaluations that are what this one would find itself, bit for bit.
 
-    Only what this evaluation would find itself, bit for bit, is taken: the same stage with the same
-    keyed draws on the same model and image. Returns a line for each stage that was found.
+    folder: holds the evaluations.  own: this one's directory, left out.
+    identity, stages: of this evaluation.  A stage of theirs is of use if it is the same attack with
+    the same keyed draws on the same model and images. A library's attack draws by the batch, and
+    its records are of none.
     """
-    wanted = {clean: None, **{stage.name: essence(stage.to_json()) for stage in stages}}
-    lines = []
-    for folder, plan in _plans(archive):
-        theirs = plan["identity"]
-        if folder == store.folder or not _same(identity, theirs, ALWAYS):
-            continue
-        attacked = _same(identity, theirs, UNDER_ATTACK)
-        offered = {s["name"]: essence(s) for s in plan["stages"]} if attacked else {}
-        names = [n for n, what in wanted.items() if n == clean or offered.get(n) == what]
-        for name, (records, seconds) in _records(folder, names).items():
-            known = np.union1d(store.records(name).sample, [])
-            new = np.isin(records.sample, samples.numpy()) & ~np.isin(records.sample, known)
-            if new.any():
-                store.append(name, records.where(new), seconds * float(new.mean()))
-                lines.append(f"{name}: {int(new.sum())} samples known from {folder}")
-    return lines
+
+    def __init__(
+        self, folder: Path, own: Path | None, identity: dict[str, Any], stages: Sequence[Stage]
+    ) -> None:
+        self._offers: dict[str, list[Path]] = {}
+        images = identity["keep_images"]
+        wanted = {s.name: essence(s.to_json()) for s in stages if s.attack.queries and not images}
+        for other, plan in _plans(folder):
+            if other == own or not _same(identity, plan["identity"], ALWAYS):
+                continue
+            names = ["clean"]
+            if _same(identity, plan["identity"], UNDER_ATTACK):
+                offered = {stage["name"]: essence(stage) for stage in plan["stages"]}
+                names += [name for name, what in wanted.items() if offered.get(name) == what]
+            for name in names:
+                self._offers.setdefault(name, []).append(other)
+
+    def records(self, stage: str, pending: Tensor) -> Iterator[tuple[Records, float, Path]]:
+        """What is known of the samples ``pending``, the seconds it took, and who knows it."""
+        left = pending.numpy()
+        for folder in self._offers.get(stage, []):
+            records, seconds = _read(folder, stage)
+            wanted = np.isin(records.sample, left)
+            if wanted.any():
+                left = np.setdiff1d(left, records.sample)
+                yield records.where(wanted), seconds * float(wanted.mean()), folder
 
 
 def essence(stage: dict[str, Any]) -> dict[str, Any]:
@@ -71,14 +76,14 @@ def _plans(archive: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path.parent, plan
 
 
-def _records(folder: Path, names: Sequence[str]) -> dict[str, tuple[Records, float]]:
-    """The records of some stages of an evaluation, finished or not, with the seconds they took."""
+def _read(folder: Path, stage: str) -> tuple[Records, float]:
+    """The records of a stage of an evaluation, finished or not, with the seconds they took."""
     try:
         if (folder / "samples.parquet").exists():
-            found = read_samples(folder)
-            seconds = {s.name: s.seconds for s in Results.load(folder / "results.json").stages}
-            return {n: (found[n], seconds.get(n, 0.0)) for n in names if n in found}
+            results = Results.load(folder / "results.json")
+            seconds = {s.name: s.seconds for s in results.stages}.get(stage, 0.0)
+            return read_samples(folder).get(stage, Records.joined([])), seconds
         store = Store(folder)
-    except (UserError, OSError):
-        return {}
-    return {n: (store.records(n), store.seconds(n)) for n in names if len(store.records(n))}
+    except (UserError, OSError, ValueError, KeyError):
+        return Records.joined([]), 0.0  # damaged: nothing to be had
+    return store.records(stage), store.seconds(stage)

@@ -142,32 +142,34 @@ class Search:
             return False
         positions = torch.tensor([self.waiting.popleft() for _ in range(entering)])
         try:
-            started = self._start(positions) if entering else None
+            self._enter(taken, positions)
         except RuntimeError:
             self.waiting.extendleft(reversed(positions.tolist()))
             raise
+        return True
+
+    def _enter(self, taken: Tensor, positions: Tensor) -> None:
+        """Start the samples at ``positions`` in free slots, beside the ``taken`` ones."""
+        device, entering = self.samples.device, len(positions)
+        started = self._start(positions) if entering else None
         width = self._width(len(taken) + entering)
         if self.rows is None or not len(taken):
             assert started is not None
-            free = torch.arange(len(started))
-            self.rows = started.take(free.to(self.samples.device))  # fields of their own, to write
-            self.place = torch.full((len(started),), -1)
-            self.age = self.rows.iteration.cpu().clone()
-            self.smallest = torch.full((len(started),), torch.inf, device=self.samples.device)
-            started = None
-        elif width != len(self.place):
+            everyone = torch.arange(len(started))
+            rows = started.take(everyone.to(device))  # fields of their own, to write
+            self.rows, self.place = rows, torch.full((len(rows),), -1)
+            self.age = rows.iteration.cpu().clone()
+            self.smallest = torch.full((len(rows),), torch.inf, device=device)
+            self.place[:entering] = positions
+            return
+        if width != len(self.place):
             self._resize(taken, width)
-            free = torch.arange(len(taken), width)
-        else:
-            free = (self.place < 0).nonzero().flatten()
-        if entering:
-            where = free[:entering]
-            if started is not None:
-                there = where.to(self.samples.device)
-                self.rows.put(there, started, torch.arange(entering, device=there.device))
+        if started is not None:
+            where = (self.place < 0).nonzero().flatten()[:entering]
+            there = where.to(device)
+            self.rows.put(there, started, torch.arange(entering, device=device))
+            self.smallest[there] = torch.inf
             self.place[where], self.age[where] = positions, 0
-            self.smallest[where.to(self.samples.device)] = torch.inf
-        return True
 
     def _width(self, rows: int) -> int:
         # A library's attack gets its batch as it is: its draws depend on the batch.
@@ -212,9 +214,9 @@ class Search:
         assert rows is not None
         if attack.queries:
             answer = attack.ask(self.oracle, rows, self.threat)
+            self._look(rows, answer.logits)
             if answer.usable is not None:
                 self._need_gradients(answer.usable)
-            self._look(rows, answer.logits)
             random = KeyedRandom(self.seed, self.stage.name, rows.ids, rows.restart)
             attack.advance(rows, answer, self.threat, random)
             if attack.peeks:
@@ -333,40 +335,46 @@ class Search:
 
     def _save_flight(self) -> None:
         """Write down the searches under way, to go on in their middle after an interruption."""
-        taken = (self.place >= 0).nonzero().flatten()
-        if self.rows is None or not self.attack.queries or not len(taken):
+        if not self.attack.queries:
             return
-        at = taken.to(self.samples.device)
-        flight = {f"rows.{f.name}": getattr(self.rows, f.name)[at] for f in fields(self.rows)}
-        flight["smallest"] = self.smallest[at]
-        flight |= {f"ledger.{name}": part for name, part in self.ledger.progress().items()}
+        flight = {f"ledger.{name}": part for name, part in self.ledger.progress().items()}
+        taken = (self.place >= 0).nonzero().flatten()
+        if self.rows is not None and len(taken):
+            at = taken.to(self.samples.device)
+            flight |= {f"rows.{f.name}": getattr(self.rows, f.name)[at] for f in fields(self.rows)}
+            flight["rows.smallest"] = self.smallest[at]
         self.store.save_flight(self.stage.name, flight)
 
     def _board(self) -> set[int]:
         """Take up the searches that were under way; returns the positions that have to wait."""
-        everyone = set(range(len(self.ledger)))
-        for flight in self.store.flights(self.stage.name):
-            progress = {
-                name.removeprefix("ledger."): part
-                for name, part in flight.items()
-                if name.startswith("ledger.")
-            }
-            self.ledger.resume(progress)
-            ids = flight["rows.ids"]
-            mine = torch.isin(ids, self.ledger.samples).nonzero().flatten()
-            free = self.shapes.largest - int((self.place >= 0).sum())
-            mine = mine[: free if self.rows is None else 0]
-            if not len(mine):
-                continue
-            positions = torch.searchsorted(self.ledger.samples, ids[mine])
-            rows = self._start(positions)
-            width = torch.arange(len(rows)) % len(mine)
+        everyone, flights = set(range(len(self.ledger))), list(self.store.flights(self.stage.name))
+        for flight in flights:  # of this process and others, of this sitting and earlier ones
+            self.ledger.resume(_within(flight, "ledger."))
+        parts = [_within(flight, "rows.") for flight in flights if "rows.ids" in flight]
+        if not parts:
+            return everyone
+        saved = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        furthest: dict[int, int] = {}
+        for row in saved["iteration"].argsort(stable=True).tolist():
+            position = int(torch.searchsorted(self.ledger.samples, saved["ids"][row]))
+            mine = (
+                position < len(self.ledger) and self.ledger.samples[position] == saved["ids"][row]
+            )
+            if mine and saved["restart"][row] == self.ledger.attempt[position]:
+                furthest[position] = row
+        boarding = sorted(furthest)[: self.shapes.largest]
+        if boarding:
+            rows = self._start(torch.tensor(boarding))
+            index = torch.tensor([furthest[p] for p in boarding])
+            index = index[torch.arange(len(rows)) % len(index)]
             for f in fields(rows):
-                saved = flight[f"rows.{f.name}"][mine][width]
-                setattr(rows, f.name, saved.to(self.samples.device))
-            self.rows = rows
-            self.place = torch.full((len(rows),), -1)
-            self.place[: len(mine)] = positions
+                setattr(rows, f.name, saved[f.name][index].to(self.samples.device))
+            self.rows, self.place = rows, torch.full((len(rows),), -1)
+            self.place[: len(boarding)] = torch.tensor(boarding)
             self.age = rows.iteration.cpu().clone()
-            self.smallest = flight["smallest"][mine][width].to(self.samples.device)
-        return everyone - set(self.place.tolist())
+            self.smallest = saved["smallest"][index].to(self.samples.device)
+        return everyone - set(boarding)
+
+
+def _within(flight: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): part for n, part in flight.items() if n.startswith(prefix)}

@@ -232,14 +232,18 @@ def test_order_of_the_samples_changes_nothing(
     assert files(tmp_path) == files(whole)
 
 
-def test_shards_merge_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sized", [False, True])
+def test_shards_merge_to_the_same_bytes(sized: bool, tmp_path: Path) -> None:
+    """Also where a smaller batch would round differently."""
+    case = evaluation(Parts(("apgd", "square")))
+    case = replace(case, model=Sized(net(), by_place=False)) if sized else case
+    case.execute(tmp_path / "one", case.stages())
+    (tmp_path / "three").mkdir()
     for rank in range(3):
-        case = evaluation()
         engine = Engine(case.model, case.samples, case.threat, slots=16, share=(rank, 3))
-        assert engine.run(case.stages(), Store(tmp_path, rank))
-    case = evaluation()
-    case.execute(tmp_path, case.stages())
-    assert files(tmp_path) == files(whole)
+        assert engine.run(case.stages(), Store(tmp_path / "three", rank))
+    case.execute(tmp_path / "three", case.stages())
+    assert files(tmp_path / "one") == files(tmp_path / "three")
 
 
 @pytest.mark.parametrize("slots", [8, 40])
@@ -758,7 +762,7 @@ def test_flights_of_other_processes_mislead_nobody(
     protocol = PGDProtocol(steps=4, restarts=5, loss="margin")
     case = evaluation(protocol, n=40, slots=8)
     case.execute(tmp_path / "whole", case.stages())
-    for n, cuts in enumerate(((4, 9), (13, 6), (22, 3), (31, 17))):
+    for n, cuts in enumerate(itertools.product((8, 14, 18), (6, 15, 30))):
         folder = tmp_path / str(n)
         folder.mkdir()
         for share, cut in zip((first, second), cuts, strict=True):

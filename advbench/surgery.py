@@ -17,7 +17,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from advbench.errors import UserError
 
+M = TypeVar("M", bound=nn.Module)
 Kind = type[nn.Module] | tuple[type[nn.Module], ...]
 
 FUNCTIONS: dict[str, type[nn.Module]] = {
@@ -68,6 +69,15 @@ def replace_modules(
     for name, old in found.items():
         model.set_submodule(name, make(old, name).train(old.training))
     return list(found)
+
+
+def twin(model: M) -> M:
+    """The same model again, of modules of its own and the very same parameters and buffers.
+
+    What is set on its modules leaves ``model`` alone; what is trained, both see.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, dict(tensors))
 
 
 def count_modules(model: nn.Module, kind: Kind) -> int:

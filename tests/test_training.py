@@ -376,10 +376,10 @@ class Planted(Defense):
 
     def loss_terms(self, model: Classifier, step: Step) -> dict[str, Tensor]:
         value = math.inf if step.step >= self.bad_from else 2.0 + step.step
-        return {self.name: step.parts[0].logits.sum() * 0 + value}
+        return {self.name: next(iter(step.parts.values())).logits.sum() * 0 + value}
 
     def after_step(self, model: Classifier, step: Step) -> None:
-        assert not any(part.features.requires_grad for part in step.parts)
+        assert not any(part.features.requires_grad for part in step.parts.values())
         if step.step == self.stop_at:
             raise KeyboardInterrupt
 

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier
+from advbench.errors import UserError
 
 if TYPE_CHECKING:
     from advbench.data.base import Splits
+
+PartName = Literal["clean", "adversarial"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class Traits:
     gradient: Literal["exact", "discontinuous", "straight_through", "none"] = "exact"
     batch_dependent: bool = False
     """A prediction depends on the other rows of the batch."""
+    batch_size: int | None = None
+    """Rows of the fixed batches in which a batch-dependent model is to be judged."""
     retrofit: bool = False
     """May be put on a finished undefended model."""
     output: Literal["logits", "probabilities"] = "logits"
@@ -45,9 +50,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """The record of one training step. A part that the recipe does not forward is None.
+    """The record of one training step. A part that nobody asked for is None.
 
     y: (N,) true classes.  epoch and step count from 0; step counts over all epochs.
+    borrowed: parts that are there because the defense asked for them, and the recipe did not.
+    memory: what the recipe remembers from step to step, see ``Recipe.memory``.
     """
 
     y: Tensor
@@ -55,25 +62,34 @@ class Step:
     adversarial: Part | None
     epoch: int
     step: int
+    borrowed: tuple[PartName, ...] = ()
+    memory: nn.Module | None = None
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return tuple(part for part in (self.clean, self.adversarial) if part is not None)
+    def parts(self) -> dict[PartName, Part]:
+        """The parts that there are, by name."""
+        both: dict[PartName, Part | None] = {"clean": self.clean, "adversarial": self.adversarial}
+        return {name: part for name, part in both.items() if part is not None}
 
 
 @dataclass(frozen=True)
 class Surrogate:
     """A model that shares the defended model's weights and has friendlier gradients.
 
+    model: takes x (N, C, H, W), and the clean images too if ``anchored``: ``model(x, clean)``.
+        Returns logits (N, K), or a pair of logits and a bonus (N,) that the attacker adds to the
+        loss of each row. In evaluation mode; ``advbench.surgery.twin`` makes one.
     exact: its logits equal those of the defended model.
-    loss: the loss that suits it (a name of ``advbench.attacks.losses``).
+    loss: the untargeted loss that suits it (a name of ``advbench.attacks.losses``).
     why: one line on why an attacker would use it.
+    anchored: some of its parts stay as they are at the clean image.
     """
 
     model: nn.Module
     exact: bool
     loss: str
     why: str
+    anchored: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,19 +101,47 @@ class Defense:
         return Traits()
 
     def apply(self, model: Classifier) -> Classifier:
-        """Surgery: before the optimizer, before compile or DDP. Returns the defended model."""
+        """Surgery: before the optimizer, before compile or DDP. Returns the defended model.
+
+        Raises UserError for a model that it does not fit.
+        """
         return model
 
     def prepare(self, model: Classifier, data: Splits) -> None:
-        """One pass over the training set, before the first step (prototypes, automatic jump)."""
+        """One pass over the training set, before the first step (prototypes, automatic jump).
+
+        The model is in evaluation mode, on its device. A retrofit is prepared at evaluation.
+        """
+
+    @property
+    def parts(self) -> tuple[PartName, ...]:
+        """Parts of the batch that the defense needs to see, whatever the recipe trains on.
+
+        A clean part can always be had; an adversarial one only from a recipe that makes one.
+        """
+        return ()
+
+    def before_part(self, model: Any, part: PartName) -> None:
+        """Just before the training step forwards a part of the batch, in training mode."""
 
     def loss_terms(self, model: Any, step: Step) -> dict[str, Tensor]:
         """Named scalar terms that are added to the recipe's; a duplicate name raises."""
         return {}
 
     def after_step(self, model: Any, step: Step) -> None:
-        """After the optimizer's step, without gradients (moving averages)."""
+        """After the optimizer's step, without gradients (moving averages).
 
-    def surrogates(self, model: nn.Module) -> Mapping[str, Surrogate]:
-        """Models that an adaptive attacker would also use, by name."""
+        With several devices each calls this with its own rows, and all end with the buffers of the
+        first: what is averaged over rows has to be summed over devices here.
+        """
+
+    def after_epoch(self, model: Any, data: Splits) -> None:
+        """On the weights that are about to be validated and kept, in evaluation mode, no_grad."""
+
+    def adopt(self, model: Any, weights: Mapping[str, Tensor]) -> None:
+        """Take parts of another run's weights, where the config names ``defense.weights=RUN``."""
+        raise UserError(f"{type(self).__name__} takes no weights from another run")
+
+    def surrogates(self, model: Any) -> Mapping[str, Surrogate]:
+        """Models that an adaptive attacker would also use, by name. ``model`` is not changed."""
         return {}

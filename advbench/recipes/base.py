@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,8 @@ from torch.nn import functional as F
 from advbench.attacks.base import Attack, Clean, craft
 from advbench.attacks.random import TorchRandom
 from advbench.attacks.threat import Threat
-from advbench.defenses.base import Part, Step
+from advbench.defenses.base import Part, PartName, Step
 from advbench.errors import UserError
-
-PartName = Literal["clean", "adversarial"]
 
 
 @contextmanager
@@ -67,6 +64,12 @@ class Recipe(ABC):
     def parts(self) -> tuple[PartName, ...]:
         """Which parts of the batch the training step forwards, in this order."""
 
+    def memory(self) -> nn.Module | None:
+        """What the recipe remembers from step to step, as buffers: saved with the training's state,
+        handed to ``loss_terms`` and ``after_step`` as ``step.memory``.
+        """
+        return None
+
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The adversarial part of a batch: x (N, C, H, W) in [0, 1] -> x' of the same shape.
 
@@ -78,6 +81,9 @@ class Recipe(ABC):
     @abstractmethod
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
         """Named scalar terms whose sum is the loss; they are logged one by one."""
+
+    def after_step(self, model: nn.Module, step: Step) -> None:  # noqa: B027  (a hook)
+        """After the optimizer's step, without gradients."""
 
     def search(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """x' by one search of ``attack`` inside the threat, on the model in eval mode.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from advbench.attacks.pgd import PGD
-from advbench.defenses.base import Step
+from advbench.defenses.base import PartName, Step
 from advbench.errors import UserError
-from advbench.recipes.base import PartName, Recipe
+from advbench.recipes.base import Recipe
 
 
 @dataclass(frozen=True)

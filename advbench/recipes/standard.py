@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from advbench.defenses.base import Step
-from advbench.recipes.base import PartName, Recipe
+from advbench.defenses.base import PartName, Step
+from advbench.recipes.base import Recipe
 
 
 @dataclass(frozen=True)

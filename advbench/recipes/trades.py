@@ -12,9 +12,9 @@ from advbench.attacks.base import Clean, Oracle, Rows, started
 from advbench.attacks.pgd import PGD
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat
-from advbench.defenses.base import Step
+from advbench.defenses.base import PartName, Step
 from advbench.errors import UserError
-from advbench.recipes.base import PartName, Recipe
+from advbench.recipes.base import Recipe
 
 NOISE = 0.001  # standard deviation of the start, in pixel units; as in the authors' code
 

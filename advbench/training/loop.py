@@ -190,14 +190,15 @@ class Fit:
 
         record = self.training_step.record
         with torch.no_grad():
+            self.recipe.after_step(self.model, record)
             self.defense.after_step(self.model, record)
-        share_buffers(self.model, fabric)
+        share_buffers(self.training_step, fabric)
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.guard.watch(loss, step)
         accuracy = {
             f"train_{name}": (part.logits.argmax(1) == y).float().mean()
-            for name, part in zip(self.recipe.parts, record.parts, strict=True)
+            for name, part in record.parts.items()
         }
         self.means.add(
             {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}, **accuracy}
@@ -224,6 +225,8 @@ class Fit:
         self.guard.check(self.fabric)
         row: Row = {"epoch": position.epoch + 1, "step": self.step, "lr": self._lr(self.step - 1)}
         row |= self.means.read(self.fabric)
+        with torch.no_grad():
+            self.defense.after_epoch(self.kept.eval(), self.splits)
         clean, robust = accuracies(
             self.kept,
             self.splits.val,
@@ -271,6 +274,7 @@ class Fit:
             "position": asdict(self.position),
             "means": self.means.state(self.fabric),
             "model": self.model.state_dict(),
+            "memory": memory.state_dict() if (memory := self.training_step.memory) else None,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
         }
@@ -285,6 +289,8 @@ class Fit:
                 "many"
             )
         self.model.load_state_dict(state["model"])
+        if self.training_step.memory is not None:
+            self.training_step.memory.load_state_dict(state["memory"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

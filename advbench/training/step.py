@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier
-from advbench.defenses.base import Defense, Part, Step
-from advbench.recipes.base import PartName, Recipe
+from advbench.defenses.base import Defense, Part, PartName, Step
+from advbench.recipes.base import Recipe
 
 
 class TrainingStep(nn.Module):
@@ -26,17 +26,27 @@ class TrainingStep(nn.Module):
         self.model = model
         self.recipe = recipe
         self.defense = defense
+        self.memory = recipe.memory()
+        # Only the recipe can make an adversarial part.
+        wanted = "clean" in defense.parts and "clean" not in recipe.parts
+        self.borrowed: tuple[PartName, ...] = ("clean",) if wanted else ()
+
+    @property
+    def parts(self) -> tuple[PartName, ...]:
+        """What is forwarded, in this order: the recipe's parts and then those of the defense."""
+        return (*self.recipe.parts, *self.borrowed)
 
     def forward(
         self, inputs: Mapping[PartName, Tensor], y: Tensor, epoch: int, step: int
     ) -> dict[str, Tensor]:
         """The loss terms, scalars, of the recipe and then of the defense.
 
-        inputs: x (N, C, H, W) in [0, 1] of each part of the recipe.  y: (N,).
+        inputs: x (N, C, H, W) in [0, 1] of each part.  y: (N,).
         Raises ValueError if recipe and defense give two terms one name.
         """
         parts: dict[PartName, Part] = {}
-        for name in self.recipe.parts:
+        for name in self.parts:
+            self.defense.before_part(self.model, name)
             features = self.model.features(inputs[name])
             parts[name] = Part(inputs[name], features, self.model.head(features))
         record = Step(
@@ -45,6 +55,8 @@ class TrainingStep(nn.Module):
             adversarial=parts.get("adversarial"),
             epoch=epoch,
             step=step,
+            borrowed=self.borrowed,
+            memory=self.memory,
         )
         terms = self.recipe.loss_terms(self.model, record)
         added = self.defense.loss_terms(self.model, record)

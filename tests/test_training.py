@@ -706,7 +706,7 @@ from advbench.data.augment import Augment
 @dataclass(frozen=True)
 class Seen(Defense):
     def after_step(self, model, step):
-        model.seen.copy_(step.parts[0].x.mean())
+        model.seen.copy_(next(iter(step.parts.values())).x.mean())
 
 devices, folder = int(sys.argv[1]), Path(sys.argv[2])
 whole = test_training.splits

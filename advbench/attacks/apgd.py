@@ -16,8 +16,10 @@ from advbench.attacks.base import (
     Oracle,
     Rows,
     need_classes,
+    need_targets,
     started,
     untargeted,
+    wrong_class,
 )
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat, per_row, project, unit
@@ -109,11 +111,8 @@ class APGD(Attack):
 
     def check(self, num_classes: int, threat: Threat) -> None:
         need_classes(self.loss_name, num_classes)
-        if self.targeted and self.targets > num_classes - 1:
-            raise UserError(
-                f"{self.targets} targets need {self.targets + 1} classes and there are "
-                f"{num_classes}"
-            )
+        if self.targeted:
+            need_targets(self.targets, num_classes)
 
     def start(
         self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
@@ -141,10 +140,7 @@ class APGD(Attack):
             target=clean.y,
         )  # fmt: skip
         if self.targeted:
-            logits = oracle.logits(x).scatter(1, clean.y[:, None], -torch.inf)
-            rows.forwards += 1
-            rank = logits.argsort(dim=1, descending=True)
-            rows.target = rank.gather(1, (restart // self.restarts)[:, None]).squeeze(1)
+            rows.target = wrong_class(oracle, rows, restart // self.restarts)
         everyone = torch.ones_like(rows.halved_at_check)
         self._begin_phase(rows, everyone, threat, fresh=not self.large_radius)
         return rows

@@ -260,6 +260,22 @@ def need_classes(loss: str, num_classes: int) -> None:
         )
 
 
+def need_targets(targets: int, num_classes: int) -> None:
+    """Raise UserError if there are fewer wrong classes than targets."""
+    if targets > num_classes - 1:
+        raise UserError(f"{targets} targets need {targets + 1} classes and there are {num_classes}")
+
+
+def wrong_class(oracle: Oracle, rows: Rows, rank: Tensor) -> Tensor:
+    """Each row's wrong class of that rank, (N,), at the cost of a forward pass.
+
+    rank: (N,), zero for the largest wrong logit on the clean image.
+    """
+    logits = oracle.logits(rows.x).scatter(1, rows.y[:, None], -torch.inf)
+    rows.forwards += 1
+    return logits.argsort(dim=1, descending=True).gather(1, rank[:, None]).squeeze(1)
+
+
 def craft(attack: Attack, model: nn.Module, clean: Clean, threat: Threat, random: Random) -> Tensor:
     """One search for every row, to its last point, without a referee: for training.
 

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from advbench.attacks import losses
-from advbench.attacks.base import Answer, Attack, Clean, Oracle, Rows, started
+from advbench.attacks.base import (
+    Answer,
+    Attack,
+    Clean,
+    Oracle,
+    Rows,
+    need_targets,
+    started,
+    wrong_class,
+)
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat, norm_of, per_row, unit
 from advbench.errors import UserError
@@ -77,11 +86,8 @@ class FAB(Attack):
         return False
 
     def check(self, num_classes: int, threat: Threat) -> None:
-        if self.targeted and self.targets > num_classes - 1:
-            raise UserError(
-                f"{self.targets} targets need {self.targets + 1} classes and there are "
-                f"{num_classes}"
-            )
+        if self.targeted:
+            need_targets(self.targets, num_classes)
 
     def start(
         self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
@@ -95,10 +101,7 @@ class FAB(Attack):
             point = (x + reach * unit(noise, threat.norm)).clamp(0.0, 1.0)
         rows = FABRows(**started(clean, point, restart), target=clean.y)
         if self.targeted:
-            logits = oracle.logits(x).scatter(1, clean.y[:, None], -torch.inf)
-            rows.forwards += 1
-            rank = logits.argsort(dim=1, descending=True)
-            rows.target = rank.gather(1, (restart // self.restarts)[:, None]).squeeze(1)
+            rows.target = wrong_class(oracle, rows, restart // self.restarts)
         return rows
 
     def loss(self, logits: Tensor, rows: Rows) -> Tensor:

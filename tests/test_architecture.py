@@ -21,7 +21,7 @@ LAYERS = [
     ["recipes"],
     ["defenses"],
     ["attacks", "backbones", "data", "results", "provenance"],
-    ["surgery", "files"],
+    ["surgery", "files", "devices"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from advbench.devices import asking_for
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.searcher import Speed
 
@@ -95,7 +95,7 @@ class Resources:
         """
         if str(self.devices) == "1" and self.num_nodes == 1 and "WORLD_SIZE" not in os.environ:
             return Crew(self.device)
-        try:
+        with asking_for(self.accelerator, self.devices):
             fabric = Fabric(
                 accelerator=self.accelerator,
                 devices=self.devices,
@@ -103,10 +103,4 @@ class Resources:
                 strategy="ddp",
             )
             fabric.launch()
-        except (TypeError, ValueError, RuntimeError, MisconfigurationException) as problem:
-            reason = " ".join(str(problem).split())
-            raise UserError(
-                f"trainer.accelerator={self.accelerator} with trainer.devices={self.devices} "
-                f"cannot be had here: {reason:.200}"
-            ) from problem
         return Crew(self.device, fabric)

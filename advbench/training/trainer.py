@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
-from advbench.errors import UserError
+from advbench.devices import asking_for
 from advbench.files import canonical
 from advbench.recipes.base import Recipe
 from advbench.training.checkpoint import remove_leftovers, require_identity
@@ -96,7 +95,7 @@ class Trainer(Settings):
             ).run()
 
     def _fabric(self) -> Fabric:
-        try:
+        with asking_for(self.accelerator, self.devices):
             # Not its precision: Fabric would round x' to bfloat16, by up to half of 1/255 near 1.
             return Fabric(
                 accelerator=self.accelerator,
@@ -104,12 +103,6 @@ class Trainer(Settings):
                 devices=self.devices,
                 num_nodes=self.num_nodes,
             )
-        except (TypeError, ValueError, RuntimeError, MisconfigurationException) as problem:
-            reason = " ".join(str(problem).split())
-            raise UserError(
-                f"trainer.accelerator={self.accelerator} with trainer.devices={self.devices} "
-                f"cannot be had here: {reason:.200}"
-            ) from problem
 
 
 @contextmanager

@@ -1,0 +1,28 @@
+"""Devices that are not there are the user's mistake, whoever asks for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from advbench.devices import asking_for
+from advbench.errors import UserError
+from advbench.evaluation.resources import Resources
+
+
+def test_what_fabric_refuses_is_said_in_one_line() -> None:
+    with pytest.raises(UserError) as caught, asking_for("cuda", "0,7"):
+        raise RuntimeError("no such\n  device " + 300 * "x")
+    assert str(caught.value).startswith(
+        "trainer.accelerator=cuda with trainer.devices=0,7 cannot be had here: no such device xx"
+    )
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 280
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(KeyError), asking_for("cpu", 1):
+        raise KeyError("ours")
+
+
+def test_an_evaluation_asks_for_devices() -> None:
+    with pytest.raises(UserError, match=r"trainer\.devices=many cannot be had here: \S+"):
+        Resources(accelerator="cpu", devices="many").launch()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -274,6 +275,19 @@ def wrong_class(oracle: Oracle, rows: Rows, rank: Tensor) -> Tensor:
     logits = oracle.logits(rows.x).scatter(1, rows.y[:, None], -torch.inf)
     rows.forwards += 1
     return logits.argsort(dim=1, descending=True).gather(1, rank[:, None]).squeeze(1)
+
+
+@contextmanager
+def attackable(*models: nn.Module) -> Iterator[None]:
+    """Parameters frozen inside: an attack needs gradients of inputs alone."""
+    trainable = [p for model in models for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def craft(attack: Attack, model: nn.Module, clean: Clean, threat: Threat, random: Random) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advbench.attacks.base import Clean, Oracle
+from advbench.attacks.base import Clean, Oracle, attackable
 from advbench.attacks.expectation import Expectation
 from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
@@ -214,19 +214,6 @@ class Engine:
 def hash_of(text: str) -> int:
     """A stable number below 2**48 for a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-
-@contextmanager
-def attackable(*models: nn.Module) -> Iterator[None]:
-    """Parameters frozen inside: an attack needs gradients of inputs alone."""
-    trainable = [p for model in models for p in model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advbench.attacks.base import Attack, Clean, craft
+from advbench.attacks.base import Attack, Clean, attackable, craft
 from advbench.attacks.random import TorchRandom
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Part, PartName, Step
@@ -25,17 +25,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Gradients in the input remain possible, and are all that a backward pass computes then.
     """
     modes = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     try:
-        yield
+        with attackable(model):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,12 @@ class Referee:
 
     def _score(self, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Label, margin and broken of each row."""
-        n, parts = len(point), []
+        parts = []
         for part in point.split(self.chunk):
             missing = self.chunk - len(part)
             full = torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) if missing else part
             parts.append(self.model(full)[: len(part)].float())
-        logits = torch.cat(parts)[:n]
+        logits = torch.cat(parts)
         label, sound = logits.argmax(1), finite(logits)
         margin = torch.where(sound, -losses.margin(logits, y), -torch.inf)
         return label, margin, (label != y) | ~sound

@@ -8,7 +8,6 @@ them whole batches, and repeats those batches after an interruption.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from advbench.attacks.base import Attack, Clean, Oracle, Rows, started
-from advbench.attacks.random import Random
+from advbench.attacks.random import Random, hash_of
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError, did_you_mean
 
@@ -197,11 +196,11 @@ class TorchAttack(LibraryAttack):
         params = {k: v for k, v in given.items() if k in known} | dict(self.params)
         x = clean.x
         # A batch of its own draws, the same after an interruption.
-        digest = hashlib.sha256(f"{self.seed}/{self.name}/{clean.ids.tolist()}".encode()).digest()
+        seed = hash_of(f"{self.seed}/{self.name}/{clean.ids.tolist()}")
         try:
             attack = make(model, **params)
             attack.set_device(x.device)
-            with _own_generator(x.device, int.from_bytes(digest[:6], "big")), torch.enable_grad():
+            with _own_generator(x.device, seed), torch.enable_grad():
                 return attack(x.contiguous(), clean.y)
         except torch.OutOfMemoryError:
             raise

@@ -17,6 +17,11 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
+def hash_of(text: str) -> int:
+    """A stable number below 2**48 for a text, to seed a generator with."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
 class Random(Protocol):
     """Where an attack gets its random numbers from."""
 

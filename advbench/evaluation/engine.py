@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from advbench.attacks.base import Clean, Oracle, attackable
 from advbench.attacks.expectation import Expectation
+from advbench.attacks.random import hash_of
 from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError
@@ -209,11 +209,6 @@ class Engine:
             known = store.records(CLEAN)
             self.watch.progress(len(mine) - len(pending), int((~known.broken).sum()), len(known))
         return True
-
-
-def hash_of(text: str) -> int:
-    """A stable number below 2**48 for a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from advbench.attacks.threat import Threat
 from advbench.data.base import ArraySplit
 from advbench.defenses.base import Traits
 from advbench.errors import UserError
-from advbench.evaluation import budget, search
+from advbench.evaluation import budget, reuse, search
 from advbench.evaluation.engine import CLEAN, Engine, Nobody
 from advbench.evaluation.evaluate import Evaluation
 from advbench.evaluation.forecast import Forecast
@@ -727,6 +727,19 @@ def test_what_an_earlier_stage_breaks_is_not_counted_again(whole: Path, tmp_path
     results = case.execute(tmp_path / "all", case.stages(), archive=tmp_path)
     assert results.robust == Results.load(whole / "results.json").robust
     assert files(tmp_path / "all") == files(whole)
+
+
+def test_a_finished_evaluation_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(reuse, "read_samples", lambda f: (read.append(f), read_samples(f))[1])
+    case = evaluation(PGDProtocol(steps=5, loss="margin"))
+    case.execute(tmp_path / "first", case.stages())
+    watch = Notes()
+    case.execute(tmp_path / "second", case.stages(), watch, archive=tmp_path)
+    assert [note.split(":")[0] for note in watch.notes] == ["clean", "pgd-margin"]
+    assert read == [tmp_path / "first"]
 
 
 def test_kept_images_are_not_missing_for_knowing_better(tmp_path: Path) -> None:

@@ -32,14 +32,20 @@ class Archive:
         self, folder: Path, own: Path | None, identity: dict[str, Any], stages: Sequence[Stage]
     ) -> None:
         self._offers: dict[str, list[Path]] = {}
-        images = identity["keep_images"]
-        wanted = {s.name: essence(s.to_json()) for s in stages if s.attack.queries and not images}
-        for other, plan in _plans(folder):
-            if other == own or not _same(identity, plan["identity"], ALWAYS):
+        self._finished: dict[Path, dict[str, tuple[Records, float]]] = {}
+        # As they would stand in a file: tuples become lists there.
+        identity, plan = json.loads(json.dumps([identity, [stage.to_json() for stage in stages]]))
+        wanted = {
+            stage.name: essence(known)
+            for stage, known in zip(stages, plan, strict=True)
+            if stage.attack.queries and not identity["keep_images"]
+        }
+        for other, theirs in _plans(folder):
+            if other == own or not _same(identity, theirs["identity"], ALWAYS):
                 continue
             names = ["clean"]
-            if _same(identity, plan["identity"], UNDER_ATTACK):
-                offered = {stage["name"]: essence(stage) for stage in plan["stages"]}
+            if _same(identity, theirs["identity"], UNDER_ATTACK):
+                offered = {stage["name"]: essence(stage) for stage in theirs["stages"]}
                 names += [name for name, what in wanted.items() if offered.get(name) == what]
             for name in names:
                 self._offers.setdefault(name, []).append(other)
@@ -48,20 +54,32 @@ class Archive:
         """What is known of the samples ``pending``, the seconds it took, and who knows it."""
         left = pending.numpy()
         for folder in self._offers.get(stage, []):
-            records, seconds = _read(folder, stage)
+            records, seconds = self._read(folder, stage)
             wanted = np.isin(records.sample, left)
             if wanted.any():
                 left = np.setdiff1d(left, records.sample)
                 yield records.where(wanted), seconds * float(wanted.mean()), folder
 
+    def _read(self, folder: Path, stage: str) -> tuple[Records, float]:
+        """The records of a stage of an evaluation, finished or not, with the seconds they took."""
+        nothing = Records.joined([]), 0.0
+        try:
+            if folder not in self._finished and (folder / "samples.parquet").exists():
+                self._finished[folder] = _finished(folder)
+            if folder in self._finished:
+                return self._finished[folder].get(stage, nothing)
+            store = Store(folder)  # read anew: another process may be at work there
+        except (UserError, OSError, ValueError, KeyError):
+            return nothing  # damaged: nothing to be had
+        return store.records(stage), store.seconds(stage)
+
 
 def essence(stage: dict[str, Any]) -> dict[str, Any]:
     """What decides a stage's outcome, as it stands in a plan."""
-    return {key: value for key, value in json.loads(json.dumps(stage)).items() if key != "why"}
+    return {key: value for key, value in stage.items() if key != "why"}
 
 
 def _same(ours: dict[str, Any], theirs: dict[str, Any], keys: Sequence[str]) -> bool:
-    ours = json.loads(json.dumps(ours))
     data = all(ours["data"][k] == theirs.get("data", {}).get(k) for k in ("split", "sha256"))
     return data and all(key in theirs and theirs[key] == ours[key] for key in keys)
 
@@ -76,14 +94,8 @@ def _plans(archive: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path.parent, plan
 
 
-def _read(folder: Path, stage: str) -> tuple[Records, float]:
-    """The records of a stage of an evaluation, finished or not, with the seconds they took."""
-    try:
-        if (folder / "samples.parquet").exists():
-            results = Results.load(folder / "results.json")
-            seconds = {s.name: s.seconds for s in results.stages}.get(stage, 0.0)
-            return read_samples(folder).get(stage, Records.joined([])), seconds
-        store = Store(folder)
-    except (UserError, OSError, ValueError, KeyError):
-        return Records.joined([]), 0.0  # damaged: nothing to be had
-    return store.records(stage), store.seconds(stage)
+def _finished(folder: Path) -> dict[str, tuple[Records, float]]:
+    """The records of a finished evaluation, by stage, with the seconds they took."""
+    results = Results.load(folder / "results.json")
+    seconds = {stage.name: stage.seconds for stage in results.stages}
+    return {name: (part, seconds.get(name, 0.0)) for name, part in read_samples(folder).items()}

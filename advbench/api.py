@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from advbench import config, models, runs
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.arrays import array_split
-from advbench.defenses.base import Traits
+from advbench.defenses.base import Defense, Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.budget import seconds
 from advbench.evaluation.evaluate import Evaluation
@@ -44,6 +45,7 @@ def evaluate(
     precision: str = "32",
     budget: str | None = None,
     traits: Traits | None = None,
+    surrogates: Mapping[str, Surrogate] | None = None,
     folder: str | Path | None = None,
     name: str = "model",
     watch: Watch | None = None,
@@ -59,6 +61,8 @@ def evaluate(
     budget: stop after that time, such as "10min"; the results name the stages that are missing.
     traits: what an attacker must know of the model; if None, those that ``load`` found, else those
         of a plain deterministic model.
+    surrogates: other targets for ``msa`` and ``adaptive``; if None, those that the defense of a
+        model from ``load`` names.
     folder: keep the evaluation there, and go on with it if it was interrupted.
     Raises ``UserError`` for a model in training mode and for whatever does not fit.
     """
@@ -75,10 +79,15 @@ def evaluate(
     split = array_split(images, labels, "x", "y")
     anchor = next(model.parameters(), torch.empty(0))
     resources = Resources(anchor.device.type, batch_size=batch_size, precision=precision)
+    defense = getattr(model, "defense", Defense())
+    if not isinstance(defense, Defense):
+        defense = Defense()
+    named = defense.surrogates(model) if protocol.surrogates else {}
     evaluation = Evaluation(
         run=name,
         model=model,
         traits=traits or getattr(model, "traits", Traits()),
+        surrogates=named if surrogates is None else surrogates,
         samples=Samples(split, subset(len(split), n), anchor.device),
         data="arrays",
         threat=threat,

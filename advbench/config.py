@@ -33,10 +33,17 @@ GROUPS = {
     "recipe": "advbench.recipes.",
     "optimizer": "advbench.training.optimizers.",
     "threat": "advbench.attacks.threat.",
-    "protocol": "advbench.evaluation.protocol.",
+    "protocol": (
+        "advbench.evaluation.protocol.",
+        "advbench.evaluation.adaptive.",
+        "advbench.evaluation.paper.",
+    ),
     "trainer": ("advbench.training.trainer.", "advbench.evaluation.resources."),
 }
 """Where each group's components are defined."""
+
+FROM_THE_RUN = {"data": "data=npz data.path=FILE.npz", "threat": "threat=linf_8"}
+"""Groups that ``eval`` takes from the run that it evaluates, and what to say without one."""
 
 
 @dataclass
@@ -68,8 +75,9 @@ class EvalConfig:
     run: a training run; the newest finished one if neither ``run`` nor ``model`` is given.
     model: FILE.py:FACTORY of the user's own, with its ``weights``.  n: size of the subset of the
     test split.  adversarial: keep the adversarial images.  strict: exit with code 3 if the verdict
-    is unreliable.  resume: an interrupted evaluation to go on with.  budget: stop after that time,
-    such as 10min, and go on when the command is repeated.
+    is unreliable.  transfer: runs whose images may break the model too.  traits: what an attacker
+    must know of a ``model`` of the user's own.  resume: an interrupted evaluation to go on with.
+    budget: stop after that time, such as 10min, and go on when the command is repeated.
     """
 
     seed: int = 0
@@ -81,8 +89,11 @@ class EvalConfig:
     strict: bool = False
     budget: str | None = None
     resume: str | None = None
+    transfer: list[str] = field(default_factory=list)
     plugins: list[str] = field(default_factory=list)
+    traits: Any = None
     data: Any = None
+    defense: Any = None
     threat: Any = None
     protocol: Any = None
     trainer: Any = None
@@ -235,6 +246,62 @@ def build(node: Any, group: str, *, plugins: tuple[str, ...] = (), **given: Any)
     arguments = OmegaConf.to_container(schema)
     assert isinstance(arguments, dict)
     return target(**{str(k): v for k, v in arguments.items()}, **given)
+
+
+def build_defense(node: Any, plugins: tuple[str, ...] = ()) -> Any:
+    """The defense of a node; a chain's members are nodes themselves."""
+    members = None if node is None else node.get("members")
+    if members is None:
+        return build(node, "defense", plugins=plugins)
+    built = tuple(build_defense(member, plugins) for member in members)
+    return build(node, "defense", plugins=plugins, members=built)
+
+
+def spelled_out(node: Any) -> Any:
+    """The node of a defense, with the members of a chain as nodes in place of names.
+
+    A member is NAME, {NAME: {KEY: VALUE}} or a node. Raises UserError for what is neither.
+    """
+    if node is None or node.get("members") is None:
+        return node
+    members = []
+    for member in plain(node)["members"]:
+        if isinstance(member, str):
+            member = {member: {}}
+        if not isinstance(member, dict):
+            raise UserError(f"defense.members: {member!r} is not a defense: give its name")
+        if "_target_" not in member:
+            ((name, values),) = member.items() if len(member) == 1 else ((str(member), {}),)
+            shipped_node = shipped("defense", str(name))
+            for key, value in (values or {}).items():
+                if key not in shipped_node:
+                    raise UserError(f"no key 'defense.{key}'{did_you_mean(key, shipped_node)}")
+                shipped_node[key] = value
+            member = shipped_node
+        members.append(spelled_out(OmegaConf.create(member)))
+    return OmegaConf.create({**plain(node), "members": members})
+
+
+def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
+    """The node, or where it is left to the run, the run's with the values that were given."""
+    if node is not None and node.get("_target_") is not None:
+        return node
+    if trained is None:
+        raise UserError(f"a model of your own needs its {group}: give {FROM_THE_RUN[group]}")
+    merged = OmegaConf.create(plain(trained[group]))
+    if "download" in merged:  # a run that came from elsewhere does not decide this
+        merged.download = False
+    given = {} if node is None else plain(node)
+    if given.get("norm") not in (None, merged.get("norm")) and given.get("eps") is None:
+        raise UserError(f"threat.norm={given['norm']} needs a budget: give threat.eps=... as well")
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key not in merged:
+            keys = ", ".join(str(k) for k in merged if k != "_target_") or "it has none"
+            raise UserError(f"{group}.{key} is not a key of the run's {group} ({keys})")
+        merged[key] = value
+    return merged
 
 
 def plain(cfg: Any) -> dict[str, Any]:

@@ -12,21 +12,25 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
-from advbench import config, models, runs
+from advbench import config, models, runs, subjects
 from advbench.attacks.threat import Threat
 from advbench.console import Bar, EvaluationView, Screen, TrainingView
 from advbench.data.base import Info, Splits
-from advbench.defenses.base import Traits
 from advbench.errors import UserError
 from advbench.evaluation.budget import seconds
 from advbench.evaluation.evaluate import Evaluation, finished_results
+from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
 from advbench.files import file_sha256, model_sha256, short_hash
 from advbench.results import Results
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
+
+TEACHERS = ("robust_teacher", "standard_teacher")
+"""Parameters of a recipe that name runs."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def train(
         home, cfg = _resumed(cfg.resume, "train")
     threat: Threat = config.build(cfg.threat, "threat", plugins=plugins)
     splits: Splits = config.build(cfg.data, "data", plugins=plugins)
-    recipe = config.build(cfg.recipe, "recipe", plugins=plugins, threat=threat)
+    teachers = _teachers(cfg.recipe, plugins)
+    recipe = config.build(cfg.recipe, "recipe", plugins=plugins, threat=threat, **teachers)
     optimizer = config.build(cfg.optimizer, "optimizer", plugins=plugins)
     trainer = config.build(cfg.trainer, "trainer", plugins=plugins)
     if not isinstance(trainer, Trainer):
@@ -60,19 +65,24 @@ def train(
     _check_fit(cfg.backbone, splits.info)
     torch.manual_seed(cfg.seed)
     node = models.backbone_node(cfg.backbone, splits.info)
-    model, defense = models.assemble(node, cfg.defense, plugins)
-    if cfg.init_from is not None:
-        models.load_weights(model, runs.find(cfg.init_from) / models.WEIGHTS)
+    guard = config.spelled_out(cfg.defense)
+    if cfg.init_from is None:
+        model, defense = models.assemble(node, guard, plugins)
+    else:
+        model, defense = models.begun_from(cfg.init_from, node, guard, plugins)
+    if (source := getattr(defense, "weights", None)) is not None:
+        defense.adopt(model, models.read_weights(runs.find(source) / models.WEIGHTS))
 
     kept = cfg
     if "choices" not in cfg:
         kept = _kept(cfg, choices)
-        kept.backbone = node
+        kept.backbone, kept.defense = node, guard
     content = {"train": splits.train.sha256(), "val": splits.val.sha256()}
     identity = {
         "config": config.plain(kept),
         "data": content,
         "start": model_sha256(model),
+        "teachers": {name: model_sha256(teacher) for name, teacher in teachers.items()},
         "code": hashes(cfg.plugins),
         "version": version("advbench"),
     }
@@ -128,33 +138,41 @@ def evaluate(
     resources = config.build(cfg.trainer, "trainer", plugins=plugins)
     if not isinstance(resources, Resources):
         raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
-    traits, trained, input_shape = Traits(), None, None
-    code = hashes(cfg.plugins)
-    if cfg.model is not None:
-        model = models.from_factory(cfg.model, cfg.weights)
-        file = cfg.model.rpartition(":")[0]
-        name, code["model"] = Path(file).stem, file_sha256(file)
-    else:
-        run = runs.newest() if cfg.run is None else runs.find(cfg.run)
+    trained = None
+    if cfg.model is None:
         # Kept in the run's config, so that going on does not depend on what is newest then.
+        run = runs.newest() if cfg.run is None else runs.find(cfg.run)
         cfg = OmegaConf.merge(cfg, {"run": str(run)})  # pyright: ignore[reportAssignmentType]
-        model, defense, trained = models.from_run(run, plugins)
-        traits, input_shape, name = defense.traits(model), model.input_shape, run.resolve().name
-    data_node = inherit(cfg.data, trained, "data")
-    threat: Threat = config.build(inherit(cfg.threat, trained, "threat"), "threat")
-    protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
+        trained = config.read(run / runs.CONFIG)
+    cfg.defense = config.spelled_out(cfg.defense)
+    data_node = config.inherit(cfg.data, trained, "data")
+    threat: Threat = config.build(config.inherit(cfg.threat, trained, "threat"), "threat")
+    protocol: Protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
+    if cfg.transfer and not protocol.surrogates:
+        raise UserError(
+            f"protocol={protocol.title} has no use for transfer: take protocol=adaptive"
+        )
     splits: Splits = config.build(data_node, "data", plugins=plugins)
+    subject = subjects.candidate(cfg, plugins, splits)
     crew = resources.launch()
     samples = Samples(splits.test, subset(len(splits.test), cfg.n), crew.device)
+    input_shape = getattr(subject.model, "input_shape", None)
     if input_shape is not None and splits.info.input_shape != input_shape:
         raise UserError(
             f"the run was trained on images of shape {input_shape} and {splits.info.name} has "
             f"{splits.info.input_shape}: choose the data that the run was trained on"
         )
+    subject.model.to(crew.device)
+    surrogates = subject.surrogates(cfg.transfer, splits.info) if protocol.surrogates else {}
+    for surrogate in surrogates.values():
+        surrogate.model.to(crew.device)
+    name = subject.name
     evaluation = Evaluation(
         run=name,
-        model=model.to(crew.device),
-        traits=traits,
+        model=subject.model,
+        traits=subject.traits,
+        surrogates=surrogates,
+        settings=subject.settings,
         samples=samples,
         data=splits.info.name,
         threat=threat,
@@ -163,13 +181,13 @@ def evaluate(
         slots=resources.slots(splits.info.input_shape),
         speed=resources.speed,
         keep_images=cfg.adversarial,
-        code=code,
+        code=subject.code,
     )
     stages = evaluation.stages()
     identity = evaluation.identity()
     kept = cfg if "choices" in cfg else _kept(cfg, choices)
     limit = str(threat).replace(" ", "_").replace("/", "-")
-    folder = home.of(f"{name}-{protocol.name}-{limit}", identity)
+    folder = home.of(f"{name}-{protocol.title.replace('/', '-')}-{limit}", identity)
     with runs.occupied(folder) if crew.rank == 0 else nullcontext():
         if crew.rank == 0:
             runs.keep_config(folder, kept, compare=False)  # the plan decides what is the same
@@ -178,6 +196,8 @@ def evaluate(
                 screen.line(f"finished already: {folder}")
             of = f"{len(samples)} samples of {splits.info.name}, {threat}"
             screen.line(f"evaluating {name} on {of}")
+            for reason in evaluation.reasons():
+                screen.line(reason)
             for stage in stages:
                 screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
         with Bar(screen, clock=False) as bar:
@@ -220,28 +240,10 @@ def _kept(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:
     return kept
 
 
-def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
-    """The node, or where it is left to the run, the run's with the values that were given."""
-    if node is not None and node.get("_target_") is not None:
-        return node
-    if trained is None:
-        example = {"data": "data=npz data.path=FILE.npz", "threat": "threat=linf_8"}[group]
-        raise UserError(f"a model of your own needs its {group}: give {example}")
-    merged = OmegaConf.create(config.plain(trained[group]))
-    if "download" in merged:  # a run that came from elsewhere does not decide this
-        merged.download = False
-    given = {} if node is None else config.plain(node)
-    if given.get("norm") not in (None, merged.get("norm")) and given.get("eps") is None:
-        raise UserError(f"threat.norm={given['norm']} needs a budget: give threat.eps=... as well")
-    for key, value in given.items():
-        if value is None:
-            continue
-        if key not in merged:
-            raise UserError(
-                f"{group}.{key} is not a key of the run's {group} ({', '.join(map(str, merged))})"
-            )
-        merged[key] = value
-    return merged
+def _teachers(recipe: Any, plugins: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The models of the runs that a recipe learns from."""
+    named = {key: recipe.get(key) for key in TEACHERS} if recipe is not None else {}
+    return {key: models.from_run(runs.find(run), plugins)[0] for key, run in named.items() if run}
 
 
 def _check_fit(backbone: Any, info: Info) -> None:

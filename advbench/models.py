@@ -39,24 +39,53 @@ def assemble(
     backbone: Any, defense: Any, plugins: tuple[str, ...] = ()
 ) -> tuple[Classifier, Defense]:
     """A model with fresh weights and its defense applied."""
-    guard: Defense = config.build(defense, "defense", plugins=plugins)
+    guard: Defense = config.build_defense(defense, plugins)
     return guard.apply(config.build(backbone, "backbone", plugins=plugins)), guard
 
 
-def from_run(folder: Path, plugins: tuple[str, ...] = ()) -> tuple[Classifier, Defense, DictConfig]:
+def begun_from(
+    folder: Path, backbone: Any, defense: Any, plugins: tuple[str, ...] = ()
+) -> tuple[Classifier, Defense]:
+    """A model with the weights of another run, and its defense applied.
+
+    The other run has the same defense, or none: then the defense is put on its finished model.
+    Raises UserError where it has another, or its weights do not match.
+    """
+    folder = runs.find(folder)
+    before = config.read(folder / runs.CONFIG).defense
+    if before.get("_target_") == defense.get("_target_"):
+        model, guard = assemble(backbone, defense, plugins)
+        load_weights(model, folder / WEIGHTS)
+        return model, guard
+    if before.get("_target_") != "advbench.defenses.base.Defense":
+        raise UserError(
+            f"init_from={folder} has another defense: begin from a run with the same, or with none"
+        )
+    guard = config.build_defense(defense, plugins)
+    model = config.build(backbone, "backbone", plugins=plugins)
+    load_weights(model, folder / WEIGHTS)
+    return guard.apply(model), guard
+
+
+def from_run(
+    folder: Path, plugins: tuple[str, ...] = (), defense: Any = None
+) -> tuple[Classifier, Defense, DictConfig]:
     """The best model of a finished training run, in evaluation mode, with its defense and config.
 
-    What an attacker must know of it is with it, as ``model.traits``.
+    What an attacker must know of it is with it, as ``model.traits`` and ``model.defense``.
+
+    defense: a node in place of the run's own, of the same state.
 
     Raises UserError for a run that did not finish, whose weights do not match its config, or whose
     config names code that is not advbench's or in ``plugins``.
     """
     folder = runs.find(folder)
     cfg = config.read(folder / runs.CONFIG)
-    model, defense = assemble(cfg.backbone, cfg.defense, plugins)
+    model, guard = assemble(cfg.backbone, cfg.defense if defense is None else defense, plugins)
     load_weights(model, folder / WEIGHTS)
-    model.traits = defense.traits(model)  # pyright: ignore[reportArgumentType]
-    return model.eval(), defense, cfg
+    told: Any = model
+    told.traits, told.defense = guard.traits(model), guard
+    return model.eval(), guard, cfg
 
 
 def from_factory(spec: str, weights: str | None) -> nn.Module:

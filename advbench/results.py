@@ -68,6 +68,8 @@ class StageResult:
 class Results:
     """The outcome of an evaluation. ``robust`` is an upper bound: what these attacks left.
 
+    settings: what sets the model apart from others, such as {"defense.jump": 0.5}.
+    measures: other ways to say it, see ``advbench.evaluation.evaluate.measures``.
     missing: stages that did not come to their end, because time was up.
     """
 
@@ -81,14 +83,27 @@ class Results:
     provenance: Mapping[str, Any]
     verdict: Mapping[str, Any] = field(default_factory=lambda: {"label": None, "indicators": []})
     missing: tuple[str, ...] = ()
+    measures: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     schema: str = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
-        order = ("schema", "run", "data", "threat", "protocol", "clean", "robust", "stages")
+        order = (
+            "schema",
+            "run",
+            "settings",
+            "data",
+            "threat",
+            "protocol",
+            "clean",
+            "robust",
+            "stages",
+        )
         values = asdict(self)
         values["stages"] = list(values["stages"])
         values["missing"] = list(values["missing"])
-        return {key: values[key] for key in (*order, "missing", "verdict", "provenance")}
+        rest = ("measures", "missing", "verdict", "provenance")
+        return {key: values[key] for key in (*order, *rest)}
 
     def save(self, path: Path) -> None:
         write_json(path, self.to_json())

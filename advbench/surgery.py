@@ -93,6 +93,27 @@ def count_calls(model: nn.Module, kind: Kind, x: Tensor) -> dict[str, int]:
     return dict(_probe(model, kind, x).calls)
 
 
+def input_shapes(model: nn.Module, kind: Kind, x: Tensor) -> dict[str, torch.Size]:
+    """What one forward pass gives each module of ``kind``, by name, where it calls it.
+
+    Of several calls the last counts. x and the pass as for ``count_calls``.
+    """
+    shapes: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            shapes[name] = inputs[0].shape
+
+        return hook
+
+    with ExitStack() as stack, _evaluating(model):
+        for name, module in model.named_modules():
+            if name and isinstance(module, kind):
+                stack.callback(module.register_forward_pre_hook(note(name)).remove)
+        model(x)
+    return shapes
+
+
 def check_sites(model: nn.Module, kind: Kind, x: Tensor) -> None:
     """Raises UserError if surgery on ``kind`` would miss something, and names it.
 

@@ -13,6 +13,7 @@ LAYERS = [
     ["cli"],
     ["api", "experiments", "messages"],
     ["report"],
+    ["subjects"],
     ["models"],
     ["runs"],
     ["console"],

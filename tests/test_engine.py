@@ -29,13 +29,13 @@ from advbench.attacks.referee import Referee
 from advbench.attacks.square import Square
 from advbench.attacks.threat import Threat
 from advbench.data.base import ArraySplit
-from advbench.defenses.base import Traits
+from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation import budget, reuse, search
 from advbench.evaluation.engine import CLEAN, Engine, Nobody
 from advbench.evaluation.evaluate import Evaluation
 from advbench.evaluation.forecast import Forecast
-from advbench.evaluation.protocol import CurveProtocol, PGDProtocol, Protocol, Stage
+from advbench.evaluation.protocol import CurveProtocol, PGDProtocol, Protocol, Stage, Subject
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.searcher import Searcher, Shapes, Speed, ask, searcher
@@ -92,7 +92,7 @@ class Mixed(Protocol):
 
     name = "mixed"
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+    def stages(self, subject: Subject) -> list[Stage]:
         attacks: dict[str, Attack] = {
             "apgd": APGD(steps=12, loss_name="ce"),
             "apgd-t": APGD(steps=8, loss_name="dlr_targeted", targets=3),
@@ -584,7 +584,10 @@ def test_a_surrogate_is_searched_and_the_model_is_scored() -> None:
         Stage("lies", PGD(steps=5), "nothing is broken because a surrogate says so", "liar"),
         Stage("twin", APGD(steps=10), "the same weights", "twin"),
     ]
-    surrogates = {"liar": Liar().eval(), "twin": net()}
+    surrogates = {
+        name: Surrogate(model, exact=False, loss="ce", why="")
+        for name, model in {"liar": Liar().eval(), "twin": net()}.items()
+    }
     store = Store(None)
     threat = Threat("linf", EPS)
     assert Engine(model, case, threat, slots=16, surrogates=surrogates).run(stages, store)
@@ -638,7 +641,7 @@ def test_expectation_sees_through_noise() -> None:
     for draws in (1, 30):
         store = Store(None)
         stage = Stage("apgd", APGD(steps=10), "", draws=draws)
-        engine = Engine(model, case, threat, slots=40, stochastic=True)
+        engine = Engine(model, case, threat, slots=40, traits=Traits(stochastic=True))
         assert engine.run([stage], store)
         records = store.records("apgd")
         broken.append(int(records.broken.sum()) / max(len(records), 1))
@@ -714,8 +717,8 @@ class Parts(Protocol):
     name = "parts"
     wanted: tuple[str, ...] = ()
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
-        stages = Mixed().stages(traits, num_classes, threat, seed)
+    def stages(self, subject: Subject) -> list[Stage]:
+        stages = Mixed().stages(subject)
         return [stage for stage in stages if stage.name in self.wanted]
 
 
@@ -754,10 +757,8 @@ def test_kept_images_are_not_missing_for_knowing_better(tmp_path: Path) -> None:
 def test_stages_of_one_name_are_refused() -> None:
     @dataclass(frozen=True)
     class Twice(Parts):
-        def stages(
-            self, traits: Traits, num_classes: int, threat: Threat, seed: int
-        ) -> list[Stage]:
-            return 2 * super().stages(traits, num_classes, threat, seed)
+        def stages(self, subject: Subject) -> list[Stage]:
+            return 2 * super().stages(subject)
 
     with pytest.raises(UserError, match="stages of the same name: apgd, apgd"):
         evaluation(Twice(wanted=("apgd",))).stages()

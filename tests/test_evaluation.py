@@ -32,6 +32,7 @@ from advbench.evaluation.protocol import (
     PGDProtocol,
     Protocol,
     Stage,
+    Subject,
     TorchattacksProtocol,
 )
 from advbench.evaluation.samples import Samples, subset
@@ -273,7 +274,7 @@ def test_reference_engine_is_pyautoattack_sample_for_sample(channels_last: bool)
         store = Store(None)
         samples = Samples(ArraySplit(x, y), subset(16, None), torch.device("cpu"))
         threat, protocol = Threat("linf", eps), AutoAttackProtocol(engine="reference")
-        stages = protocol.plan(Traits(), 4, threat, seed=7)
+        stages = protocol.plan(Subject(Traits(), 4, threat, 7))
         assert Engine(model, samples, threat, seed=7, slots=8).run(stages, store)
         broken = np.zeros(16, bool)
         for name in (CLEAN, *(stage.name for stage in stages)):
@@ -324,17 +325,17 @@ def test_plans_are_what_the_protocols_say() -> None:
         (TorchattacksProtocol("CW"), 10, ["torchattacks-CW"]),
     ]
     for protocol, classes, names in table:
-        plan = protocol.plan(Traits(), classes, threat, seed=0)
+        plan = protocol.plan(Subject(Traits(), classes, threat, 0))
         assert [stage.name for stage in plan] == names
         assert all(stage.why and stage.target == "model" for stage in plan)
         json.dumps([stage.to_json() for stage in plan])
     for engine in ("fast", "reference"):
         protocol = AutoAttackProtocol(engine=engine)
-        assert protocol.plan(Traits(), 5, threat, 0)[1].attack.targets == 4  # pyright: ignore
+        assert protocol.plan(Subject(Traits(), 5, threat, 0))[1].attack.targets == 4  # pyright: ignore
     with pytest.raises(UserError, match="judges every sample by itself"):
-        PGDProtocol().plan(Traits(batch_dependent=True), 10, threat, 0)
+        PGDProtocol().plan(Subject(Traits(batch_dependent=True), 10, threat, 0))
     with pytest.raises(UserError, match="needs at least 4 classes"):
-        AutoAttackProtocol(engine="reference").plan(Traits(), 3, threat, 0)
+        AutoAttackProtocol(engine="reference").plan(Subject(Traits(), 3, threat, 0))
 
 
 def test_autoattack_has_upstreams_parameters_in_every_norm_and_suite() -> None:
@@ -345,7 +346,7 @@ def test_autoattack_has_upstreams_parameters_in_every_norm_and_suite() -> None:
         for suite in ("standard", "plus", "rand"):
             model: Any = linear(10)
             theirs = AutoAttack(model, norm=upstream, eps=0.5, version=suite)  # pyright: ignore
-            ours = AutoAttackProtocol(suite).plan(Traits(), 10, Threat(norm, 0.5), 0)
+            ours = AutoAttackProtocol(suite).plan(Subject(Traits(), 10, Threat(norm, 0.5), 0))
             assert [stage.name for stage in ours] == theirs.attacks_to_run
             for stage in ours:
                 attack: Any = stage.attack
@@ -370,7 +371,7 @@ def test_autoattack_has_upstreams_parameters_in_every_norm_and_suite() -> None:
 @pytest.mark.parametrize("classes", [2, 3, 4, 1000])
 def test_autoattack_knows_any_number_of_classes(classes: int) -> None:
     for suite in ("standard", "plus", "rand"):
-        plan = AutoAttackProtocol(suite).plan(Traits(), classes, Threat("l2", 0.5), 0)
+        plan = AutoAttackProtocol(suite).plan(Subject(Traits(), classes, Threat("l2", 0.5), 0))
         for stage in plan:
             assert getattr(stage.attack, "targets", 1) <= 9
     case = evaluation(AutoAttackProtocol(), n=6, classes=classes, eps=0.01)

@@ -90,7 +90,7 @@ class Answer(NamedTuple):
 
 
 class Counted(nn.Module):
-    """A model that counts the rows it passes forwards and backwards, whoever calls it."""
+    """A target that counts the rows it passes forwards and backwards, whoever calls it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -98,38 +98,48 @@ class Counted(nn.Module):
         self.forwards = 0
         self.backwards = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *clean: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         self.forwards += len(x)
-        logits = self.model(x)
+        answer = self.model(x, *clean)
+        logits = answer[0] if isinstance(answer, tuple) else answer
         if logits.requires_grad:
             logits.register_hook(self._count)
-        return logits
+        return answer
 
     def _count(self, gradient: Tensor) -> None:
         self.backwards += len(gradient)
 
 
 class Oracle:
-    """Answers an attack's queries to one model, and counts them.
+    """Answers an attack's queries to one target, and counts them.
 
+    model: returns logits (N, K), or a pair of logits and a bonus (N,) that is added to every loss.
     check: look at every gradient, which waits for the device. Training does not: its loss tells
-    soon enough.
+    soon enough.  anchored: the target takes the clean images too, ``model(x, clean)``.
     """
 
-    def __init__(self, model: nn.Module, check: bool = True) -> None:
+    def __init__(self, model: nn.Module, check: bool = True, anchored: bool = False) -> None:
         self.model = Counted(model)
         self.check = check
+        self.anchored = anchored
+
+    def _ask(self, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Logits (N, K) and the bonus of each row, (N,) or 0."""
+        answer = self.model(x, clean) if self.anchored else self.model(x)
+        logits, bonus = answer if isinstance(answer, tuple) else (answer, 0.0)
+        return logits.float(), bonus
 
     @torch.no_grad()
-    def logits(self, x: Tensor) -> Tensor:
-        return self.model(x).float()
+    def logits(self, x: Tensor, clean: Tensor | None = None) -> Tensor:
+        """Logits at x, (N, K), where ``clean`` are the clean images; x itself if it is one."""
+        return self._ask(x, x if clean is None else clean)[0]
 
     def query(self, attack: Attack, rows: Rows, gradient: bool = True) -> Answer:
         """Logits, loss and, if asked for, gradient at ``rows.point``."""
         with torch.set_grad_enabled(gradient):
             point = rows.point.detach().requires_grad_(gradient)
-            logits = self.model(point).float()
-            loss = attack.loss(logits, rows)
+            logits, bonus = self._ask(point, rows.x)
+            loss = attack.loss(logits, rows) + bonus
             grad = torch.autograd.grad(loss.sum(), point)[0] if gradient else None
         usable = None
         if grad is not None and self.check:
@@ -141,7 +151,7 @@ class Oracle:
     def peek(self, rows: Rows) -> Tensor:
         """Logits at ``rows.point``, (N, K)."""
         rows.forwards += 1
-        return self.logits(rows.point)
+        return self.logits(rows.point, rows.x)
 
     def boundaries(self, rows: Rows) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
         """Logits (N, K) at ``rows.point``, the margin of each wrong class (N, K - 1), and one after
@@ -149,7 +159,7 @@ class Oracle:
         """
         point = rows.point.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self.model(point).float()
+            logits, _ = self._ask(point, rows.x)
             wrong = torch.arange(logits.shape[1] - 1, device=logits.device)
             wrong = wrong + (wrong >= rows.y[:, None])
             margins = logits.gather(1, wrong) - logits.gather(1, rows.y[:, None])
@@ -183,6 +193,8 @@ class Attack(ABC):
     """Whether a query needs the gradient; a black-box attack does with the loss."""
     peeks: ClassVar[bool] = False
     """Whether ``settle`` wants to see the logits at the point that ``advance`` moved to."""
+    joint: ClassVar[bool] = True
+    """Whether it makes sense on a whole batch at once, where each row's loss depends on others."""
 
     @property
     @abstractmethod

@@ -17,12 +17,15 @@ class Expectation(Oracle):
     draws: at least 1.  Logits, losses and gradients are means; the counts are of all draws.
     """
 
-    def __init__(self, model: torch.nn.Module, draws: int, check: bool = True) -> None:
-        super().__init__(model, check)
+    def __init__(
+        self, model: torch.nn.Module, draws: int, check: bool = True, anchored: bool = False
+    ) -> None:
+        super().__init__(model, check, anchored)
         self.draws = draws
 
-    def logits(self, x: Tensor) -> Tensor:
-        return torch.stack([super(Expectation, self).logits(x) for _ in range(self.draws)]).mean(0)
+    def logits(self, x: Tensor, clean: Tensor | None = None) -> Tensor:
+        ask = super().logits
+        return torch.stack([ask(x, clean) for _ in range(self.draws)]).mean(0)
 
     def peek(self, rows: Rows) -> Tensor:
         rows.forwards += self.draws - 1

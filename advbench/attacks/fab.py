@@ -67,6 +67,7 @@ class FAB(Attack):
     beta: float = 0.9
 
     peeks = True
+    joint = False  # it looks for the nearest boundary of each row by itself
 
     def __post_init__(self) -> None:
         if min(self.steps, self.restarts, self.targets) < 1:

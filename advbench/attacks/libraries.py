@@ -66,6 +66,8 @@ def _silent() -> Iterator[None]:
 class LibraryAttack(Attack):
     """An attack that makes its x' in one call: the search is over where it starts."""
 
+    joint = False  # it may pass over rows
+
     @property
     def tries(self) -> int:
         return 1

@@ -16,13 +16,15 @@ CONFIRMATIONS = (3, 10)
 class Judgement(NamedTuple):
     """point: what was judged, inside the threat and [0, 1].  label: predicted class (N,).
     margin: true logit minus the best wrong one (N,); minus infinity where a logit is not finite.
-    broken: label differs from y, or a logit is not finite (N,).
+    broken: label differs from y, or a logit is not finite (N,).  wrong: share of the evaluations in
+    which that was so (N,); of a deterministic model there is one.
     """
 
     point: Tensor
     label: Tensor
     margin: Tensor
     broken: Tensor
+    wrong: Tensor
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -63,6 +65,7 @@ class Referee:
                 judged.label[claimed] = again.label
                 judged.margin[claimed] = again.margin
                 judged.broken[claimed] = again.broken
+                judged.wrong[claimed] = again.wrong
         return judged
 
     @torch.no_grad()
@@ -70,16 +73,18 @@ class Referee:
         """What the real model says of points as they are."""
         draws = draws or self.draws
         drawn = [self._score(point, y) for _ in range(draws)]
+        label, margin, missed = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+        wrong = missed.float().mean(0)
         if draws == 1:
-            return Judgement(point, *drawn[0])
-        label, margin, broken = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-        broken = 2 * broken.sum(0) > draws
-        wrong = torch.where(label != y, label, -1).amax(0)  # a wrong label that was drawn
+            return Judgement(point, label[0], margin[0], missed[0], wrong)
+        broken = 2 * missed.sum(0) > draws
+        other = torch.where(label != y, label, -1).amax(0)  # a wrong label that was drawn
         return Judgement(
             point,
-            torch.where(broken, wrong, y),
+            torch.where(broken, other, y),
             margin.sort(0).values[draws // 2],
             broken,
+            wrong,
         )
 
     def _score(self, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

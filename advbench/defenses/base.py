@@ -77,12 +77,12 @@ class Surrogate:
     """A model that shares the defended model's weights and has friendlier gradients.
 
     model: takes x (N, C, H, W), and the clean images too if ``anchored``: ``model(x, clean)``.
-        Returns logits (N, K), or a pair of logits and a bonus (N,) that the attacker adds to the
-        loss of each row. In evaluation mode; ``advbench.surgery.twin`` makes one.
+        Returns logits (N, K). In evaluation mode; ``advbench.surgery.twin`` makes one.
     exact: its logits equal those of the defended model.
     loss: the untargeted loss that suits it (a name of ``advbench.attacks.losses``).
     why: one line on why an attacker would use it.
     anchored: some of its parts stay as they are at the clean image.
+    bonus: it returns a pair, logits and (N,) what the attacker adds to the loss of each row.
     """
 
     model: nn.Module
@@ -90,6 +90,7 @@ class Surrogate:
     loss: str
     why: str
     anchored: bool = False
+    bonus: bool = False
 
 
 @dataclass(frozen=True)

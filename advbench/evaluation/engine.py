@@ -18,10 +18,13 @@ from advbench.attacks.expectation import Expectation
 from advbench.attacks.random import hash_of
 from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
+from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
+from advbench.evaluation.joint import JointSearch
+from advbench.evaluation.ledger import Ledger
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.reuse import Archive
-from advbench.evaluation.samples import Samples
+from advbench.evaluation.samples import Samples, fixed_batches
 from advbench.evaluation.search import Search, Watch
 from advbench.evaluation.searcher import Shapes, Speed, out_of_memory, searcher
 from advbench.evaluation.store import Records, Store
@@ -49,7 +52,8 @@ class Nobody:
 class Engine:
     """What is evaluated, and how.
 
-    model: the real one, in evaluation mode.  surrogates: other targets that stages name.
+    model: the real one, in evaluation mode.  traits: what is known of it.
+    surrogates: other targets that stages name.
     slots: samples attacked side by side, at most.  share: of this process, (rank, processes).
     archive: what other evaluations know.  hurry: whether time is up.
     """
@@ -60,8 +64,8 @@ class Engine:
     seed: int = 0
     slots: int = 250
     speed: Speed = field(default_factory=Speed)
-    stochastic: bool = False
-    surrogates: Mapping[str, nn.Module] = field(default_factory=dict)
+    traits: Traits = field(default_factory=Traits)
+    surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
     keep_images: bool = False
     share: tuple[int, int] = (0, 1)
     watch: Watch = field(default_factory=Nobody)
@@ -71,6 +75,7 @@ class Engine:
     def __post_init__(self) -> None:
         # Of all samples, not of this process's: the shape of a batch decides its rounding.
         self.shapes = Shapes(min(self.slots, len(self.samples)))
+        self.units = units(self.samples, self.traits, self.slots)
 
     def run(self, stages: Sequence[Stage], store: Store) -> bool:
         """Bring ``store`` to hold every stage of the plan, from what it holds already on.
@@ -80,11 +85,16 @@ class Engine:
         keep_freed_memory()
         rank, processes = self.share
         mine = self.samples.ids[rank::processes]
+        if self.units is not None:
+            self.units = self.units[rank::processes]
+            mine = torch.cat(self.units) if self.units else mine[:0]
+            mine = self.samples.ids[torch.isin(self.samples.ids, mine)]
         if processes > 1 and not all(stage.attack.queries for stage in stages):
             raise UserError(
                 "the attacks of other libraries draw by the batch: run them with trainer.devices=1"
             )
-        with attackable(self.model, *self.surrogates.values()), _float32():
+        others = [surrogate.model for surrogate in self.surrogates.values()]
+        with attackable(self.model, *others), _float32():
             if not self._score_clean(mine, store):
                 return False
             correct = held(store, CLEAN, mine)
@@ -96,47 +106,120 @@ class Engine:
                         return False
                     if stage.target not in prepared:
                         prepared = {stage.target: self._searcher(stage.target)}
+                    attack = self._attack_batches if self.traits.batch_dependent else self._attack
                     counts = len(held(store, stage.name, correct)), len(mine)
-                    search = self._search(stage, prepared[stage.target], store, *counts)
-                    if not search.run(pending):
+                    if not attack(stage, prepared[stage.target], store, pending, counts):
                         return False
                 correct = held(store, stage.name, correct)
         return True
 
-    def _search(
-        self, stage: Stage, target: nn.Module, store: Store, correct: int, total: int
-    ) -> Search:
-        threat = self.threat if stage.eps is None else Threat(self.threat.norm, stage.eps)
-        if self.stochastic:
-            # Noise of the model's own has no key: the stage is repeatable as a whole.
-            torch.manual_seed(hash_of(f"{self.seed}/{stage.name}"))
-        oracle = Oracle(target) if stage.draws == 1 else Expectation(target, stage.draws)
-        return Search(
+    def _attack(
+        self,
+        stage: Stage,
+        target: nn.Module,
+        store: Store,
+        pending: Tensor,
+        counts: tuple[int, int],
+    ) -> bool:
+        """Attack the samples ``pending``, each by itself. Returns False if time was up before.
+
+        counts: of samples still correct as this begins, and of all.
+        """
+        threat, (correct, total) = self._threat(stage), counts
+        before = int(store.records(stage.name).broken.sum())
+        for unit in self.units or [pending]:
+            part = pending[torch.isin(pending, unit)]
+            if not len(part):
+                continue
+            if stage.only_if and not torch.isin(broken_by(store, stage.only_if), unit).any():
+                store.append(stage.name, untouched(part, self.samples), 0.0)
+                continue
+            self._seed_noise(stage.name, unit)
+            broken = int(store.records(stage.name).broken.sum()) - before
+            search = Search(
+                stage,
+                self.samples,
+                threat,
+                self._oracle(stage, target),
+                Referee(self.model, threat, draws=VOTES if self.traits.stochastic else 1),
+                self.shapes,
+                store,
+                seed=self.seed,
+                correct=correct - broken,
+                total=total,
+                exact=stage.target == "model" and self.speed.precision == "32",
+                keep_images=self.keep_images,
+                whole=self.traits.stochastic,
+                watch=self.watch,
+                hurry=self.hurry,
+            )
+            if not search.run(part):
+                return False
+        return True
+
+    def _attack_batches(
+        self,
+        stage: Stage,
+        target: nn.Module,
+        store: Store,
+        pending: Tensor,
+        counts: tuple[int, int],
+    ) -> bool:
+        """Attack the fixed batches that hold samples of ``pending``, as ``_attack`` does."""
+        assert self.units is not None
+        self.watch.stage(stage.name, len(pending))
+        search = JointSearch(
             stage,
+            self.model,
             self.samples,
-            threat,
-            oracle,
-            Referee(self.model, threat, draws=VOTES if self.stochastic else 1),
-            self.shapes,
+            self._threat(stage),
+            self._oracle(stage, target),
             store,
             seed=self.seed,
-            correct=correct,
-            total=total,
-            exact=stage.target == "model" and self.speed.precision == "32",
+            correct=counts[0],
+            total=counts[1],
             keep_images=self.keep_images,
             watch=self.watch,
             hurry=self.hurry,
         )
+        for unit in self.units:
+            self._seed_noise(stage.name, unit)
+            if torch.isin(unit, pending).any() and not search.run(unit, pending):
+                return False
+        return True
+
+    def _seed_noise(self, stage: str, unit: Tensor) -> None:
+        """Noise of a model's own has no key: a group of samples is repeatable as a whole."""
+        if self.traits.stochastic:
+            torch.manual_seed(hash_of(f"{self.seed}/{stage}/{int(unit[0])}"))
+
+    def _threat(self, stage: Stage) -> Threat:
+        return self.threat if stage.eps is None else Threat(self.threat.norm, stage.eps)
+
+    def _oracle(self, stage: Stage, target: nn.Module) -> Oracle:
+        anchored = stage.target != "model" and self.surrogates[stage.target].anchored
+        if stage.draws == 1:
+            return Oracle(target, anchored=anchored)
+        return Expectation(target, stage.draws, anchored=anchored)
 
     def _searcher(self, target: str) -> nn.Module:
         """The target's copy for searching; finds out which batch sizes suit it."""
-        model = self.model if target == "model" else self.surrogates[target]
+        stochastic, model = self.traits.stochastic, self.model
+        if target != "model":
+            surrogate = self.surrogates[target]
+            if surrogate.anchored or surrogate.bonus:  # more than a function from x to logits
+                return surrogate.model
+            model = surrogate.model
+        if self.traits.batch_dependent:  # its batches are of one size
+            assert self.units is not None
+            batch = self.samples.fetch(self.units[0])
+            return searcher(model, self.speed, batch, stochastic)
         while True:
             clean = self.samples.fetch(self.samples.ids[: self.shapes.largest])
             few = Clean(*(part[:COMPARED] for part in clean))
             try:
-                fast = searcher(model, self.speed, few, self.stochastic)
-                if not self.stochastic:
+                fast = searcher(model, self.speed, few, stochastic)
+                if not stochastic:
                     self.shapes.probe(fast, clean)
                 break
             except RuntimeError as problem:
@@ -147,7 +230,7 @@ class Engine:
             self.watch.note(
                 f"no faster copy of '{target}': the search runs on it as it is, in float32"
             )
-        if not self.stochastic and not self.shapes.placeless:
+        if not stochastic and not self.shapes.placeless:
             self.watch.note(
                 "an image's logits depend, in their last bits, on its place in the batch: "
                 "a repeated evaluation may round differently"
@@ -161,7 +244,7 @@ class Engine:
     def _pending(self, store: Store, stage: str, attacked: Tensor) -> Tensor:
         """The samples that have no record of the stage, here or in the archive."""
         pending = attacked[~torch.isin(attacked, torch.from_numpy(store.records(stage).sample))]
-        if self.archive is not None and not self.stochastic and len(pending):
+        if self.archive is not None and self.units is None and len(pending):
             for records, seconds, folder in self.archive.records(stage, pending):
                 store.append(stage, records, seconds)
                 self.watch.note(f"{stage}: {len(records)} samples known from {folder}")
@@ -173,20 +256,21 @@ class Engine:
         pending = self._pending(store, CLEAN, mine)
         if len(pending):
             self.watch.stage(CLEAN, len(pending))
-        if self.stochastic:
-            torch.manual_seed(hash_of(f"{self.seed}/{CLEAN}"))
+        draws = VOTES if self.traits.stochastic else 1
         while len(pending):
             if self.hurry():
                 return False
             begin = time.perf_counter()
-            ids = pending[: self.shapes.largest]
-            clean = self.samples.fetch(ids)
-            draws = VOTES if self.stochastic else 1
-            referee = Referee(self.model, self.threat, self.shapes.largest, draws)
+            batch = pending[: self.shapes.largest]
+            if self.units is not None:
+                batch = next(unit for unit in self.units if torch.isin(pending[0], unit))
+            self._seed_noise(CLEAN, batch)
+            clean = self.samples.fetch(batch)
+            referee = Referee(self.model, self.threat, len(batch), draws)
             try:
                 judged = referee.score(clean.x, clean.y)
             except RuntimeError as problem:
-                if not out_of_memory(problem):
+                if not out_of_memory(problem) or self.units is not None:
                     raise
                 judged = None
             if judged is None:
@@ -194,21 +278,44 @@ class Engine:
                 continue
             if not torch.isfinite(judged.margin).all():
                 raise UserError("the model's outputs on clean images are not finite")
-            zeros = np.zeros(len(ids), np.int64)
+            order = batch.argsort()
+            order = order[torch.isin(batch[order], pending)]
+            there = order.to(clean.x.device)
+            zeros = np.zeros(len(order), np.int64)
+            broken = judged.broken[there].cpu().numpy()
             records = Records(
-                sample=ids.numpy(),
-                broken=judged.broken.cpu().numpy(),
-                label=judged.label.cpu().numpy(),
-                margin=judged.margin.cpu().numpy(),
+                sample=batch[order].numpy(),
+                broken=broken,
+                label=judged.label[there].cpu().numpy(),
+                margin=judged.margin[there].cpu().numpy(),
                 distance=zeros.astype(np.float32),
+                wrong=judged.wrong[there].cpu().numpy(),
+                alone=broken,
                 forwards=zeros + draws,
                 backwards=zeros,
             )
             store.append(CLEAN, records, time.perf_counter() - begin)
-            pending = pending[len(ids) :]
+            pending = pending[~torch.isin(pending, batch)]
             known = store.records(CLEAN)
             self.watch.progress(len(mine) - len(pending), int((~known.broken).sum()), len(known))
         return True
+
+
+def units(samples: Samples, traits: Traits, slots: int) -> list[Tensor] | None:
+    """Groups of samples that are attacked as a whole or not at all, each with its ids.
+
+    The fixed batches of a batch-dependent model; any, for a stochastic one, whose noise is drawn
+    group by group; None where samples come and go one by one.
+    """
+    if traits.batch_dependent:
+        if traits.batch_size is None:
+            raise UserError(
+                "the model is batch-dependent: say in which batches it is judged, with "
+                "traits.batch_size=NUMBER"
+            )
+        batches = fixed_batches(len(samples.split), traits.batch_size)
+        return [batch for batch in batches if torch.isin(batch, samples.ids).any()]
+    return [*samples.ids.split(slots)] if traits.stochastic else None
 
 
 @contextmanager
@@ -236,8 +343,20 @@ def keep_freed_memory() -> None:
             libc.mallopt(what, size)
 
 
-def held(store: Store, stage: str, attacked: Tensor) -> Tensor:
-    """The samples that the stage did not break."""
+def broken_by(store: Store, stage: str) -> Tensor:
+    """The samples that the stage broke."""
     records = store.records(stage)
-    broken = torch.from_numpy(records.sample[records.broken])
+    return torch.from_numpy(records.sample[records.broken])
+
+
+def untouched(ids: Tensor, samples: Samples) -> Records:
+    """Records of samples that a stage had no reason to attack."""
+    ledger = Ledger(ids, samples.split.labels[ids])
+    return ledger.records(range(len(ids)))[0]
+
+
+def held(store: Store, stage: str, attacked: Tensor) -> Tensor:
+    """The samples that the stage did not break by their own image."""
+    records = store.records(stage)
+    broken = torch.from_numpy(records.sample[records.alone])
     return attacked[~torch.isin(attacked, broken)]

@@ -18,18 +18,18 @@ from torch import nn
 
 from advbench import provenance
 from advbench.attacks.threat import Threat
-from advbench.defenses.base import Traits
+from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.budget import Deadline
 from advbench.evaluation.engine import CLEAN, Engine, Nobody
 from advbench.evaluation.probe import check_gradient, probe
-from advbench.evaluation.protocol import Protocol, Stage
+from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.resources import Crew
 from advbench.evaluation.reuse import Archive
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import Watch
 from advbench.evaluation.searcher import Speed
-from advbench.evaluation.store import Store
+from advbench.evaluation.store import Records, Store
 from advbench.files import model_sha256, write_atomic, write_json
 from advbench.results import Accuracy, Results, StageResult
 
@@ -40,7 +40,8 @@ PLAN, RESULTS = "plan.json", "results.json"
 class Evaluation:
     """Everything that decides what an evaluation finds.
 
-    run: what is evaluated, for people.  data: name of the data.  slots: samples attacked side by
+    run: what is evaluated, for people.  settings: what sets it apart from others, by key.
+    data: name of the data.  surrogates: other targets, by name.  slots: samples attacked side by
     side.  code: hashes of the user's own files, by name.
     """
 
@@ -56,6 +57,8 @@ class Evaluation:
     speed: Speed = field(default_factory=Speed)
     keep_images: bool = False
     code: Mapping[str, str] = field(default_factory=dict)
+    surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -64,10 +67,18 @@ class Evaluation:
     def stages(self) -> tuple[Stage, ...]:
         """The plan. Raises UserError where model, data and protocol do not fit."""
         classes = probe(self.model, self.samples, self.traits)
-        stages = self.protocol.plan(self.traits, classes, self.threat, self.seed)
+        stages = self.protocol.plan(self.subject(classes))
         if stages and self.traits.gradient != "none":
             check_gradient(self.model, self.samples)
         return stages
+
+    def reasons(self) -> list[str]:
+        """What the plan follows from, in words."""
+        return self.protocol.reasons(self.subject(0))
+
+    def subject(self, classes: int) -> Subject:
+        """What the plan is made from."""
+        return Subject(self.traits, classes, self.threat, self.seed, self.surrogates)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two evaluations to be the same one."""
@@ -75,6 +86,9 @@ class Evaluation:
         return {
             "model_sha256": model_sha256(self.model),
             "traits": asdict(self.traits),
+            "surrogates": {
+                name: model_sha256(surrogate.model) for name, surrogate in self.surrogates.items()
+            },
             "data": {
                 "name": self.data,
                 "split": "test",
@@ -119,7 +133,7 @@ class Evaluation:
         identity = self.identity()
         started = datetime.now(timezone.utc)
         if folder is not None and crew.rank == 0:
-            claim(folder, identity, stages)
+            claim(folder, identity, stages, self.reasons())
         crew.wait()
         if folder is not None and (known := finished_results(folder)) is not None:
             return known
@@ -131,7 +145,8 @@ class Evaluation:
             seed=self.seed,
             slots=self.slots,
             speed=self.speed,
-            stochastic=self.traits.stochastic,
+            traits=self.traits,
+            surrogates=self.surrogates,
             keep_images=self.keep_images,
             share=(crew.rank, crew.size),
             watch=watch,
@@ -167,13 +182,15 @@ def finished_results(folder: Path) -> Results | None:
     return results if results is not None and not results.missing else None
 
 
-def claim(folder: Path, identity: dict[str, Any], stages: tuple[Stage, ...]) -> None:
+def claim(
+    folder: Path, identity: dict[str, Any], stages: tuple[Stage, ...], reasons: list[str]
+) -> None:
     """Make ``folder`` the home of this evaluation. Raises UserError if it is another's."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PLAN
-    plan = json.loads(
-        json.dumps({"identity": identity, "stages": [stage.to_json() for stage in stages]})
-    )
+    planned = [stage.to_json() for stage in stages]
+    plan = {"identity": identity, "reasons": reasons, "stages": planned}
+    plan = json.loads(json.dumps(plan))
     if path.exists():
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -202,14 +219,14 @@ def summarise(
     clean = store.records(CLEAN)
     correct = n - int(clean.broken.sum())
     clean_accuracy = Accuracy.of(correct, n)
-    rows, missing = [], []
+    rows, missing, names = [], [], [stage.name for stage in stages]
     left = clean.sample[~clean.broken]
     for stage in stages:
         records = store.records(stage.name)
         if not np.isin(left, records.sample).all() or len(clean) < n:
             missing.append(stage.name)
+        broken = int(np.isin(left, records.sample[records.broken]).sum())
         left = np.setdiff1d(left, records.sample[records.broken])
-        broken = int(records.broken.sum())
         correct -= broken
         rows.append(
             StageResult(
@@ -218,7 +235,7 @@ def summarise(
                 target=stage.target,
                 why=stage.why,
                 robust_acc=correct / n,
-                attacked=len(records),
+                attacked=int((records.forwards > 0).sum()),
                 broken=broken,
                 seconds=round(store.seconds(stage.name), 3),
                 forwards=int(records.forwards.sum()),
@@ -229,11 +246,13 @@ def summarise(
     device = evaluation.samples.device
     return Results(
         run=evaluation.run,
+        settings=dict(evaluation.settings),
         data={key: data[key] for key in ("name", "split", "n", "sha256")},
         threat=identity["threat"],
         protocol={**identity["protocol"], "seed": evaluation.seed},
         clean=clean_accuracy,
         robust=Accuracy.of(correct, n),
+        measures=measures(evaluation.traits, n, [clean, *map(store.records, names)], correct),
         stages=tuple(rows),
         missing=tuple(missing),
         provenance={
@@ -247,3 +266,26 @@ def summarise(
             "model_sha256": identity["model_sha256"],
         },
     )
+
+
+def measures(traits: Traits, n: int, records: list[Records], correct: int) -> dict[str, float]:
+    """Other ways to say what the records hold, shares in [0, 1].
+
+    records: of the clean images and of each stage.  correct: samples that held.
+    wra: weighted robust accuracy, the mean of clean and robust.  mean_draw, worst_draw: robust
+    accuracy if one evaluation of a stochastic model decides, on average, and if the worst of them
+    does.  single_image: robust accuracy against whoever alters one image of a batch.
+    """
+    clean = records[0]
+    found = {"wra": (float((~clean.broken).sum()) + correct) / (2 * n) if n else 0.0}
+    everything = Records.joined(records)
+    if traits.stochastic:
+        wrong = np.zeros(int(clean.sample.max(initial=-1)) + 1)
+        np.maximum.at(wrong, everything.sample, everything.wrong)
+        wrong = wrong[clean.sample]
+        found["mean_draw"] = float((1 - wrong).sum()) / n
+        found["worst_draw"] = float((wrong == 0).sum()) / n
+    if traits.batch_dependent:
+        fallen = np.unique(everything.sample[everything.alone])
+        found["single_image"] = (n - len(fallen)) / n
+    return {name: round(value, 6) for name, value in found.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advbench.evaluation.store import Records
 
-PROGRESS = ("attempt", "margin", "forwards", "backwards")
+PROGRESS = ("attempt", "margin", "wrong", "forwards", "backwards")
 
 
 class Ledger:
@@ -27,6 +27,7 @@ class Ledger:
         self.label = labels.clone()
         self.margin = torch.full((n,), torch.inf)
         self.distance = torch.full((n,), torch.nan)
+        self.wrong = torch.zeros(n)
         self.forwards = torch.zeros(n, dtype=torch.int64)
         self.backwards = torch.zeros(n, dtype=torch.int64)
         self._images: dict[int, np.ndarray] = {}
@@ -40,10 +41,20 @@ class Ledger:
         self.forwards[at] += forwards
         self.backwards[at] += backwards
 
-    def breaks(self, at: Tensor, label: Tensor, margin: Tensor, distance: Tensor) -> None:
+    def holds(self, at: Tensor, wrong: Tensor) -> None:
+        """A search of these samples ended where so large a share of evaluations was wrong."""
+        self.wrong[at] = torch.maximum(self.wrong[at], wrong)
+
+    @property
+    def alone(self) -> Tensor:
+        return self.broken
+
+    def breaks(
+        self, at: Tensor, label: Tensor, margin: Tensor, distance: Tensor, wrong: Tensor
+    ) -> None:
         """The referee found these samples broken."""
         self.broken[at], self.label[at] = True, label
-        self.margin[at], self.distance[at] = margin, distance
+        self.margin[at], self.distance[at], self.wrong[at] = margin, distance, wrong
 
     def keep_images(self, at: Tensor, images: Tensor) -> None:
         for position, image in zip(at.tolist(), images.cpu().numpy(), strict=True):

@@ -19,7 +19,7 @@ from advbench.attacks.losses import FEWEST_CLASSES
 from advbench.attacks.pgd import PGD
 from advbench.attacks.square import Square
 from advbench.attacks.threat import Threat, pixels
-from advbench.defenses.base import Traits
+from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError, did_you_mean
 
 
@@ -29,7 +29,8 @@ class Stage:
 
     target: ``model``, or the name of a surrogate.  why: one line on what the stage adds.
     draws: of a stochastic target, of which each query takes the mean (EOT).  eps: a radius of the
-    stage's own, at most the threat's.
+    stage's own, at most the threat's.  only_if: the name of an earlier stage; a group of a
+    stochastic model's samples is left out unless that one broke one of them.
     """
 
     name: str
@@ -38,10 +39,11 @@ class Stage:
     target: str = "model"
     draws: int = 1
     eps: float | None = None
+    only_if: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         attack = {"type": type(self.attack).__name__, **asdict(self.attack)}
-        own = {"draws": self.draws, "eps": self.eps}
+        own = {"draws": self.draws, "eps": self.eps, "only_if": self.only_if}
         return {
             "name": self.name,
             "target": self.target,
@@ -52,38 +54,75 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What a plan is made from, and nothing else.
+
+    surrogates: other targets, by name.  seed: of the attacks of other libraries.
+    """
+
+    traits: Traits
+    num_classes: int
+    threat: Threat
+    seed: int = 0
+    surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Protocol(ABC):
     """What all protocols share. ``version`` changes whenever the numbers could."""
 
     name: ClassVar[str]
     version: ClassVar[str] = "1"
+    surrogates: ClassVar[bool] = False
+    """Whether it attacks other targets than the real model."""
+
+    @property
+    def title(self) -> str:
+        """The name under which its results are kept."""
+        return self.name
 
     @abstractmethod
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+    def stages(self, subject: Subject) -> list[Stage]:
         """The stages, in order of running."""
 
-    def plan(
-        self, traits: Traits, num_classes: int, threat: Threat, seed: int
-    ) -> tuple[Stage, ...]:
-        """The stages for a model with these traits and classes.
+    def reasons(self, subject: Subject) -> list[str]:
+        """What follows from the traits, in words."""
+        traits, reasons = subject.traits, []
+        if traits.stochastic:
+            reasons.append(
+                "the model is stochastic: an image counts as broken if most of 10 evaluations are "
+                "wrong, and again most of 30 and of 100 fresh ones"
+            )
+        if traits.batch_dependent:
+            reasons.append(
+                f"the model is batch-dependent: its batches of {traits.batch_size} never change "
+                "and are attacked as a whole; an image is broken if it is wrong in the adversarial "
+                "batch, or alone among clean images"
+            )
+        return reasons
+
+    def plan(self, subject: Subject) -> tuple[Stage, ...]:
+        """The stages for a model with these traits, classes and surrogates.
 
         Raises UserError where the protocol would not measure what it says.
         """
-        if traits.batch_dependent:
-            raise UserError(
-                f"protocol={self.name} judges every sample by itself and the model is "
-                "batch-dependent"
-            )
-        stages = tuple(self.stages(traits, num_classes, threat, seed))
+        stages = tuple(self.stages(subject))
         names = [stage.name for stage in stages]
         if len(set(names)) < len(names):
-            raise UserError(f"protocol={self.name} has stages of the same name: {', '.join(names)}")
+            raise UserError(
+                f"protocol={self.title} has stages of the same name: {', '.join(names)}"
+            )
         for stage in stages:
-            stage.attack.check(num_classes, threat)
+            stage.attack.check(subject.num_classes, subject.threat)
+            if subject.traits.batch_dependent and not stage.attack.joint:
+                raise UserError(
+                    f"protocol={self.title} attacks image by image ({stage.name}) and the model is "
+                    "batch-dependent: use protocol=msa, which attacks its fixed batches as a whole"
+                )
         return stages
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "version": self.version, **asdict(self)}
+        return {"name": self.title, "version": self.version, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +131,7 @@ class CleanProtocol(Protocol):
 
     name: ClassVar[str] = "clean"
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+    def stages(self, subject: Subject) -> list[Stage]:
         return []
 
 
@@ -110,7 +149,7 @@ class PGDProtocol(Protocol):
     loss: str = "ce"
     random_start: bool = True
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+    def stages(self, subject: Subject) -> list[Stage]:
         attack = PGD(
             steps=self.steps,
             step_size=self.step_size,
@@ -145,16 +184,18 @@ class APGDProtocol(Protocol):
     loss: str = "margin"
     targets: int = 9
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
-        attack = APGD(
+    def attack(self, subject: Subject) -> APGD:
+        return APGD(
             steps=self.steps,
             restarts=self.restarts,
             loss_name=self.loss,
-            targets=min(self.targets, num_classes - 1),
-            large_radius=threat.norm == "l1",
+            targets=min(self.targets, subject.num_classes - 1),
+            large_radius=subject.threat.norm == "l1",
         )
+
+    def stages(self, subject: Subject) -> list[Stage]:
         why = f"step size of its own, {self.steps} steps on the {self.loss} loss"
-        return [Stage(f"{self.name}-{self.loss}", attack, why)]
+        return [Stage(f"{self.name}-{self.loss}", self.attack(subject), why)]
 
 
 @dataclass(frozen=True)
@@ -169,8 +210,8 @@ class FABProtocol(Protocol):
     restarts: int = 1
     targets: int = 9
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
-        targets = min(self.targets, num_classes - 1)
+    def stages(self, subject: Subject) -> list[Stage]:
+        targets = min(self.targets, subject.num_classes - 1)
         attack = FAB(steps=self.steps, restarts=self.restarts, targets=targets)
         return [Stage("fab-t", attack, f"smallest perturbation, {targets} targets")]
 
@@ -183,13 +224,13 @@ class SquareProtocol(Protocol):
     steps: int = 5000
     restarts: int = 1
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+    def stages(self, subject: Subject) -> list[Stage]:
         attack = Square(steps=self.steps, restarts=self.restarts)
         return [Stage("square", attack, f"black box, {self.steps} queries")]
 
 
 @dataclass(frozen=True)
-class CurveProtocol(Protocol):
+class CurveProtocol(APGDProtocol):
     """Robust accuracy over radii up to the threat's, one APGD stage for each.
 
     A sample that breaks at one radius is broken at every larger one, so a stage attacks only what
@@ -197,16 +238,11 @@ class CurveProtocol(Protocol):
 
     points: evenly spaced radii, the last of which is the threat's.
     eps: radii instead, in pixel units, below the threat's, which is added.
-    loss: as of ``APGDProtocol``.
     """
 
     name: ClassVar[str] = "curve"
     points: int = 8
     eps: list[float | str] | None = None
-    steps: int = 100
-    restarts: int = 1
-    loss: str = "margin"
-    targets: int = 9
 
     def radii(self, threat: Threat) -> list[float]:
         """The radii in order. Raises UserError for one that is not inside the threat."""
@@ -223,17 +259,11 @@ class CurveProtocol(Protocol):
             )
         return radii
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
-        attack = APGD(
-            steps=self.steps,
-            restarts=self.restarts,
-            loss_name=self.loss,
-            targets=min(self.targets, num_classes - 1),
-            large_radius=threat.norm == "l1",
-        )
+    def stages(self, subject: Subject) -> list[Stage]:
+        attack, norm = self.attack(subject), subject.threat.norm
         return [
-            Stage(f"eps-{eps:.6g}", attack, f"{Threat(threat.norm, eps)}, {self.loss}", eps=eps)
-            for eps in self.radii(threat)
+            Stage(f"eps-{eps:.6g}", attack, f"{Threat(norm, eps)}, {self.loss}", eps=eps)
+            for eps in self.radii(subject.threat)
         ]
 
 
@@ -242,7 +272,7 @@ _MEMBERS = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
-_WHY = {
+WHY = {
     "apgd-ce": "APGD on the cross-entropy",
     "apgd-dlr": "APGD on the DLR loss: scale of the logits does not matter",
     "apgd-t": "APGD on the targeted DLR loss, class by class",
@@ -274,38 +304,46 @@ class AutoAttackProtocol(Protocol):
             if value not in known:
                 raise UserError(f"no protocol.{what} '{value}'{did_you_mean(value, known)}")
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
+    def stages(self, subject: Subject) -> list[Stage]:
+        members = _MEMBERS[self.suite]
         if self.engine == "reference":
-            targets = min(9, num_classes - 1)
+            targets = min(9, subject.num_classes - 1)
             return [
-                Stage(member, ReferenceAutoAttack(member, self.suite, targets, seed), _WHY[member])
-                for member in _MEMBERS[self.suite]
+                Stage(
+                    member,
+                    ReferenceAutoAttack(member, self.suite, targets, subject.seed),
+                    WHY[member],
+                )
+                for member in members
             ]
+        if subject.traits.batch_dependent:
+            members = tuple(member for member in members if not member.startswith("fab"))
         draws = 20 if self.suite == "rand" else 1
         return [
-            Stage(member, self._attack(member, num_classes, threat.norm), _WHY[member], draws=draws)
-            for member in _MEMBERS[self.suite]
+            Stage(member, autoattack(member, subject, self.suite), WHY[member], draws=draws)
+            for member in members
         ]
 
-    def _attack(self, member: str, num_classes: int, norm: str) -> Attack:
-        """A member with the parameters that upstream gives it in this suite and norm."""
-        l1 = norm == "l1" and self.suite == "standard"
-        restarts = 5 if self.suite == "plus" or l1 else 1
-        wrong = num_classes - 1
-        if member == "apgd-ce":
-            return APGD(loss_name="ce", restarts=restarts, large_radius=l1)
-        if member == "apgd-dlr":
-            loss = "dlr" if num_classes >= FEWEST_CLASSES["dlr"] else "margin"
-            return APGD(loss_name=loss, restarts=restarts, large_radius=l1)
-        if member == "apgd-t":
-            enough = num_classes >= FEWEST_CLASSES["dlr_targeted"]
-            loss = "dlr_targeted" if enough else "margin_targeted"
-            return APGD(loss_name=loss, targets=min(5 if l1 else 9, wrong), large_radius=l1)
-        if member == "fab":
-            return FAB(targeted=False, restarts=restarts)
-        if member == "fab-t":
-            return FAB(targets=min(9, wrong))
-        return Square()
+
+def autoattack(member: str, subject: Subject, suite: str = "standard") -> Attack:
+    """A member of AutoAttack with the parameters that upstream gives it in that suite and norm."""
+    l1 = subject.threat.norm == "l1" and suite == "standard"
+    restarts = 5 if suite == "plus" or l1 else 1
+    wrong = subject.num_classes - 1
+    if member == "apgd-ce":
+        return APGD(loss_name="ce", restarts=restarts, large_radius=l1)
+    if member == "apgd-dlr":
+        loss = "dlr" if subject.num_classes >= FEWEST_CLASSES["dlr"] else "margin"
+        return APGD(loss_name=loss, restarts=restarts, large_radius=l1)
+    if member == "apgd-t":
+        enough = subject.num_classes >= FEWEST_CLASSES["dlr_targeted"]
+        loss = "dlr_targeted" if enough else "margin_targeted"
+        return APGD(loss_name=loss, targets=min(5 if l1 else 9, wrong), large_radius=l1)
+    if member == "fab":
+        return FAB(targeted=False, restarts=restarts)
+    if member == "fab-t":
+        return FAB(targets=min(9, wrong))
+    return Square()
 
 
 @dataclass(frozen=True)
@@ -319,7 +357,7 @@ class TorchattacksProtocol(Protocol):
     attack: str = "PGD"
     params: Mapping[str, Any] = field(default_factory=dict)
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
-        attack = TorchAttack(self.attack, dict(self.params), num_classes, seed)
+    def stages(self, subject: Subject) -> list[Stage]:
+        attack = TorchAttack(self.attack, dict(self.params), subject.num_classes, subject.seed)
         why = "torchattacks' own code, with its own defaults where protocol.params is silent"
         return [Stage(f"torchattacks-{self.attack}", attack, why)]

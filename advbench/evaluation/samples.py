@@ -39,5 +39,24 @@ def subset(total: int, n: int | None) -> Tensor:
         raise UserError(f"n={n} is not at least 1")
     if n > total:
         raise UserError(f"n={n} but the split has {total} samples; use n={total} or leave n out")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    return order[:n].sort().values
+    return _order(total)[:n].sort().values
+
+
+def fixed_batches(total: int, size: int) -> Tensor:
+    """The batches of ``size`` in which a batch-dependent model meets a split: ids, (M, size).
+
+    They are cut from the order that ``subset`` draws from, so a sample's batch depends neither on n
+    nor on what else is evaluated. The last batch is filled up with the first samples.
+    Raises UserError if the split has fewer samples than a batch.
+    """
+    if total < size:
+        raise UserError(
+            f"the model is judged in batches of {size} images and the split has {total}: "
+            f"evaluate with defense.eval_batch={total}"
+        )
+    order = _order(total)
+    return torch.cat([order, order[: -total % size]]).view(-1, size)
+
+
+def _order(total: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))

@@ -67,7 +67,8 @@ class Search:
 
     seed: of the keyed draws.  correct: samples that are still correct as the stage begins, of
     ``total``.  exact: whether the oracle's margins are the model's, up to rounding.
-    hurry: whether time is up; asked between two queries.
+    whole: write everything down at the end and nothing before: what a stochastic model did can't be
+    gone on with in the middle.  hurry: whether time is up; asked between two queries.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Search:
         total: int,
         exact: bool,
         keep_images: bool,
+        whole: bool,
         watch: Watch,
         hurry: Callable[[], bool],
     ) -> None:
@@ -92,7 +94,7 @@ class Search:
         self.samples, self.threat = samples, threat
         self.oracle, self.referee, self.shapes, self.store = oracle, referee, shapes, store
         self.seed, self.correct, self.total = seed, correct, total
-        self.exact, self.keep_images = exact, keep_images
+        self.exact, self.keep_images, self.whole = exact, keep_images, whole
         self.watch, self.hurry = watch, hurry
         self.inside = self.attack.stays_inside(threat)
         self.rows: Rows | None = None
@@ -265,7 +267,9 @@ class Search:
         self.smallest[at] = torch.minimum(
             self.smallest[at], torch.where(judged.broken, torch.inf, judged.margin)
         )
-        broken = judged.broken.cpu()
+        broken, wrong = judged.broken.cpu(), judged.wrong.cpu()
+        ended = ~broken & (self.age[slots] >= self.attack.queries)
+        self.ledger.holds(self.place[slots[ended]], wrong[ended])
         if not broken.any():
             return
         distance = self.threat.distance(judged.point, x).cpu()[broken]
@@ -274,7 +278,7 @@ class Search:
         if self.keep_images:
             self.ledger.keep_images(positions, judged.point[judged.broken])
         self._leave(rows, slots[broken], broke=True)
-        self.ledger.breaks(positions, label, margin, distance)
+        self.ledger.breaks(positions, label, margin, distance, wrong[broken])
 
     def _leave(self, rows: Rows, slots: Tensor, broke: bool = False) -> None:
         """Free the slots of searches that are over."""
@@ -304,6 +308,9 @@ class Search:
         """Store what is finished and, now and then, what is under way. Returns if time is up."""
         now = time.perf_counter()
         hurry = self.hurry()
+        if self.whole:
+            self._tell(now, hurry)
+            return hurry
         if self.fresh and (now - self.committed > COMMIT_SECONDS or hurry):
             self._commit()
         pause = max(FLIGHT_SECONDS, self.flight_cost / FLIGHT_SHARE)
@@ -312,10 +319,13 @@ class Search:
             self._save_flight()
             self.flown = time.perf_counter()
             self.flight_cost = self.flown - now
+        self._tell(now, hurry)
+        return hurry
+
+    def _tell(self, now: float, hurry: bool) -> None:
         if now - self.told > TELL_SECONDS or hurry:
             self.watch.progress(self.done, self.correct, self.total, self._seconds_left())
             self.told = now
-        return hurry
 
     def _seconds_left(self) -> float | None:
         if not self.attack.queries:

@@ -32,7 +32,10 @@ class Records:
     sample: ids.  broken: misclassified by the real model at a point inside the threat.
     label: class predicted there; the true class for a sample that held.  margin: true logit minus
     the best wrong one, at that point or the smallest seen.  distance: size of the perturbation that
-    broke it, in the threat's norm; NaN for a sample that held.  forwards, backwards: passes spent.
+    broke it, in the threat's norm; NaN for a sample that held.  wrong: share of the evaluations
+    that missed there, of which a stochastic model has several.  alone: broken by its own image,
+    among clean ones; only for a batch-dependent model is that another thing than broken.
+    forwards, backwards: passes spent.
     """
 
     sample: np.ndarray
@@ -40,6 +43,8 @@ class Records:
     label: np.ndarray
     margin: np.ndarray
     distance: np.ndarray
+    wrong: np.ndarray
+    alone: np.ndarray
     forwards: np.ndarray
     backwards: np.ndarray
 
@@ -49,6 +54,8 @@ class Records:
         "label": np.int64,
         "margin": np.float32,
         "distance": np.float32,
+        "wrong": np.float32,
+        "alone": np.bool_,
         "forwards": np.int64,
         "backwards": np.int64,
     }

@@ -34,7 +34,7 @@ from advbench.evaluation.protocol import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import subset
 from advbench.evaluation.searcher import Speed, ask, searcher
-from advbench.experiments import inherit
+from advbench.config import inherit
 from advbench.files import write_text
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}

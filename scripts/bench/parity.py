@@ -39,8 +39,7 @@ import advbench
 from advbench import config, models
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
-from advbench.defenses.base import Traits
-from advbench.evaluation.protocol import AutoAttackProtocol, Stage
+from advbench.evaluation.protocol import AutoAttackProtocol, Stage, Subject
 from advbench.evaluation.samples import subset
 from advbench.evaluation.store import read_samples
 
@@ -101,8 +100,8 @@ class Member(AutoAttackProtocol):
 
     member: str = ""
 
-    def stages(self, traits: Traits, num_classes: int, threat: Threat, seed: int) -> list[Stage]:
-        whole = super().stages(traits, num_classes, threat, seed)
+    def stages(self, subject: Subject) -> list[Stage]:
+        whole = super().stages(subject)
         return [stage for stage in whole if stage.name == self.member]
 
 

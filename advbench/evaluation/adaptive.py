@@ -1,0 +1,166 @@
+"""Protocols that attack a defense through what it says of itself: its traits and its surrogates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from advbench.attacks.apgd import APGD
+from advbench.attacks.square import Square
+from advbench.defenses.base import Surrogate
+from advbench.errors import UserError
+from advbench.evaluation.protocol import WHY, Protocol, Stage, Subject, autoattack
+
+REAL = "model"
+TWO_TERM = "a second term in the loss"
+
+
+@dataclass(frozen=True)
+class MSAProtocol(Protocol):
+    """Mixed Surrogate Attack: AutoAttack on the real model and on each of its surrogates.
+
+    Where the real gradient is usable, AutoAttack attacks the real model along it; APGD-CE and
+    APGD-T attack every surrogate that the defense names. Every image is scored on the real model,
+    and a sample has to survive all of it.
+
+    FAB is left out on surrogates: it stops at the surrogate's boundary, short of the model's. On a
+    surrogate with a loss of its own, only that loss is raised.
+
+    draws: of a stochastic target, of which each gradient is the mean (EOT).
+    square: queries of the black-box attack; 0 leaves it out.
+    """
+
+    name: ClassVar[str] = "msa"
+    surrogates: ClassVar[bool] = True
+    draws: int = 20
+    square: int = 5000
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.square < 0:
+            raise UserError(f"protocol={self.name} needs draws >= 1 and square >= 0")
+
+    def reasons(self, subject: Subject) -> list[str]:
+        reasons, gradient = super().reasons(subject), subject.traits.gradient
+        words = {
+            "exact": "the model's own gradient is exact: AutoAttack runs along it",
+            "discontinuous": "the model is discontinuous: its own gradient does not see the jumps",
+            "straight_through": "the model's gradient passes straight through an argmax: it is "
+            "that of another function",
+            "none": "the model has no gradient: black box and surrogates alone",
+        }
+        reasons.append(words[gradient])
+        if subject.traits.stochastic:
+            reasons.append(f"gradients of the model are means over {self.draws} draws")
+        if gradient != "exact" and not subject.surrogates:
+            reasons.append("it names no surrogate: the result is no more than a first look")
+        return reasons
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        return [*self.first(subject), *self.targeted(subject), *self.last(subject)]
+
+    def first(self, subject: Subject) -> list[Stage]:
+        """The cheapest: one search on the real model and on each surrogate."""
+        stages = []
+        if subject.traits.gradient != "none":
+            stages.append(self.on_model("apgd-ce", subject))
+        for name, surrogate in subject.surrogates.items():
+            loss = f"apgd-{surrogate.loss}"
+            attack = APGD(loss_name=surrogate.loss, large_radius=subject.threat.norm == "l1")
+            stages.append(Stage(f"{loss}@{name}", attack, surrogate.why, target=name))
+        return stages
+
+    def targeted(self, subject: Subject) -> list[Stage]:
+        """Class by class; on a stochastic model a single search on the DLR loss instead."""
+        stages = []
+        if subject.traits.gradient != "none":
+            member = "apgd-dlr" if subject.traits.stochastic else "apgd-t"
+            stages.append(self.on_model(member, subject))
+        attack = autoattack("apgd-t", subject)
+        for name, surrogate in subject.surrogates.items():
+            if not surrogate.bonus:
+                stages.append(Stage(f"apgd-t@{name}", attack, surrogate.why, target=name))
+        return stages
+
+    def last(self, subject: Subject) -> list[Stage]:
+        """The most expensive: minimal perturbations, and the black box."""
+        traits, stages = subject.traits, []
+        usable = traits.gradient != "none" and not traits.stochastic
+        if usable and not traits.batch_dependent:
+            stages.append(self.on_model("fab-t", subject))
+        if self.square:
+            stages.append(Stage("square", Square(steps=self.square), WHY["square"]))
+        return stages
+
+    def on_model(self, member: str, subject: Subject) -> Stage:
+        """A member of AutoAttack on the real model."""
+        draws = self.draws if subject.traits.stochastic else 1
+        return Stage(member, autoattack(member, subject), WHY[member], draws=draws)
+
+
+@dataclass(frozen=True)
+class AdaptiveProtocol(MSAProtocol):
+    """What a hostile reviewer would run: the Mixed Surrogate Attack and then what it left out.
+
+    On the real model and on every surrogate the margin loss as well, from several starts with twice
+    the steps, which also shows whether the shorter searches had converged; for a stochastic model
+    more draws, doubled as long as that still breaks samples. Other models whose images may
+    transfer (``transfer=[RUN]``: the undefended twin, a robust model of the same data) come in as
+    surrogates.
+
+    steps, restarts: of the longer searches.
+    """
+
+    name: ClassVar[str] = "adaptive"
+    steps: int = 200
+    restarts: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1 or self.restarts < 1:
+            raise UserError("protocol=adaptive needs steps >= 1 and restarts >= 1")
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        return [
+            *self.first(subject),
+            *self.targeted(subject),
+            *self.longer(subject),
+            *self.more_draws(subject),
+            *self.last(subject),
+        ]
+
+    def longer(self, subject: Subject) -> list[Stage]:
+        """More steps and starts on the margin, for everyone whose loss is not their own."""
+        attack = APGD(
+            steps=self.steps,
+            restarts=self.restarts,
+            loss_name="margin",
+            large_radius=subject.threat.norm == "l1",
+        )
+        why = f"margin, {self.steps} steps, {self.restarts} starts: whether shorter ones converged"
+        targets: dict[str, Surrogate | None] = dict(subject.surrogates)
+        if subject.traits.gradient != "none" and not subject.traits.stochastic:
+            targets = {REAL: None, **targets}
+        return [
+            Stage(f"apgd-margin@{name}", attack, why, target=name)
+            for name, surrogate in targets.items()
+            if surrogate is None or not surrogate.bonus
+        ]
+
+    def more_draws(self, subject: Subject) -> list[Stage]:
+        """EOT with more and more draws, until that breaks nobody."""
+        if not subject.traits.stochastic or subject.traits.gradient == "none":
+            return []
+        stages: list[Stage] = []
+        for times in (1, 2, 4):
+            draws = times * self.draws
+            attack = APGD(loss_name="margin", large_radius=subject.threat.norm == "l1")
+            stages.append(
+                Stage(
+                    f"apgd-margin-eot{draws}",
+                    attack,
+                    f"margin, mean over {draws} draws",
+                    draws=draws,
+                    only_if=stages[-1].name if times > 2 else None,
+                )
+            )
+        return stages

@@ -1,0 +1,184 @@
+"""One stage on a fixed batch of a batch-dependent model, whose rows are attacked together.
+
+An attack that drops fooled samples and puts others in their place changes the classifier under its
+own feet. So here the batch never changes: all its rows are attacked until the end, and a sample is
+broken if it is wrong
+
+    in the batch: among the adversarial images of all rows, at any step of any search; or
+    alone: as the only adversarial image among clean ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from advbench.attacks import losses
+from advbench.attacks.base import Clean, Oracle, Rows
+from advbench.attacks.random import KeyedRandom
+from advbench.attacks.referee import finite
+from advbench.attacks.threat import Threat
+from advbench.evaluation.protocol import Stage
+from advbench.evaluation.samples import Samples
+from advbench.evaluation.search import TELL_SECONDS, Watch
+from advbench.evaluation.store import Records, Store
+
+
+class Bench:
+    """Judges the images of a fixed batch on the real model, and remembers what was found.
+
+    clean: the batch.  broken, alone: (N,), see above.  label, margin, distance: as in ``Records``.
+    closest: inside the threat, the image of each row with the smallest margin so far.
+    forwards: passes of each row.
+    """
+
+    def __init__(self, model: nn.Module, threat: Threat, clean: Clean) -> None:
+        self.model, self.threat, self.clean = model, threat, clean
+        n = len(clean.y)
+        self.broken = torch.zeros_like(clean.y, dtype=torch.bool)
+        self.alone = self.broken.clone()
+        self.label = clean.y.clone()
+        self.margin = torch.full((n,), torch.inf, device=clean.x.device)
+        self.distance = torch.full_like(self.margin, torch.nan)
+        self.closest = clean.x.clone()
+        self.images = clean.x.clone()
+        self.forwards = 0
+
+    @torch.no_grad()
+    def _score(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Label, margin and whether it is wrong, of each row of the batch as it is."""
+        self.forwards += 1
+        logits = self.model(point).float()
+        label, sound = logits.argmax(1), finite(logits)
+        margin = torch.where(sound, -losses.margin(logits, self.clean.y), -torch.inf)
+        return label, margin, (label != self.clean.y) | ~sound
+
+    def judge(self, proposal: Tensor) -> None:
+        """Put a batch of proposals, (N, C, H, W), before the real model."""
+        x = self.clean.x
+        proposal = torch.where(proposal.isnan(), x, proposal.detach().to(torch.float32))
+        point = self.threat.project(proposal, x)
+        label, margin, wrong = self._score(point)
+        closer = margin < self.margin
+        self.closest[closer] = point[closer]
+        self.margin = torch.minimum(self.margin, margin)
+        self._break(wrong & ~self.broken, label, point)
+
+    def judge_alone(self, rows: Tensor) -> None:
+        """Put the closest image of each of these rows alone among clean ones."""
+        for row in rows.tolist():
+            batch = self.clean.x.clone()
+            batch[row] = self.closest[row]
+            label, _, wrong = self._score(batch)
+            self.alone[row] = wrong[row]
+            mine = torch.zeros_like(wrong)
+            mine[row] = wrong[row] & ~self.broken[row]
+            self._break(mine, label, batch)
+
+    def _break(self, new: Tensor, label: Tensor, point: Tensor) -> None:
+        self.broken |= new
+        self.label = torch.where(new, label, self.label)
+        distance = self.threat.distance(point, self.clean.x)
+        self.distance = torch.where(new, distance, self.distance)
+        self.images[new] = point[new]
+
+
+class JointSearch:
+    """A stage at work on fixed batches, one after the other.
+
+    seed: of the keyed draws.  correct: samples that are still correct as the stage begins, of
+    ``total``.  hurry: whether time is up; asked between two queries.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        model: nn.Module,
+        samples: Samples,
+        threat: Threat,
+        oracle: Oracle,
+        store: Store,
+        *,
+        seed: int,
+        correct: int,
+        total: int,
+        keep_images: bool,
+        watch: Watch,
+        hurry: Callable[[], bool],
+    ) -> None:
+        self.stage, self.attack, self.model = stage, stage.attack, model
+        self.samples, self.threat = samples, threat
+        self.oracle, self.store, self.seed = oracle, store, seed
+        self.correct, self.total, self.keep_images = correct, total, keep_images
+        self.watch, self.hurry = watch, hurry
+        self.done = 0
+        self.told = time.perf_counter()
+
+    def run(self, unit: Tensor, pending: Tensor) -> bool:
+        """Attack the batch with the ids ``unit``, and keep a record of those that are in
+        ``pending``. Returns False if time was up before, and then nothing is kept.
+        """
+        begin = time.perf_counter()
+        batch = self.samples.fetch(unit)
+        order = unit.argsort()
+        order = order[torch.isin(unit[order], pending)].to(batch.x.device)
+        bench = Bench(self.model, self.threat, batch)
+        forwards, backwards = torch.zeros_like(batch.ids), torch.zeros_like(batch.ids)
+        for attempt in range(self.attack.tries):
+            state = self._search(batch, bench, attempt, len(order))
+            if state is None:
+                return False
+            forwards, backwards = forwards + state.forwards, backwards + state.backwards
+        bench.judge_alone(order)
+        broken = bench.broken | bench.alone
+        columns = {
+            "sample": batch.ids,
+            "broken": broken,
+            "label": bench.label,
+            "margin": bench.margin,
+            "distance": bench.distance,
+            "wrong": bench.broken.float(),
+            "alone": bench.alone,
+            "forwards": forwards + bench.forwards,
+            "backwards": backwards,
+        }
+        records = Records(**{name: part[order].cpu().numpy() for name, part in columns.items()})
+        images = bench.images[order][broken[order]].cpu().numpy() if self.keep_images else None
+        self.store.append(self.stage.name, records, time.perf_counter() - begin, images)
+        self.done += len(order)
+        self.correct -= int(records.alone.sum())
+        return True
+
+    def _search(self, batch: Clean, bench: Bench, attempt: int, counted: int) -> Rows | None:
+        """One search of all rows at once; returns their state, or None if time was up before."""
+        attack, tries = self.attack, self.attack.tries
+        restart = torch.full_like(batch.ids, attempt)
+        random = KeyedRandom(self.seed, self.stage.name, batch.ids, restart)
+        rows = attack.start(self.oracle, batch, self.threat, random, restart)
+        for query in range(attack.queries):
+            answer = attack.ask(self.oracle, rows, self.threat)
+            _look(bench, answer.logits, rows.point)
+            attack.advance(rows, answer, self.threat, random)
+            if attack.peeks:
+                logits = self.oracle.peek(rows)
+                _look(bench, logits, rows.point)
+                attack.settle(rows, logits, self.threat)
+            if time.perf_counter() - self.told > TELL_SECONDS:
+                self.told = time.perf_counter()
+                share = (attempt + (query + 1) / attack.queries) / tries
+                self.watch.progress(self.done + int(share * counted), self.correct, self.total)
+            if self.hurry():
+                return None
+        bench.judge(rows.point)
+        bench.judge(bench.closest)  # the best of each row, together
+        return rows
+
+
+def _look(bench: Bench, logits: Tensor, point: Tensor) -> None:
+    """Judge the batch where the target calls a row wrong that still holds."""
+    wrong = (logits.argmax(1) != bench.clean.y) | ~finite(logits)
+    if bool((wrong & ~bench.broken).any()):
+        bench.judge(point)

@@ -1,0 +1,58 @@
+"""The protocols by which the papers judged their own defenses, so that claim and truth can stand
+side by side. They are weaker than ``msa`` and ``adaptive``, on purpose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from advbench.attacks.ifgsm import IFGSM
+from advbench.attacks.threat import pixels
+from advbench.errors import UserError
+from advbench.evaluation.protocol import PGDProtocol, Protocol, Stage, Subject
+
+
+@dataclass(frozen=True)
+class PaperPGD(PGDProtocol):
+    """PGD on the defended model as it is: one draw of a stochastic one, no surrogate.
+
+    paper: the defense whose paper judged itself so.
+    """
+
+    name: ClassVar[str] = "paper"
+    paper: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}/{self.paper}"
+
+
+@dataclass(frozen=True)
+class PaperJumpReLU(Protocol):
+    """The authors' iterative FGSM, which does not project (their code), white-box and gray-box.
+
+    The number of steps is what fits into the threat, so that no point leaves it. Gray-box: the
+    images are made on the net without the jump (surrogate ``base``).
+
+    step_size: in pixel units.
+    """
+
+    name: ClassVar[str] = "paper/jumprelu"
+    surrogates: ClassVar[bool] = True
+    step_size: float | str = 0.01
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        size = pixels(self.step_size, "protocol.step_size")
+        steps = int(subject.threat.radius / size + 1e-6)
+        if subject.threat.norm == "linf" and steps < 1:
+            raise UserError(
+                f"a step of {size:g} does not fit into {subject.threat}: give a smaller "
+                "protocol.step_size"
+            )
+        attack = IFGSM(steps=max(steps, 1), step_size=size)
+        why = f"{steps} steps of {size:g} without projection"
+        stages = [Stage("ifgsm", attack, why)]
+        if "base" in subject.surrogates:
+            stages.append(Stage("gray-box", attack, f"{why}, made without the jump", target="base"))
+        return stages

@@ -1,0 +1,162 @@
+"""Who is evaluated: a run or a model of the user's own, its defense, and what an attacker knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from advbench import config, models, runs
+from advbench.data.base import Info, Splits
+from advbench.defenses.base import Defense, Surrogate, Traits
+from advbench.defenses.chain import Chain
+from advbench.errors import UserError, did_you_mean
+from advbench.files import file_sha256
+
+
+class Foreign(nn.Module):
+    """A model of the user's own, with the shape of its images (C, H, W)."""
+
+    def __init__(self, model: nn.Module, input_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.input_shape = tuple(input_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+@dataclass
+class Candidate:
+    """What is evaluated.
+
+    name: for people.  trained: the config of the run that it comes from.  code: hashes of the
+    user's own files.  settings: what sets it apart from others, by key.
+    """
+
+    name: str
+    model: nn.Module
+    defense: Defense
+    traits: Traits
+    trained: DictConfig | None
+    code: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    def surrogates(self, transfer: Sequence[str], info: Info) -> dict[str, Surrogate]:
+        """Other targets: those that the defense names, the run that it was fine-tuned from (where
+        it is still there), and the runs ``transfer``.
+        """
+        found = dict(self.defense.surrogates(self.model))
+        base = None if self.trained is None else self.trained.get("init_from")
+        if base is not None and "base" not in found and runs.trained_to_end(Path(base)):
+            found["base"] = _other(base, "the model that this one was fine-tuned from", info)
+        for run in transfer:
+            why = "images that break another model of the same data may break this one"
+            found[f"transfer-{runs.find(run).resolve().name}"] = _other(run, why, info)
+        return found
+
+
+def candidate(cfg: DictConfig, plugins: tuple[str, ...], splits: Splits | None) -> Candidate:
+    """What the config of an evaluation names.
+
+    splits: the data; a retrofit looks at them. Raises UserError where the parts do not fit.
+    """
+    code = {Path(file).name: file_sha256(file) for file in cfg.plugins}
+    wanted = None if cfg.defense is None else cfg.defense.get("_target_")
+    trained, settings = None, {}
+    if cfg.model is not None:
+        model: Any = models.from_factory(cfg.model, cfg.weights)
+        file = cfg.model.rpartition(":")[0]
+        name, code["model"] = Path(file).stem, file_sha256(file)
+        defense, traits = Defense(), _declared(cfg.traits)
+        if wanted is None and cfg.defense is not None and _flat("defense", cfg.defense):
+            raise UserError("a model of your own has no defense to set: give defense=NAME")
+    else:
+        if _declared(cfg.traits) != Traits():
+            raise UserError(
+                "traits are declared for model=FILE.py:FACTORY; a run's defense knows its own"
+            )
+        run = runs.find(cfg.run)
+        node = None
+        trained = config.read(run / runs.CONFIG)
+        if wanted is None:
+            node = config.inherit(cfg.defense, trained, "defense")
+        model, defense, trained = models.from_run(run, plugins, node)
+        name, traits = run.resolve().name, defense.traits(model)
+        settings = _settings(trained, trained.defense if node is None else node)
+    if wanted is not None:
+        assert splits is not None
+        defense, model = _retrofit(cfg.defense, plugins, defense, model, splits)
+        traits = defense.traits(model)
+        settings |= _flat("defense", cfg.defense)
+    return Candidate(name, model, defense, traits, trained, code, settings)
+
+
+def _retrofit(
+    node: Any, plugins: tuple[str, ...], own: Defense, model: Any, splits: Splits
+) -> tuple[Defense, Any]:
+    """Put a defense on a finished model, beside the one that it may have."""
+    guard: Defense = config.build_defense(node, plugins)
+    if not hasattr(model, "input_shape"):
+        model = Foreign(model, splits.info.input_shape)
+    if not guard.traits(model).retrofit:
+        raise UserError(
+            f"{type(guard).__name__} has to be trained with the model: "
+            "advbench train defense=NAME init_from=RUN"
+        )
+    model = guard.apply(model.eval())
+    with torch.no_grad():
+        guard.prepare(model.eval(), splits)
+    return (guard if type(own) is Defense else Chain(members=(own, guard))), model
+
+
+def _declared(node: DictConfig) -> Traits:
+    """What the user says of a model of their own. Raises UserError for values that are unknown."""
+    given = {} if node is None else {k: v for k, v in config.plain(node).items() if v is not None}
+    hints = get_type_hints(Traits)
+    for key in ("gradient", "output"):
+        known = get_args(hints[key])
+        if key in given and given[key] not in known:
+            raise UserError(f"no traits.{key} '{given[key]}'{did_you_mean(given[key], known)}")
+    unknown = set(given) - {f.name for f in fields(Traits)}
+    if unknown:
+        raise UserError(f"no key 'traits.{sorted(unknown)[0]}'")
+    traits = replace(Traits(), **given)
+    if traits.batch_size is not None and traits.batch_size < 1:
+        raise UserError(f"traits.batch_size={traits.batch_size} is not at least 1")
+    return traits
+
+
+def _other(run: str, why: str, info: Info) -> Surrogate:
+    """Another run's model as a target. Raises UserError if it is for other images."""
+    model, defense, _ = models.from_run(runs.find(run))
+    if (model.input_shape, model.num_classes) != (info.input_shape, info.num_classes):
+        raise UserError(f"'{run}' is a model of other images or classes than {info.name}'s")
+    if defense.traits(model).batch_dependent:
+        raise UserError(f"'{run}' is batch-dependent: its images do not transfer one by one")
+    return Surrogate(model, exact=False, loss="ce", why=why)
+
+
+def _settings(trained: DictConfig, defense: Any) -> dict[str, Any]:
+    """What sets one run apart from another, by key."""
+    names = {key: trained.choices.get(key, "own") for key in ("backbone", "defense", "recipe")}
+    return {
+        **names,
+        "seed": trained.seed,
+        "epochs": trained.trainer.get("epochs"),
+        **_flat("recipe", trained.recipe),
+        **_flat("defense", defense),
+    }
+
+
+def _flat(group: str, node: Any) -> dict[str, Any]:
+    """The plain values of a group's node, by full key; its target by the group's name alone."""
+    values = config.plain(node)
+    flat = {f"{group}.{k}": v for k, v in values.items() if isinstance(v, bool | int | float | str)}
+    flat.pop(f"{group}._target_", None)
+    return flat

@@ -342,7 +342,11 @@ def shipped(group: str, name: str) -> DictConfig:
 
 
 def options(group: str) -> Mapping[str, Any]:
-    """The shipped options of a group and their files."""
-    folder = importlib.resources.files("advbench.configs") / group
-    files = (file for file in folder.iterdir() if file.name.endswith(".yaml"))
-    return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=lambda f: f.name)}
+    """The shipped options of a group and their files; those of a subfolder as FOLDER/NAME."""
+    found: dict[str, Any] = {}
+    for file in (importlib.resources.files("advbench.configs") / group).iterdir():
+        if file.name.endswith(".yaml"):
+            found[file.name.removesuffix(".yaml")] = file
+        elif file.is_dir():
+            found |= {f"{file.name}/{n}": f for n, f in options(f"{group}/{file.name}").items()}
+    return dict(sorted(found.items()))

@@ -1,0 +1,374 @@
+"""Models whose rows depend on each other, models that draw, and the plans for both."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advbench.attacks.apgd import APGD
+from advbench.attacks.pgd import PGD
+from advbench.attacks.threat import Threat
+from advbench.data.arrays import array_split
+from advbench.defenses.base import Surrogate, Traits
+from advbench.errors import UserError
+from advbench.evaluation.adaptive import AdaptiveProtocol, MSAProtocol
+from advbench.evaluation.engine import Engine
+from advbench.evaluation.evaluate import Evaluation
+from advbench.evaluation.protocol import (
+    AutoAttackProtocol,
+    FABProtocol,
+    Protocol,
+    Stage,
+    Subject,
+)
+from advbench.evaluation.samples import Samples, fixed_batches, subset
+from advbench.evaluation.store import Store, read_samples
+
+LINF = Threat("linf", 0.1)
+SIDE = 4
+
+
+class Linear(nn.Module):
+    """Two classes: the logit is the sum of the pixels less ``bar``, each way."""
+
+    def __init__(self, bar: float = 8.0) -> None:
+        super().__init__()
+        self.bar = nn.Parameter(torch.tensor(bar))
+
+    def excess(self, x: Tensor) -> Tensor:
+        return x.flatten(1).sum(1) - self.bar
+
+    def forward(self, x: Tensor) -> Tensor:
+        excess = self.excess(x)
+        return torch.stack([-excess, excess], 1)
+
+
+class Crowd(Linear):
+    """Compares each row with the mean of its batch instead of with a fixed bar."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        excess = self.excess(x)
+        excess = excess - excess.mean()
+        return torch.stack([-excess, excess], 1)
+
+
+class Noisy(Linear):
+    """The bar moves by normal noise at every draw and row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        excess = self.excess(x) + torch.randn(len(x))
+        return torch.stack([-excess, excess], 1)
+
+
+def samples(n: int = 40, total: int = 40) -> tuple[Samples, np.ndarray]:
+    """Gray images at several distances from the bar, and those distances."""
+    random = np.random.default_rng(0)
+    shift = random.uniform(-4, 4, total).astype(np.float32)
+    images = np.full((total, SIDE, SIDE, 1), 0.5, np.float32) + shift[:, None, None, None] / SIDE**2
+    split = array_split(images, (shift > 0).astype(np.int64), "x", "y")
+    return Samples(split, subset(total, n), torch.device("cpu")), shift
+
+
+@dataclass(frozen=True)
+class Short(Protocol):
+    """One PGD stage on the model, and one on each surrogate."""
+
+    name = "short"
+    surrogates = True
+    steps: int = 5
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        attack = PGD(steps=self.steps, loss_name="margin", random_start=False)
+        targets = ["model", *subject.surrogates]
+        return [Stage(f"pgd@{name}", attack, "a test", target=name) for name in targets]
+
+
+def evaluation(model: nn.Module, traits: Traits, n: int = 40, total: int = 40) -> Evaluation:
+    return Evaluation(
+        run="a",
+        model=model.eval(),
+        traits=traits,
+        samples=samples(n, total)[0],
+        data="arrays",
+        threat=LINF,
+        protocol=Short(),
+        slots=16,
+    )
+
+
+BATCHES = Traits(batch_dependent=True, batch_size=10)
+
+
+def test_fixed_batches_do_not_depend_on_n() -> None:
+    batches = fixed_batches(45, 10)
+    assert batches.shape == (5, 10)
+    assert batches[:4].unique().numel() == 40 and batches.unique().numel() == 45
+    assert torch.equal(batches[4, 5:], batches[0, :5])
+    assert set(subset(45, 20).tolist()) == set(batches[:2].flatten().tolist())
+    with pytest.raises(UserError, match="batches of 46 images and the split has 45"):
+        fixed_batches(45, 46)
+
+
+def test_a_batch_breaks_whom_no_single_image_can() -> None:
+    """A row moves by 16 * 0.1 = 1.6, and the mean of ten rows by 1.6 as well if all move.
+
+    Together they shift a row against the mean by 3.2 at the most; alone by 1.6 less its own share
+    of the mean, a tenth. In between, the batch decides.
+    """
+    case = evaluation(Crowd(), BATCHES)
+    store = Store(None)
+    engine = Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES)
+    assert engine.run(case.stages(), store)
+    records = store.records("pgd@model")
+    x, y = case.samples.fetch(torch.arange(40))[1:]
+    place = {int(i): b for b in fixed_batches(40, 10) for i in b}
+    alone, least, seen = 0, np.inf, 0
+    for sample, broken, by_itself in zip(
+        records.sample, records.broken, records.alone, strict=True
+    ):
+        batch = place[int(sample)]
+        sums = x.flatten(1).sum(1)[batch]
+        own = float(x[sample].sum())
+        gap = abs(own - float(sums.mean()))
+        assert by_itself == (gap < 0.9 * 1.6), gap  # alone: the closed form, exactly
+        assert broken >= by_itself
+        if not by_itself and broken:
+            alone += 1
+        if not broken:
+            least = min(least, gap)
+        seen += 1
+    assert seen > 25 and alone > 0
+    assert (store.records("clean").broken == store.records("clean").alone).all()
+    del y
+
+
+def test_the_record_of_a_batch_is_inside_the_threat(tmp_path: Path) -> None:
+    case = dataclasses.replace(evaluation(Crowd(), BATCHES), keep_images=True)
+    results = case.execute(tmp_path, case.stages())
+    records = read_samples(tmp_path)["pgd@model"]
+    broken = records.distance[records.broken]
+    assert len(broken) > 5 and (broken <= 0.1 + 1e-6).all() and (broken > 0.05).all()
+    assert results.measures["single_image"] > results.robust.acc
+    assert results.stages[0].attacked == len(records)
+
+
+def test_company_that_is_not_asked_for_is_there_all_the_same() -> None:
+    """n = 25 of 40 in batches of 10: the third batch has five that are not counted."""
+    whole, part = evaluation(Crowd(), BATCHES), evaluation(Crowd(), BATCHES, n=25)
+    found = {}
+    for case in (whole, part):
+        store = Store(None)
+        Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES).run(case.stages(), store)
+        found[len(case.samples)] = store.records("pgd@model")
+    common = np.isin(found[40].sample, part.samples.ids.numpy())
+    assert len(found[25]) > 10
+    for name in ("sample", "broken", "alone", "margin"):
+        np.testing.assert_array_equal(
+            getattr(found[25], name), getattr(found[40], name)[common], err_msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "traits"), [(Crowd(), BATCHES), (Noisy(), Traits(stochastic=True))]
+)
+def test_killed_and_sharded_groups_end_with_the_same_records(
+    model: nn.Module, traits: Traits, tmp_path: Path
+) -> None:
+    case = evaluation(model, traits)
+    case.execute(tmp_path / "whole", case.stages())
+    whole = (tmp_path / "whole" / "samples.parquet").read_bytes()
+
+    def engine(after: int | None = None, share: tuple[int, int] = (0, 1)) -> Engine:
+        asked = 0
+
+        def hurry() -> bool:
+            nonlocal asked
+            asked += 1
+            return after is not None and asked > after
+
+        return Engine(
+            case.model, case.samples, LINF, slots=16, traits=traits, share=share, hurry=hurry
+        )
+
+    cut = tmp_path / "cut"
+    for after in (2, 7, 9, 13):
+        cut.mkdir(exist_ok=True)
+        engine(after).run(case.stages(), Store(cut))
+    case.execute(cut, case.stages())
+    assert (cut / "samples.parquet").read_bytes() == whole
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for rank in range(3):
+        assert engine(share=(rank, 3)).run(case.stages(), Store(shards, rank))
+    case.execute(shards, case.stages())
+    assert (shards / "samples.parquet").read_bytes() == whole
+
+
+def test_noise_hides_nobody_from_the_majority() -> None:
+    """A row whose clean excess is beyond 1.6 can't be broken by most draws; one below 1.2 can."""
+    traits = Traits(stochastic=True)
+    case = evaluation(Noisy(), traits)
+    results = case.execute(None, case.stages())
+    store = Store(None)
+    Engine(case.model, case.samples, LINF, slots=16, traits=traits).run(case.stages(), store)
+    _, shift = samples()
+    records = store.records("pgd@model")
+    gap = np.abs(shift[records.sample])
+    assert not records.broken[gap > 2.2].any() and records.broken[gap < 1.0].all()
+    held = ~records.broken
+    assert 0 < records.wrong[held].max() <= 0.9 and (records.wrong[~held] > 0.5).all()
+    assert results.measures["worst_draw"] <= results.measures["mean_draw"] < results.clean.acc
+
+
+def test_a_lie_about_batches_is_found() -> None:
+    with pytest.raises(UserError, match="depends on the other images of its batch"):
+        evaluation(Crowd(), Traits()).stages()
+    with pytest.raises(UserError, match=r"traits\.batch_size=NUMBER"):
+        case = evaluation(Crowd(), Traits(batch_dependent=True))
+        case.execute(None, case.stages())
+    with pytest.raises(UserError, match="attacks image by image"):
+        FABProtocol().plan(Subject(BATCHES, 10, LINF))
+    with pytest.raises(UserError, match="attacks image by image"):
+        AutoAttackProtocol(engine="reference").plan(Subject(BATCHES, 10, LINF))
+    names = [stage.name for stage in AutoAttackProtocol().plan(Subject(BATCHES, 10, LINF))]
+    assert names == ["apgd-ce", "apgd-t", "square"]
+
+
+# --- other targets ------------------------------------------------------------------------------
+
+
+class Stepped(Linear):
+    """``Linear`` with logits that are rounded: no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).round()
+
+
+def other(model: nn.Module, **more: bool) -> Surrogate:
+    return Surrogate(model.eval(), exact=False, loss="ce", why="a test", **more)
+
+
+class Anchored(Linear):
+    """Sees the perturbation alone, and so needs the clean image."""
+
+    def forward(self, x: Tensor, clean: Tensor) -> Tensor:  # pyright: ignore
+        assert not (x - clean).abs().max() > 0.1 + 1e-6
+        return super().forward(clean) + super().forward(x) - super().forward(clean).detach()
+
+
+class Steered(Stepped):
+    """Logits without a gradient, and a bonus that has one."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        sign = torch.where(x.flatten(1).sum(1) > self.bar, -1.0, 1.0).detach()
+        return super().forward(x), sign * self.excess(x)
+
+
+@pytest.mark.parametrize(
+    "surrogate",
+    [other(Linear()), other(Anchored(), anchored=True), other(Steered(), bonus=True)],
+    ids=["plain", "anchored", "bonus"],
+)
+def test_a_surrogate_breaks_what_the_gradient_of_the_model_cannot(surrogate: Surrogate) -> None:
+    model = Stepped()
+    case = dataclasses.replace(evaluation(model, Traits()), surrogates={"other": surrogate})
+    results = case.execute(None, case.stages())
+    assert results.stages[0].broken == 0
+    assert results.stages[1].target == "other" and results.stages[1].broken > 5
+    assert results.robust.acc == min(stage.robust_acc for stage in results.stages)
+
+
+def subject(surrogates: dict[str, Surrogate] | None = None, **traits: object) -> Subject:
+    return Subject(
+        Traits(**traits),  # pyright: ignore[reportArgumentType]
+        10,
+        LINF,
+        surrogates={"soft": other(Linear())} if surrogates is None else surrogates,
+    )
+
+
+PLANS = [
+    (subject({}), ["apgd-ce", "apgd-t", "fab-t", "square"]),
+    (
+        subject(gradient="discontinuous"),
+        ["apgd-ce", "apgd-ce@soft", "apgd-t", "apgd-t@soft", "fab-t", "square"],
+    ),
+    (subject(gradient="none"), ["apgd-ce@soft", "apgd-t@soft", "square"]),
+    (
+        subject(stochastic=True),
+        ["apgd-ce", "apgd-ce@soft", "apgd-dlr", "apgd-t@soft", "square"],
+    ),
+    (
+        subject(gradient="straight_through", batch_dependent=True, batch_size=10),
+        ["apgd-ce", "apgd-ce@soft", "apgd-t", "apgd-t@soft", "square"],
+    ),
+    (
+        subject({"two": other(Steered(), bonus=True)}),
+        ["apgd-ce", "apgd-ce@two", "apgd-t", "fab-t", "square"],
+    ),
+]
+
+
+def test_msa_is_planned_from_the_traits() -> None:
+    seen = 0
+    for case, names in PLANS:
+        plan = MSAProtocol().plan(case)
+        assert [stage.name for stage in plan] == names
+        for stage in plan:
+            own = stage.target == "model" and stage.attack.gradient
+            assert stage.draws == (20 if case.traits.stochastic and own else 1), stage.name
+        adaptive = AdaptiveProtocol().plan(case)
+        assert {stage.name for stage in adaptive} > set(names)
+        assert adaptive[-1].name == "square"
+        seen += 1
+    assert seen == 6
+    longer = AdaptiveProtocol().plan(PLANS[1][0])
+    (margin,) = (stage for stage in longer if stage.name == "apgd-margin@soft")
+    assert isinstance(margin.attack, APGD)
+    assert (margin.attack.steps, margin.attack.restarts) == (200, 3)
+    draws = [s.draws for s in AdaptiveProtocol().plan(PLANS[3][0]) if "eot" in s.name]
+    assert draws == [20, 40, 80]
+
+
+def test_reasons_say_what_follows() -> None:
+    said = " ".join(MSAProtocol().reasons(PLANS[4][0]))
+    assert "batches of 10 never change" in said and "straight through" in said
+    assert "means over 20 draws" in " ".join(MSAProtocol().reasons(PLANS[3][0]))
+    assert "names no surrogate" in " ".join(MSAProtocol().reasons(subject({}, gradient="none")))
+
+
+def test_more_draws_stop_where_they_break_nobody(tmp_path: Path) -> None:
+    """The last EOT stage attacks only groups in which the one before still broke somebody."""
+
+    @dataclass(frozen=True)
+    class Level(Protocol):
+        name = "level"
+
+        def stages(self, subject: Subject) -> list[Stage]:
+            attack = PGD(steps=3, loss_name="margin", random_start=False)
+            return [
+                Stage("first", attack, "", draws=2),
+                Stage("second", attack, "", draws=2),
+                Stage("third", attack, "", draws=2, only_if="second"),
+            ]
+
+    case = dataclasses.replace(
+        evaluation(Noisy(), Traits(stochastic=True)), protocol=Level(), slots=10
+    )
+    results = case.execute(tmp_path, case.stages())
+    assert not results.missing
+    records = read_samples(tmp_path)
+    broken = records["second"].sample[records["second"].broken]
+    groups = [set(unit.tolist()) for unit in torch.arange(40).split(10)]
+    touched = set(records["third"].sample[records["third"].forwards > 0].tolist())
+    for group in groups:
+        expected = bool(group & set(broken.tolist()))
+        left = group & set(records["third"].sample.tolist())
+        assert left and (left <= touched if expected else not left & touched)
+    assert results.stages[2].attacked == len(touched)

@@ -30,13 +30,13 @@ from advbench.data.augment import Augment
 from advbench.data.base import ArraySplit, Source, Split, Splits
 from advbench.defenses.base import Defense, Step
 from advbench.errors import UserError
+from advbench.models import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.training import loop, schedules
 from advbench.training.checkpoint import (
     load_resume,
-    load_weights,
     remove_leftovers,
     save_resume,
     save_weights,
@@ -761,11 +761,14 @@ def test_weights_of_another_model_are_refused(tmp_path):
     nn.utils.vector_to_parameters(torch.zeros(200), other.parameters())
     load_weights(other, tmp_path / "model.safetensors")
     assert_same_weights(other, model)
-    with pytest.raises(UserError, match="weights of another model"):
+    with pytest.raises(UserError, match="do not match the model"):
         load_weights(net(plain=True), tmp_path / "model.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
-    for name in ("broken.safetensors", "missing.safetensors"):
-        with pytest.raises(UserError, match="cannot read weights"):
+    for name, message in (
+        ("broken.safetensors", "is not a safetensors file"),
+        ("missing.safetensors", "there are no weights at"),
+    ):
+        with pytest.raises(UserError, match=message):
             load_weights(net(), tmp_path / name)
 
 

@@ -184,7 +184,8 @@ def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
     results = case.execute(tmp_path, case.stages())
     raw = json.loads((tmp_path / "results.json").read_text())
     assert list(raw) == [
-        "schema", "run", "data", "threat", "protocol", "clean", "robust", "stages", "missing",
+        "schema", "run", "settings", "data", "threat", "protocol", "clean", "robust", "stages",
+        "measures", "missing",
         "verdict", "provenance",
     ]  # fmt: skip
     assert raw["schema"] == "advbench.results/1"
@@ -332,8 +333,6 @@ def test_plans_are_what_the_protocols_say() -> None:
     for engine in ("fast", "reference"):
         protocol = AutoAttackProtocol(engine=engine)
         assert protocol.plan(Subject(Traits(), 5, threat, 0))[1].attack.targets == 4  # pyright: ignore
-    with pytest.raises(UserError, match="judges every sample by itself"):
-        PGDProtocol().plan(Subject(Traits(batch_dependent=True), 10, threat, 0))
     with pytest.raises(UserError, match="needs at least 4 classes"):
         AutoAttackProtocol(engine="reference").plan(Subject(Traits(), 3, threat, 0))
 

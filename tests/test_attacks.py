@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from cheat import Cheat
 from torch import Tensor, nn
 
 from advbench.attacks import losses
 from advbench.attacks.apgd import APGD
-from advbench.attacks.base import Attack, Clean, Oracle, Rows, craft
+from advbench.attacks.base import Attack, Clean, Oracle, craft
 from advbench.attacks.pgd import PGD
 from advbench.attacks.random import KeyedRandom, TorchRandom, philox
 from advbench.attacks.referee import Referee
@@ -231,37 +230,13 @@ def test_a_linf_budget_above_the_pixel_range_is_refused() -> None:
         Threat("Linf", 0.1)
 
 
-@dataclass(frozen=True)
-class Cheat(Attack):
-    """Walks far along ``direction`` (2, C, H, W), by class, whatever the budget."""
-
-    direction: Tensor
-
-    @property
-    def tries(self) -> int:
-        return 1
-
-    @property
-    def queries(self) -> int:
-        return 0
-
-    def check(self, num_classes: int, threat: Threat) -> None:
-        pass
-
-    def start(self, oracle, clean, threat, random, restart) -> Rows:  # pyright: ignore
-        from advbench.attacks.base import started
-
-        point = clean.x + 100 * self.direction[clean.y]
-        point[0] = torch.nan
-        return Rows(**started(clean, point, restart))
-
-
 def test_the_referee_rejects_what_is_outside_and_wrong_claims() -> None:
     model, threat = linear(2), Threat("linf", 1e-4)
     clean = batch(model)
     weight = last(model).weight.detach().view(2, *SHAPE)
     cheat = Cheat(torch.stack([weight[1] - weight[0], weight[0] - weight[1]]))
     rows = cheat.start(Oracle(model), clean, threat, *keyed(clean))
+    rows.point[0] = torch.nan
     with torch.no_grad():
         fooled = model(rows.point).argmax(1) != clean.y
     assert fooled[1:].all(), "the cheat must look like a success where it stands"

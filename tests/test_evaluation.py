@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cheat import Cheat
 from torch import Tensor, nn
 
 import advbench
-from advbench.attacks.base import Attack, Clean, Oracle, Rows, started
 from advbench.attacks.libraries import TorchAttack
-from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat
 from advbench.data.base import ArraySplit
 from advbench.defenses.base import Traits
@@ -197,37 +195,13 @@ def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
     assert list(stages) == ["clean", "pgd-ce"] and len(stages["clean"]) == 60
 
 
-@dataclass(frozen=True)
-class Liar(Attack):
-    """Proposes points far outside the budget that the model does get wrong."""
-
-    direction: Tensor
-
-    @property
-    def tries(self) -> int:
-        return 1
-
-    @property
-    def queries(self) -> int:
-        return 0
-
-    def check(self, num_classes: int, threat: Threat) -> None:
-        pass
-
-    def start(
-        self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
-    ) -> Rows:
-        sign = 1 - 2 * clean.y.float().view(-1, 1, 1, 1)
-        return Rows(**started(clean, clean.x + 100 * sign * self.direction, restart))
-
-
 def test_a_cheating_attack_breaks_only_what_its_budget_can() -> None:
     case = evaluation(CleanProtocol(), eps=0.01)
     weight = case.model[1].weight.detach()  # pyright: ignore
     direction = (weight[1] - weight[0]).view(SHAPE)
-    store = kept(case, [Stage("liar", Liar(direction), "cheats")])
+    store = kept(case, [Stage("cheat", Cheat(torch.stack([direction, -direction])), "cheats")])
     truth = robust_truth(case.model, images(), case.samples.split.labels, 0.01).numpy()
-    records = store.records("liar")
+    records = store.records("cheat")
     assert np.array_equal(records.broken, ~truth[records.sample])
     assert not records.broken.all()
 

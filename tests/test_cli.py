@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import advbench
+from advbench import config
 from advbench.cli import main
 from advbench.report import catalogue
 from advbench.results import Results
@@ -430,3 +431,11 @@ def test_every_shipped_config_says_what_it_is() -> None:
             assert len(description) > 20, f"{group}/{name}"
             seen += 1
     assert seen >= 40
+
+
+def test_every_experiment_composes(capsys: pytest.CaptureFixture[str]) -> None:
+    names = list(config.options("experiment"))
+    for name in names:
+        assert main(["train", f"experiment={name}", "--cfg", "job"]) == 0, name
+        assert "_target_" in capsys.readouterr().out
+    assert len(names) >= 11

@@ -26,7 +26,8 @@ def _group(word: str) -> str:
 
 def header(text: str) -> tuple[str, str]:
     """The command and the description in the comments that open a config."""
-    comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")]
+    comments = [line for line in comments if not line.startswith("@")]  # Hydra's own
     command, description = (*comments, "", "")[:2]
     return command, description
 

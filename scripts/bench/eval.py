@@ -29,12 +29,12 @@ import advbench
 from advbench import config, models
 from advbench.attacks.base import Clean, Counted
 from advbench.attacks.threat import Threat
+from advbench.config import inherit
 from advbench.evaluation.engine import attackable
 from advbench.evaluation.protocol import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import subset
 from advbench.evaluation.searcher import Speed, ask, searcher
-from advbench.config import inherit
 from advbench.files import write_text
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}

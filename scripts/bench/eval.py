@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 import advbench
 from advbench import config, models
-from advbench.attacks.base import Clean, Counted
+from advbench.attacks.base import Clean, Counted, attackable
 from advbench.attacks.threat import Threat
 from advbench.config import inherit
-from advbench.evaluation.engine import attackable
 from advbench.evaluation.protocol import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import subset

@@ -11,6 +11,7 @@ from advbench.surgery import (
     check_sites,
     count_calls,
     count_modules,
+    input_shapes,
     replace_modules,
     split_sites,
 )
@@ -177,6 +178,15 @@ def test_calls_are_counted_by_name(x):
     model[2].add_module("unused", nn.ReLU())
     assert count_calls(model, nn.ReLU, x) == {"1": 1, "2.relu": 2, "2.unused": 0}
     assert count_modules(model, nn.ReLU) == 3
+
+
+def test_what_modules_are_called_with(x):
+    model = nn.Sequential(net(nn.ReLU()), nn.Unflatten(1, (1, 3)), nn.ReLU(), nn.Flatten())
+    shapes = {"0.1": (5, 6), "2": (5, 1, 3)}
+    assert input_shapes(model.train(), nn.ReLU, x) == shapes
+    assert input_shapes(net(Idle()), nn.Linear, x).keys() == {"0", "1.first", "1.second", "2"}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(module.training for module in model.modules())
 
 
 def test_counting_leaves_no_trace(x):

@@ -46,7 +46,7 @@ class IFGSM(Attack):
         return self.steps
 
     def stays_inside(self, threat: Threat) -> bool:
-        # 29 steps of 0.01 are 0.29, whatever floating point makes of the product.
+        # 35 steps of 0.01 are 0.35, whatever floating point makes of the product.
         return self.steps * float(self.step_size) <= threat.radius * (1 + 1e-6)
 
     def check(self, num_classes: int, threat: Threat) -> None:

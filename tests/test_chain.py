@@ -26,6 +26,8 @@ from advbench.defenses.jumprelu import JumpReLU
 from advbench.defenses.mfdv_snn import MFDVSNN, VarianceHead
 from advbench.defenses.sparta import Sparta, SpatialGate
 from advbench.errors import UserError
+from advbench.evaluation.adaptive import MSAProtocol
+from advbench.evaluation.protocol import Subject
 from advbench.files import model_sha256
 from advbench.models import load_weights
 from advbench.recipes.pgd_at import PGDAT
@@ -448,3 +450,12 @@ def test_winners_are_the_largest_of_each_map(
     assert out.tolist() == wanted
     (gradient,) = torch.autograd.grad(out.sum(), z)
     assert torch.equal(gradient, (torch.tensor(wanted) != 0).float())
+
+
+def test_the_noise_of_another_member_stays_in_a_surrogate() -> None:
+    chain = Chain(members=(JumpReLU(jump=0.1), MFDVSNN(features=4)))
+    found = chain.surrogates(chain.apply(backbone()).eval())
+    assert found["double"].stochastic and not found["mean"].stochastic
+    plan = MSAProtocol().plan(Subject(Traits(stochastic=True), 10, THREAT, surrogates=found))
+    draws = {stage.name: stage.draws for stage in plan}
+    assert draws["apgd-ce@double"] == 20 and draws["apgd-margin@mean"] == 1

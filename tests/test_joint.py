@@ -329,7 +329,7 @@ def test_msa_is_planned_from_the_traits() -> None:
         seen += 1
     assert seen == 6
     longer = AdaptiveProtocol().plan(PLANS[1][0])
-    (margin,) = (stage for stage in longer if stage.name == "apgd-margin@soft")
+    (margin,) = (stage for stage in longer if stage.name == "apgd-margin-long@soft")
     assert isinstance(margin.attack, APGD)
     assert (margin.attack.steps, margin.attack.restarts) == (200, 3)
     draws = [s.draws for s in AdaptiveProtocol().plan(PLANS[3][0]) if "eot" in s.name]

@@ -83,6 +83,7 @@ class Surrogate:
     why: one line on why an attacker would use it.
     anchored: some of its parts stay as they are at the clean image.
     bonus: it returns a pair, logits and (N,) what the attacker adds to the loss of each row.
+    stochastic: it draws, as the model does: its gradients are means over draws too.
     """
 
     model: nn.Module
@@ -91,6 +92,7 @@ class Surrogate:
     why: str
     anchored: bool = False
     bonus: bool = False
+    stochastic: bool = False
 
 
 @dataclass(frozen=True)

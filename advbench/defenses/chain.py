@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -123,18 +123,21 @@ class Chain(Defense):
         """Those of all members. Each is the whole model, with one member's part of it changed.
 
         A name that several members use is preceded by the member's class: ``sparta.base``, and by
-        its place in the chain too where a class comes twice: ``sparta2.base``.
+        its place in the chain too where a class comes twice: ``sparta2.base``. The noise of the
+        other members stays in it.
         """
         classes = [type(member).__name__.lower() for member in self.members]
         labels = [
             name if classes.count(name) == 1 else f"{name}{place}"
             for place, name in enumerate(classes, start=1)
         ]
-        found = [
-            (label, name, surrogate)
-            for label, member in zip(labels, self.members, strict=True)
-            for name, surrogate in member.surrogates(model).items()
-        ]
+        noisy = [member.traits(model).stochastic for member in self.members]
+        found: list[tuple[str, str, Surrogate]] = []
+        for place, member in enumerate(self.members):
+            draws = any(noisy[:place] + noisy[place + 1 :])
+            for name, surrogate in member.surrogates(model).items():
+                drawn = replace(surrogate, stochastic=surrogate.stochastic or draws)
+                found.append((labels[place], name, drawn))
         uses = Counter(name for _, name, _ in found)
         return {
             name if uses[name] == 1 else f"{label}.{name}": surrogate

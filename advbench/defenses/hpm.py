@@ -7,7 +7,8 @@ open by the abstract, are our reading of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,6 +233,9 @@ class HPM(Defense):
     def prepare(self, model: Classifier, data: Splits) -> None:
         """D: class means of the clean training set. T: the median squared distance to the nearest.
 
+        The features are those of training mode, in which the first step sees them: before a net is
+        trained, its batch norms know nothing, and T would be orders too small. The order is random,
+        for batches of a batch norm that are like those of training.
         Raises UserError for a class without training samples: it has no prototype.
         """
         head, train = head_of(model), data.train
@@ -246,11 +250,13 @@ class HPM(Defense):
         sums = torch.zeros_like(head.prototypes)
         stride = -(-len(train) // MEDIAN_SAMPLES)
         some: list[Tensor] = []
-        for order in torch.arange(len(train)).split(READ):
-            for x, y in train.batches(order, READ, device):
-                h = model.features(x).float()
-                sums += one_hot(y, len(sums)).T @ h
-                some.append(h[(order % stride == 0).to(device)])
+        everyone = torch.randperm(len(train), generator=torch.Generator().manual_seed(CONTEXT_SEED))
+        with _as_in_training(model):
+            for order in everyone.split(READ):
+                for x, y in train.batches(order, READ, device):
+                    h = model.features(x).float()
+                    sums += one_hot(y, len(sums)).T @ h
+                    some.append(h[(order % stride == 0).to(device)])
         head.prototypes.copy_(sums / counts.to(sums)[:, None])
         nearest = squared_distances(torch.cat(some), head.prototypes).amin(1)
         # Zero where every sample is its own class mean.
@@ -316,6 +322,21 @@ class HPM(Defense):
             "margin", "prototypes that no attacked row can move: no routing", inference="frozen"
         )
         return found
+
+
+@contextmanager
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode; afterwards the modes and buffers are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 def head_of(model: nn.Module) -> HPMHead:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from advbench.attacks.apgd import APGD
+from advbench.attacks.base import Attack
 from advbench.attacks.square import Square
 from advbench.defenses.base import Surrogate
 from advbench.errors import UserError
 from advbench.evaluation.protocol import WHY, Protocol, Stage, Subject, autoattack
-
-REAL = "model"
-TWO_TERM = "a second term in the loss"
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class MSAProtocol(Protocol):
         for name, surrogate in subject.surrogates.items():
             loss = f"apgd-{surrogate.loss}"
             attack = APGD(loss_name=surrogate.loss, large_radius=subject.threat.norm == "l1")
-            stages.append(Stage(f"{loss}@{name}", attack, surrogate.why, target=name))
+            stages.append(self.on(name, surrogate, loss, attack))
         return stages
 
     def targeted(self, subject: Subject) -> list[Stage]:
@@ -78,7 +76,7 @@ class MSAProtocol(Protocol):
         attack = autoattack("apgd-t", subject)
         for name, surrogate in subject.surrogates.items():
             if not surrogate.bonus:
-                stages.append(Stage(f"apgd-t@{name}", attack, surrogate.why, target=name))
+                stages.append(self.on(name, surrogate, "apgd-t", attack))
         return stages
 
     def last(self, subject: Subject) -> list[Stage]:
@@ -90,6 +88,11 @@ class MSAProtocol(Protocol):
         if self.square:
             stages.append(Stage("square", Square(steps=self.square), WHY["square"]))
         return stages
+
+    def on(self, name: str, surrogate: Surrogate, what: str, attack: Attack) -> Stage:
+        """An attack on a surrogate."""
+        draws = self.draws if surrogate.stochastic else 1
+        return Stage(f"{what}@{name}", attack, surrogate.why, target=name, draws=draws)
 
     def on_model(self, member: str, subject: Subject) -> Stage:
         """A member of AutoAttack on the real model."""
@@ -137,13 +140,13 @@ class AdaptiveProtocol(MSAProtocol):
             large_radius=subject.threat.norm == "l1",
         )
         why = f"margin, {self.steps} steps, {self.restarts} starts: whether shorter ones converged"
-        targets: dict[str, Surrogate | None] = dict(subject.surrogates)
+        stages = []
         if subject.traits.gradient != "none" and not subject.traits.stochastic:
-            targets = {REAL: None, **targets}
-        return [
-            Stage(f"apgd-margin@{name}", attack, why, target=name)
-            for name, surrogate in targets.items()
-            if surrogate is None or not surrogate.bonus
+            stages.append(Stage("apgd-margin-long", attack, why))
+        return stages + [
+            replace(self.on(name, surrogate, "apgd-margin-long", attack), why=why)
+            for name, surrogate in subject.surrogates.items()
+            if not surrogate.bonus
         ]
 
     def more_draws(self, subject: Subject) -> list[Stage]:

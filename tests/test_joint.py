@@ -159,18 +159,22 @@ def test_the_record_of_a_batch_is_inside_the_threat(tmp_path: Path) -> None:
 
 
 def test_company_that_is_not_asked_for_is_there_all_the_same() -> None:
-    """n = 25 of 40 in batches of 10: the third batch has five that are not counted."""
-    whole, part = evaluation(Crowd(), BATCHES), evaluation(Crowd(), BATCHES, n=25)
+    """n = 25 of 44 in batches of 10: the third batch has five that are not counted, and the fifth,
+    which is filled up with the first samples, none that are.
+    """
+    whole = evaluation(Crowd(), BATCHES, n=44, total=44)
+    part = evaluation(Crowd(), BATCHES, n=25, total=44)
     found = {}
     for case in (whole, part):
         store = Store(None)
         Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES).run(case.stages(), store)
         found[len(case.samples)] = store.records("pgd@model")
-    common = np.isin(found[40].sample, part.samples.ids.numpy())
+    assert len(np.unique(found[44].sample)) == len(found[44])
+    common = np.isin(found[44].sample, part.samples.ids.numpy())
     assert len(found[25]) > 10
     for name in ("sample", "broken", "alone", "margin"):
         np.testing.assert_array_equal(
-            getattr(found[25], name), getattr(found[40], name)[common], err_msg=name
+            getattr(found[25], name), getattr(found[44], name)[common], err_msg=name
         )
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,7 +75,8 @@ class Engine:
     def __post_init__(self) -> None:
         # Of all samples, not of this process's: the shape of a batch decides its rounding.
         self.shapes = Shapes(min(self.slots, len(self.samples)))
-        self.units = units(self.samples, self.traits, self.slots)
+        everyone, (rank, processes) = units(self.samples, self.traits, self.slots), self.share
+        self.units = None if everyone is None else everyone[rank::processes]
 
     def run(self, stages: Sequence[Stage], store: Store) -> bool:
         """Bring ``store`` to hold every stage of the plan, from what it holds already on.
@@ -86,9 +87,7 @@ class Engine:
         rank, processes = self.share
         mine = self.samples.ids[rank::processes]
         if self.units is not None:
-            self.units = self.units[rank::processes]
-            mine = torch.cat(self.units) if self.units else mine[:0]
-            mine = self.samples.ids[torch.isin(self.samples.ids, mine)]
+            mine = torch.cat([mine[:0], *(unit.own for unit in self.units)]).sort().values
         if processes > 1 and not all(stage.attack.queries for stage in stages):
             raise UserError(
                 "the attacks of other libraries draw by the batch: run them with trainer.devices=1"
@@ -127,11 +126,11 @@ class Engine:
         """
         threat, (correct, total) = self._threat(stage), counts
         before = int(store.records(stage.name).broken.sum())
-        for unit in self.units or [pending]:
-            part = pending[torch.isin(pending, unit)]
+        for unit in self.units or [Unit(pending, pending)]:
+            part = pending[torch.isin(pending, unit.own)]
             if not len(part):
                 continue
-            if stage.only_if and not torch.isin(broken_by(store, stage.only_if), unit).any():
+            if stage.only_if and not torch.isin(broken_by(store, stage.only_if), unit.own).any():
                 store.append(stage.name, untouched(part, self.samples), 0.0)
                 continue
             self._seed_noise(stage.name, unit)
@@ -184,14 +183,15 @@ class Engine:
         )
         for unit in self.units:
             self._seed_noise(stage.name, unit)
-            if torch.isin(unit, pending).any() and not search.run(unit, pending):
+            wanted = unit.own[torch.isin(unit.own, pending)]
+            if len(wanted) and not search.run(unit.rows, wanted):
                 return False
         return True
 
-    def _seed_noise(self, stage: str, unit: Tensor) -> None:
+    def _seed_noise(self, stage: str, unit: Unit) -> None:
         """Noise of a model's own has no key: a group of samples is repeatable as a whole."""
         if self.traits.stochastic:
-            torch.manual_seed(hash_of(f"{self.seed}/{stage}/{int(unit[0])}"))
+            torch.manual_seed(hash_of(f"{self.seed}/{stage}/{int(unit.rows[0])}"))
 
     def _threat(self, stage: Stage) -> Threat:
         return self.threat if stage.eps is None else Threat(self.threat.norm, stage.eps)
@@ -212,7 +212,7 @@ class Engine:
             model = surrogate.model
         if self.traits.batch_dependent:  # its batches are of one size
             assert self.units is not None
-            batch = self.samples.fetch(self.units[0])
+            batch = self.samples.fetch(self.units[0].rows)
             return searcher(model, self.speed, batch, stochastic)
         while True:
             clean = self.samples.fetch(self.samples.ids[: self.shapes.largest])
@@ -244,7 +244,7 @@ class Engine:
     def _pending(self, store: Store, stage: str, attacked: Tensor) -> Tensor:
         """The samples that have no record of the stage, here or in the archive."""
         pending = attacked[~torch.isin(attacked, torch.from_numpy(store.records(stage).sample))]
-        if self.archive is not None and self.units is None and len(pending):
+        if self.archive is not None and not self.traits.stochastic and len(pending):
             for records, seconds, folder in self.archive.records(stage, pending):
                 store.append(stage, records, seconds)
                 self.watch.note(f"{stage}: {len(records)} samples known from {folder}")
@@ -261,10 +261,12 @@ class Engine:
             if self.hurry():
                 return False
             begin = time.perf_counter()
-            batch = pending[: self.shapes.largest]
+            some = pending[: self.shapes.largest]
+            unit = Unit(some, some)
             if self.units is not None:
-                batch = next(unit for unit in self.units if torch.isin(pending[0], unit))
-            self._seed_noise(CLEAN, batch)
+                unit = next(unit for unit in self.units if pending[0] in unit.own)
+            self._seed_noise(CLEAN, unit)
+            batch = unit.rows
             clean = self.samples.fetch(batch)
             referee = Referee(self.model, self.threat, len(batch), draws)
             try:
@@ -279,7 +281,7 @@ class Engine:
             if not torch.isfinite(judged.margin).all():
                 raise UserError("the model's outputs on clean images are not finite")
             order = batch.argsort()
-            order = order[torch.isin(batch[order], pending)]
+            order = order[torch.isin(batch[order], unit.own[torch.isin(unit.own, pending)])]
             there = order.to(clean.x.device)
             zeros = np.zeros(len(order), np.int64)
             broken = judged.broken[there].cpu().numpy()
@@ -295,27 +297,40 @@ class Engine:
                 backwards=zeros,
             )
             store.append(CLEAN, records, time.perf_counter() - begin)
-            pending = pending[~torch.isin(pending, batch)]
+            pending = pending[~torch.isin(pending, unit.own)]
             known = store.records(CLEAN)
             self.watch.progress(len(mine) - len(pending), int((~known.broken).sum()), len(known))
         return True
 
 
-def units(samples: Samples, traits: Traits, slots: int) -> list[Tensor] | None:
-    """Groups of samples that are attacked as a whole or not at all, each with its ids.
+class Unit(NamedTuple):
+    """Samples that are attacked as a whole or not at all.
 
-    The fixed batches of a batch-dependent model; any, for a stochastic one, whose noise is drawn
-    group by group; None where samples come and go one by one.
+    rows: their ids.  own: those that it answers for; the others only keep them company.
     """
-    if traits.batch_dependent:
-        if traits.batch_size is None:
-            raise UserError(
-                "the model is batch-dependent: say in which batches it is judged, with "
-                "traits.batch_size=NUMBER"
-            )
-        batches = fixed_batches(len(samples.split), traits.batch_size)
-        return [batch for batch in batches if torch.isin(batch, samples.ids).any()]
-    return [*samples.ids.split(slots)] if traits.stochastic else None
+
+    rows: Tensor
+    own: Tensor
+
+
+def units(samples: Samples, traits: Traits, slots: int) -> list[Unit] | None:
+    """The fixed batches of a batch-dependent model; any groups, for a stochastic one, whose noise
+    is drawn group by group; None where samples come and go one by one.
+    """
+    if not traits.batch_dependent:
+        return [Unit(ids, ids) for ids in samples.ids.split(slots)] if traits.stochastic else None
+    if traits.batch_size is None:
+        raise UserError(
+            "the model is batch-dependent: say in which batches it is judged, with "
+            "traits.batch_size=NUMBER"
+        )
+    found, left = [], samples.ids
+    for batch in fixed_batches(len(samples.split), traits.batch_size):
+        own = left[torch.isin(left, batch)]
+        left = left[~torch.isin(left, batch)]
+        if len(own):
+            found.append(Unit(batch, own))
+    return found
 
 
 @contextmanager

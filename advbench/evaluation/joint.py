@@ -117,14 +117,15 @@ class JointSearch:
         self.done = 0
         self.told = time.perf_counter()
 
-    def run(self, unit: Tensor, pending: Tensor) -> bool:
-        """Attack the batch with the ids ``unit``, and keep a record of those that are in
-        ``pending``. Returns False if time was up before, and then nothing is kept.
+    def run(self, rows: Tensor, wanted: Tensor) -> bool:
+        """Attack the batch with the ids ``rows``, and keep a record of the ``wanted`` ones.
+
+        Returns False if time was up before, and then nothing is kept.
         """
         begin = time.perf_counter()
-        batch = self.samples.fetch(unit)
-        order = unit.argsort()
-        order = order[torch.isin(unit[order], pending)].to(batch.x.device)
+        batch = self.samples.fetch(rows)
+        order = rows.argsort()
+        order = order[torch.isin(rows[order], wanted)].to(batch.x.device)
         bench = Bench(self.model, self.threat, batch)
         forwards, backwards = torch.zeros_like(batch.ids), torch.zeros_like(batch.ids)
         for attempt in range(self.attack.tries):

@@ -27,7 +27,7 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +74,19 @@ def table_of(scale: str) -> dict[str, Row]:
         "sparta": Row("experiment=sparta_quick", paper=f"{paper}sparta"),
         "sparta-relu": Row("experiment=sparta_quick defense=sparta_relu", paper=f"{paper}sparta"),
         "silu": Row("recipe=pgd_at backbone.activation=silu", paper=f"{paper}sparta"),
-        "lenet": Row("experiment=jumprelu_quick"),
-        "jumprelu-auto": Row("", "defense=jumprelu", f"{paper}jumprelu", of="lenet"),
-        "jumprelu-1": Row("", "defense=jumprelu defense.jump=1", f"{paper}jumprelu", of="lenet"),
-        "mfdv_snn": Row("experiment=mfdv_snn_quick", paper=f"{paper}mfdv_snn"),
+        "jumprelu-plain": Row("", "defense=jumprelu", f"{paper}jumprelu", of="plain"),
+        "jumprelu-robust": Row("", "defense=jumprelu", f"{paper}jumprelu", of="robust"),
+        "jumprelu-big": Row("", "defense=jumprelu defense.jump=0.5", f"{paper}jumprelu", "robust"),
+        "mfdv_snn": Row(
+            "experiment=mfdv_snn_quick defense.variance_weight=0.1", paper=f"{paper}mfdv_snn"
+        ),
     }
     if scale == "digits":
         return rows
-    common = "data=npz data.path={data} backbone=resnet20 threat=linf_8 "
-    short = "trainer.epochs={epochs} "
+    common = "data=npz data.path={data} backbone=resnet20 threat=linf_8 trainer.epochs={epochs} "
     return {
-        name: Row(
-            "" if row.of else common + short + row.train.replace("jumprelu_quick backbone", ""),
-            row.eval,
-            row.paper,
-            row.of,
-        )
+        name: row if row.of else replace(row, train=row.train + " " + common)
         for name, row in rows.items()
-        if name not in ("lenet", "awnet-mtard")
-    } | {
-        "jumprelu-auto": Row("", "defense=jumprelu", f"{paper}jumprelu", of="robust"),
-        "jumprelu-1": Row(
-            "", "defense=jumprelu defense.jump=0.05", f"{paper}jumprelu", of="robust"
-        ),
     }
 
 

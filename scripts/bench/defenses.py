@@ -77,8 +77,9 @@ def table_of(scale: str) -> dict[str, Row]:
         "jumprelu-plain": Row("", "defense=jumprelu", f"{paper}jumprelu", of="plain"),
         "jumprelu-robust": Row("", "defense=jumprelu", f"{paper}jumprelu", of="robust"),
         "jumprelu-big": Row("", "defense=jumprelu defense.jump=0.5", f"{paper}jumprelu", "robust"),
-        "mfdv_snn": Row(
-            "experiment=mfdv_snn_quick defense.variance_weight=0.1", paper=f"{paper}mfdv_snn"
+        "mfdv_snn": Row("experiment=mfdv_snn_quick", paper=f"{paper}mfdv_snn"),
+        "mfdv_snn-1": Row(
+            "experiment=mfdv_snn_quick defense.variance_weight=1", paper=f"{paper}mfdv_snn"
         ),
     }
     if scale == "digits":

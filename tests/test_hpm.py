@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advbench import models
 from advbench.backbones.base import Classifier
 from advbench.config import build, options
 from advbench.data.augment import Augment
@@ -23,8 +22,9 @@ from advbench.data.base import ArraySplit, Splits
 from advbench.defenses.base import Defense, Part, Step, Traits
 from advbench.defenses.hpm import CONTEXT_SEED, HPM, head_of
 from advbench.errors import UserError
+from advbench.models import load_weights
 from advbench.recipes.standard import Standard
-from advbench.training.checkpoint import load_weights, save_weights
+from advbench.training.checkpoint import save_weights
 from advbench.training.optimizers import SGD
 from advbench.training.trainer import Trainer
 
@@ -245,7 +245,7 @@ def test_a_strict_round_trip(tmp_path):
         load_weights(other, tmp_path / "model.safetensors")
         assert torch.equal(other.eval()(x), model(x))
     with pytest.raises(UserError, match=r"'head.context' is \(5, 6\) and should be \(8, 6\)"):
-        models.load_weights(HPM(eval_batch=8).apply(bare()), tmp_path / "model.safetensors")
+        load_weights(HPM(eval_batch=8).apply(bare()), tmp_path / "model.safetensors")
 
 
 # The hooks

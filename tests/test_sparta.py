@@ -33,12 +33,13 @@ from advbench.defenses.sparta import (
 )
 from advbench.errors import UserError
 from advbench.files import model_sha256
+from advbench.models import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.recipes.trades import TRADES
 from advbench.surgery import count_calls, count_modules, twin
-from advbench.training.checkpoint import load_weights, save_weights
+from advbench.training.checkpoint import save_weights
 from advbench.training.step import TrainingStep
 
 THREAT = Threat("linf", 0.1)

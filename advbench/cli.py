@@ -180,6 +180,8 @@ def _tidy(folder: Path, there: set[Path]) -> Any:
         yield
     except UserError:
         home = folder.absolute()
+        if home not in there and [path.name for path in home.glob("*")] == ["multirun.yaml"]:
+            (home / "multirun.yaml").unlink()  # Hydra's note of a sweep that came to nothing
         for empty in (home, *home.parents):
             if empty in there:
                 break

@@ -241,11 +241,39 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "eval's data": (["train", "data=run"], "no data is chosen"),
     "batch size": (["train", "trainer.batch_size=5000"], "batch_size"),
+    "no retrofit": (["eval", "run=good", "defense=hpm"], "has to be trained with the model"),
+    "defense of none": (["eval", "run=good", "defense.jump=1"], "not a key of the run's defense"),
+    "jump": (["eval", "run=good", "defense=jumprelu", "defense.jump=-1"], "not a number from 0 on"),
+    "own defense": ([*OWN, "defense.jump=1"], "give defense=NAME"),
+    "transfer": (["eval", "run=good", "protocol=pgd", "transfer=[good]"], "take protocol=adaptive"),
+    "no transfer": (
+        ["eval", "run=good", "protocol=msa", "transfer=[no]"], "there is no run 'no'"
+    ),
+    "traits of a run": (["eval", "run=good", "traits.stochastic=true"], "knows its own"),
+    "traits": ([*OWN, "traits.gradient=exakt"], "did you mean 'exact'?"),
+    "traits' key": ([*OWN, "traits.noisy=true"], "no key 'traits.noisy'"),
+    "batches": ([*OWN, "traits.batch_dependent=true"], "with traits.batch_size=NUMBER"),
+    "members": (["train", "defense=chain", "defense.members=[spart]"], "did you mean 'sparta'?"),
+    "a member's key": (
+        ["train", "defense=chain", "defense.members=[{sparta: {shar: net}}, hpm]"],
+        "did you mean 'share'?",
+    ),
+    "one member": (["train", "defense=chain", "defense.members=[sparta]"], "at least two members"),
+    "two heads": (
+        ["train", "defense=chain", "defense.members=[mfdv_snn,hpm]"], "needs a linear head"
+    ),
+    "teachers": (["train", "recipe=mtard"], "needs two teachers"),
+    "auto in training": (["train", "defense=jumprelu"], "defense.jump="),
+    "phi": (["train", "defense=sparta", "defense.weights=good"], "phi"),
+    "step": (
+        ["eval", "run=good", "defense=jumprelu", "protocol=paper/jumprelu", "threat.eps=1/255"],
+        "does not fit into",
+    ),
 }  # fmt: skip
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 48
+    assert len(MISTAKES) == 66
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,3 +467,46 @@ def test_every_experiment_composes(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", f"experiment={name}", "--cfg", "job"]) == 0, name
         assert "_target_" in capsys.readouterr().out
     assert len(names) >= 11
+
+
+def test_a_retrofit_is_swept_and_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "-m", "run=good", "defense=jumprelu", "defense.jump=0,0.5,1.0", "n=30"]
+    assert main([*command, "protocol=pgd", "protocol.steps=2", "hydra.sweep.dir=jumps"]) == 0
+    found = [Results.load(file) for file in sorted(Path("jumps").rglob("results.json"))]
+    assert sorted(results.settings["defense.jump"] for results in found) == [0, 0.5, 1.0]
+    assert len({results.clean.acc for results in found}) > 1
+    capsys.readouterr()
+    assert main(["report", "jumps"]) == 0
+    table = capsys.readouterr().out
+    assert "defense.jump" in table and table.index("0.5") < table.index("1.0")
+
+
+def test_a_model_of_your_own_takes_a_retrofit(place: Path) -> None:
+    command = [*OWN, "defense=jumprelu", "defense.jump=0.1", "protocol=paper/jumprelu"]
+    assert main([*command, "hydra.run.dir=own-jump", "threat.eps=0.1"]) == 0
+    plan = json.loads(Path("own-jump/plan.json").read_text())
+    assert [stage["name"] for stage in plan["stages"]] == ["ifgsm", "gray-box"]
+    assert plan["identity"]["traits"]["gradient"] == "discontinuous"
+
+
+def test_fine_tuning_and_values_of_the_evaluation(place: Path) -> None:
+    """A defense on a finished plain run; at evaluation what the weights allow may be changed."""
+    tune = ["train", "defense=hpm", "defense.eval_batch=60", "init_from=good", *FAST]
+    assert main([*tune, "hydra.run.dir=hpm"]) == 0
+    ends = {}
+    for name, more in {"batch": [], "context": ["defense.inference=context"]}.items():
+        command = ["eval", "run=hpm", "n=60", "protocol=msa", "protocol.square=0", "budget=0.1s"]
+        assert main([*command, *more, f"hydra.run.dir=hpm-{name}"]) == 0
+        ends[name] = json.loads(Path(f"hpm-{name}/plan.json").read_text())
+    assert ends["batch"]["identity"]["traits"]["batch_dependent"]
+    assert not ends["context"]["identity"]["traits"]["batch_dependent"]
+    targets = {stage["target"] for stage in ends["context"]["stages"]}
+    assert targets >= {"model", "fc_head", "static", "soft-1", "frozen_batch", "base"}
+    assert any("never change" in reason for reason in ends["batch"]["reasons"])
+
+
+def test_teachers_are_runs(place: Path) -> None:
+    command = ["train", "recipe=mtard", "recipe.robust_teacher=good", *FAST]
+    assert main([*command, "recipe.standard_teacher=good", "hydra.run.dir=student"]) == 0
+    rows = Path("student/metrics.csv").read_text().splitlines()
+    assert "loss_kl_adversarial" in rows[0] and len(rows) == 2

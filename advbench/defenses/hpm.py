@@ -42,7 +42,7 @@ def route(a: Tensor, tau: float, soft: bool) -> tuple[Tensor, Tensor]:
     s = (a / tau).softmax(1)
     if soft:
         return s, s
-    o = one_hot(a.argmax(1), a.shape[1])
+    o = one_hot(a.argmax(1), a.shape[1]).to(a)
     return o + (s - s.detach()), o
 
 
@@ -80,10 +80,11 @@ def reclassify(
     inference: str,
     soft: bool,
 ) -> Tensor:
-    """l_ik = -||h_i - P_k||^2 / T; see ``HPMHead``. (N, D) -> (N, K), in float32 throughout."""
+    """l_ik = -||h_i - P_k||^2 / T; see ``HPMHead``. (N, D) -> (N, K), in float32 at least."""
     with torch.autocast(h.device.type, enabled=False):
-        h, weight, prototypes = h.float(), weight.float(), prototypes.float()
-        bias = None if bias is None else bias.float()
+        exact = torch.promote_types(h.dtype, torch.float32)
+        h, weight, prototypes = h.to(exact), weight.to(exact), prototypes.to(exact)
+        bias = None if bias is None else bias.to(exact)
         a = F.linear(h, weight, bias)
         if inference == "fc":
             return a
@@ -93,8 +94,8 @@ def reclassify(
             q, o = route(a, tau, soft)
             squares = squared_distances(h, mixed(prototypes, q.T @ h, o.sum(0)[:, None], mix))
         else:
-            context = context.float()
-            hard = one_hot(F.linear(context, weight, bias).argmax(1), len(weight))
+            context = context.to(exact)
+            hard = one_hot(F.linear(context, weight, bias).argmax(1), len(weight)).to(h)
             sums, n = hard.T @ context, hard.sum(0)[:, None]
             if inference == "frozen":
                 squares = squared_distances(h, mixed(prototypes, sums, n, mix))
@@ -103,7 +104,7 @@ def reclassify(
                 own = q[:, :, None] * h[:, None]
                 points = mixed(prototypes, sums + own, n + o[:, :, None], mix)
                 squares = (h[:, None] - points).square().sum(2)
-        return -squares / log_temperature.float().exp()
+        return -squares / log_temperature.to(exact).exp()
 
 
 class HPMHead(nn.Module):

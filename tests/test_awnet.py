@@ -32,11 +32,12 @@ from advbench.defenses.base import Part, PartName, Step, Traits
 from advbench.errors import UserError
 from advbench.evaluation.searcher import Searcher, Speed, ask, searcher
 from advbench.files import model_sha256
+from advbench.models import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.recipes.trades import TRADES
 from advbench.surgery import count_calls
-from advbench.training.checkpoint import load_weights, save_weights
+from advbench.training.checkpoint import save_weights
 from advbench.training.trainer import Trainer
 
 PARTS: tuple[PartName, ...] = ("clean", "adversarial")

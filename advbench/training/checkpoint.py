@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from advbench.errors import UserError
@@ -24,22 +23,6 @@ def save_weights(model: nn.Module, path: Path) -> None:
         for name, value in model.state_dict().items()
     }
     write_atomic(path, lambda temporary: save_file(values, temporary))
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Reads what ``save_weights`` wrote into a model of the same structure, in place.
-
-    Raises UserError if the file is missing, damaged, or of another structure.
-    """
-    try:
-        values = load_file(path)
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"cannot read weights from {path}: {problem}") from problem
-    try:
-        model.load_state_dict(values, strict=True)
-    except RuntimeError as problem:
-        what = " ".join(str(problem).split())
-        raise UserError(f"{path} holds the weights of another model: {what:.300}") from problem
 
 
 def save_resume(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -33,6 +33,15 @@ TEACHERS = ("robust_teacher", "standard_teacher")
 """Parameters of a recipe that name runs."""
 
 
+MEASURES = {
+    "wra": "weighted robust accuracy, the mean of clean and robust",
+    "mean_draw": "if a single draw decides, on average",
+    "worst_draw": "if the worst of the draws decides",
+    "single_image": "against whoever alters one image of a batch",
+}
+"""What ``results.measures`` means, in words."""
+
+
 @dataclass(frozen=True)
 class Home:
     """Where a run is to live: in ``folder`` itself, or in a directory of its own inside it."""
@@ -277,6 +286,8 @@ def _tell_results(results: Results, folder: Path, screen: Screen) -> None:
         )
     screen.line(f"clean accuracy  {results.clean}")
     screen.line(f"robust accuracy {results.robust}, an upper bound")
+    for name, value in results.measures.items():
+        screen.line(f"  {MEASURES[name]}: {100 * value:.1f} %")
     if results.missing:
         screen.line(
             f"time was up before the end of {', '.join(results.missing)}: the same command goes on"

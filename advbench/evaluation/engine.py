@@ -204,38 +204,40 @@ class Engine:
 
     def _searcher(self, target: str) -> nn.Module:
         """The target's copy for searching; finds out which batch sizes suit it."""
-        stochastic, model = self.traits.stochastic, self.model
-        if target != "model":
-            surrogate = self.surrogates[target]
-            if surrogate.anchored or surrogate.bonus:  # more than a function from x to logits
-                return surrogate.model
-            model = surrogate.model
-        if self.traits.batch_dependent:  # its batches are of one size
-            assert self.units is not None
+        noisy = self.traits.stochastic
+        itself = Surrogate(self.model, exact=True, loss="ce", why="", stochastic=noisy)
+        surrogate = itself if target == "model" else self.surrogates[target]
+        if self.units is not None and self.traits.batch_dependent:  # batches of one size
             batch = self.samples.fetch(self.units[0].rows)
-            return searcher(model, self.speed, batch, stochastic)
+            return self._copy(surrogate, batch)
+        self.shapes = Shapes(self.shapes.largest)
         while True:
             clean = self.samples.fetch(self.samples.ids[: self.shapes.largest])
-            few = Clean(*(part[:COMPARED] for part in clean))
             try:
-                fast = searcher(model, self.speed, few, stochastic)
-                if not stochastic:
-                    self.shapes.probe(fast, clean)
+                fast = self._copy(surrogate, Clean(*(part[:COMPARED] for part in clean)))
+                if not surrogate.stochastic:  # noise can't be compared
+                    self.shapes.probe(Logits(fast, surrogate.anchored), clean)
                 break
             except RuntimeError as problem:
                 if not out_of_memory(problem):
                     raise
             self._back_off()
-        if fast is model:
+        if fast is surrogate.model:
             self.watch.note(
                 f"no faster copy of '{target}': the search runs on it as it is, in float32"
             )
-        if not stochastic and not self.shapes.placeless:
+        if not surrogate.stochastic and not self.shapes.placeless:
             self.watch.note(
                 "an image's logits depend, in their last bits, on its place in the batch: "
                 "a repeated evaluation may round differently"
             )
         return fast
+
+    def _copy(self, surrogate: Surrogate, few: Clean) -> nn.Module:
+        """The search's copy of a target; itself where it is more than a function of x."""
+        if surrogate.anchored or surrogate.bonus:
+            return surrogate.model
+        return searcher(surrogate.model, self.speed, few, surrogate.stochastic)
 
     def _back_off(self) -> None:
         self.shapes.shrink()
@@ -301,6 +303,18 @@ class Engine:
             known = store.records(CLEAN)
             self.watch.progress(len(mine) - len(pending), int((~known.broken).sum()), len(known))
         return True
+
+
+class Logits(nn.Module):
+    """The logits alone of a target that takes clean images too, or returns a bonus too."""
+
+    def __init__(self, target: nn.Module, anchored: bool) -> None:
+        super().__init__()
+        self.target, self.anchored = target, anchored
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = self.target(x, x.detach()) if self.anchored else self.target(x)
+        return answer[0] if isinstance(answer, tuple) else answer
 
 
 class Unit(NamedTuple):

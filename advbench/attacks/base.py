@@ -118,6 +118,9 @@ class Oracle:
     soon enough.  anchored: the target takes the clean images too, ``model(x, clean)``.
     """
 
+    draws = 1
+    """Evaluations of the target for each answer."""
+
     def __init__(self, model: nn.Module, check: bool = True, anchored: bool = False) -> None:
         self.model = Counted(model)
         self.check = check
@@ -285,7 +288,7 @@ def wrong_class(oracle: Oracle, rows: Rows, rank: Tensor) -> Tensor:
     rank: (N,), zero for the largest wrong logit on the clean image.
     """
     logits = oracle.logits(rows.x).scatter(1, rows.y[:, None], -torch.inf)
-    rows.forwards += 1
+    rows.forwards += oracle.draws
     return logits.argsort(dim=1, descending=True).gather(1, rank[:, None]).squeeze(1)
 
 

@@ -270,7 +270,9 @@ class Engine:
             self._seed_noise(CLEAN, unit)
             batch = unit.rows
             clean = self.samples.fetch(batch)
-            referee = Referee(self.model, self.threat, len(batch), draws)
+            # A chunk is always full: the last batch rounds as the others do.
+            chunk = self.shapes.largest if self.units is None else len(batch)
+            referee = Referee(self.model, self.threat, chunk, draws)
             try:
                 judged = referee.score(clean.x, clean.y)
             except RuntimeError as problem:

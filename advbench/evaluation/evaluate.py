@@ -100,7 +100,7 @@ class Evaluation:
             "protocol": self.protocol.to_json(),
             "seed": self.seed,
             "batch_size": self.slots,
-            "speed": self.speed.to_json(),
+            "speed": asdict(self.speed),
             "keep_images": self.keep_images,
             "code": dict(self.code),
             "device": self.samples.device.type,

@@ -11,8 +11,7 @@ import copy
 import io
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +45,6 @@ class Speed:
         ):
             if value not in known:
                 raise UserError(f"no trainer.{what} '{value}'{did_you_mean(value, known)}")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Searcher(nn.Module):

@@ -19,6 +19,7 @@ from advbench.attacks.threat import Threat
 from advbench.console import Bar, EvaluationView, Screen, TrainingView
 from advbench.data.base import Info, Splits
 from advbench.errors import UserError
+from advbench.evaluation.adaptive import AdaptiveProtocol
 from advbench.evaluation.budget import seconds
 from advbench.evaluation.evaluate import Evaluation, finished_results
 from advbench.evaluation.protocol import Protocol
@@ -157,7 +158,7 @@ def evaluate(
     data_node = config.inherit(cfg.data, trained, "data")
     threat: Threat = config.build(config.inherit(cfg.threat, trained, "threat"), "threat")
     protocol: Protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
-    if cfg.transfer and not protocol.surrogates:
+    if cfg.transfer and not isinstance(protocol, AdaptiveProtocol):
         raise UserError(
             f"protocol={protocol.title} has no use for transfer: take protocol=adaptive"
         )

@@ -57,7 +57,8 @@ class Candidate:
             found["base"] = _other(base, "the model that this one was fine-tuned from", info)
         for run in transfer:
             why = "images that break another model of the same data may break this one"
-            found[f"transfer-{runs.find(run).resolve().name}"] = _other(run, why, info)
+            other = replace(_other(run, why, info), foreign=True)
+            found[f"transfer-{runs.find(run).resolve().name}"] = other
         return found
 
 

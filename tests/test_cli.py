@@ -247,7 +247,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "own defense": ([*OWN, "defense.jump=1"], "give defense=NAME"),
     "transfer": (["eval", "run=good", "protocol=pgd", "transfer=[good]"], "take protocol=adaptive"),
     "no transfer": (
-        ["eval", "run=good", "protocol=msa", "transfer=[no]"], "there is no run 'no'"
+        ["eval", "run=good", "protocol=adaptive", "transfer=[no]"], "there is no run 'no'"
     ),
     "traits of a run": (["eval", "run=good", "traits.stochastic=true"], "knows its own"),
     "traits": ([*OWN, "traits.gradient=exakt"], "did you mean 'exact'?"),

@@ -328,8 +328,8 @@ def test_msa_is_planned_from_the_traits() -> None:
             own = stage.target == "model" and stage.attack.gradient
             assert stage.draws == (20 if case.traits.stochastic and own else 1), stage.name
         adaptive = AdaptiveProtocol().plan(case)
-        assert {stage.name for stage in adaptive} > set(names)
-        assert adaptive[-1].name == "square"
+        assert [stage.name for stage in adaptive][: len(names)] == names
+        assert len(adaptive) > len(names)
         seen += 1
     assert seen == 6
     longer = AdaptiveProtocol().plan(PLANS[1][0])
@@ -376,3 +376,11 @@ def test_more_draws_stop_where_they_break_nobody(tmp_path: Path) -> None:
         left = group & set(records["third"].sample.tolist())
         assert left and (left <= touched if expected else not left & touched)
     assert results.stages[2].attacked == len(touched)
+
+
+def test_foreign_models_come_last_and_only_where_they_are_asked_for() -> None:
+    found = {"soft": other(Linear()), "transfer-a": other(Linear(), foreign=True)}
+    assert "transfer-a" not in {s.target for s in MSAProtocol().plan(subject(found))}
+    names = [stage.name for stage in AdaptiveProtocol().plan(subject(found))]
+    assert names[-2:] == ["apgd-ce@transfer-a", "apgd-t@transfer-a"]
+    assert names.count("apgd-margin-long@soft") == 1 and "apgd-margin-long" in names

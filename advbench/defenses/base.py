@@ -84,6 +84,7 @@ class Surrogate:
     anchored: some of its parts stay as they are at the clean image.
     bonus: it returns a pair, logits and (N,) what the attacker adds to the loss of each row.
     stochastic: it draws, as the model does: its gradients are means over draws too.
+    foreign: a model of other weights, whose images may transfer.
     """
 
     model: nn.Module
@@ -93,6 +94,7 @@ class Surrogate:
     anchored: bool = False
     bonus: bool = False
     stochastic: bool = False
+    foreign: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,6 +12,8 @@ from advbench.attacks.square import Square
 from advbench.defenses.base import Surrogate
 from advbench.errors import UserError
 from advbench.evaluation.protocol import WHY, Protocol, Stage, Subject, autoattack
+
+Surrogates = Mapping[str, Surrogate]
 
 
 @dataclass(frozen=True)
@@ -54,37 +57,49 @@ class MSAProtocol(Protocol):
         return reasons
 
     def stages(self, subject: Subject) -> list[Stage]:
-        return [*self.first(subject), *self.targeted(subject), *self.last(subject)]
+        own = {name: s for name, s in subject.surrogates.items() if not s.foreign}
+        return [
+            *self.on_model("apgd-ce", subject),
+            *self.searches(own, subject),
+            # On a stochastic model one search on the DLR loss instead of nine, as AutoAttack does.
+            *self.on_model("apgd-dlr" if subject.traits.stochastic else "apgd-t", subject),
+            *self.targeted(own, subject),
+            *self.last(subject),
+        ]
 
-    def first(self, subject: Subject) -> list[Stage]:
-        """The cheapest: one search on the real model and on each surrogate."""
-        stages = []
-        if subject.traits.gradient != "none":
-            stages.append(self.on_model("apgd-ce", subject))
-        for name, surrogate in subject.surrogates.items():
-            loss = f"apgd-{surrogate.loss}"
-            attack = APGD(loss_name=surrogate.loss, large_radius=subject.threat.norm == "l1")
-            stages.append(self.on(name, surrogate, loss, attack))
-        return stages
+    def on_model(self, member: str, subject: Subject) -> list[Stage]:
+        """A member of AutoAttack on the real model, along its own gradient if it has one."""
+        if subject.traits.gradient == "none":
+            return []
+        draws = self.draws if subject.traits.stochastic else 1
+        return [Stage(member, autoattack(member, subject), WHY[member], draws=draws)]
 
-    def targeted(self, subject: Subject) -> list[Stage]:
-        """Class by class; on a stochastic model a single search on the DLR loss instead."""
-        stages = []
-        if subject.traits.gradient != "none":
-            member = "apgd-dlr" if subject.traits.stochastic else "apgd-t"
-            stages.append(self.on_model(member, subject))
+    def searches(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
+        """One search on each surrogate, on the loss that suits it."""
+        return [
+            self.on(
+                name,
+                surrogate,
+                f"apgd-{surrogate.loss}",
+                APGD(loss_name=surrogate.loss, large_radius=subject.threat.norm == "l1"),
+            )
+            for name, surrogate in surrogates.items()
+        ]
+
+    def targeted(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
+        """APGD-T on each surrogate, class by class."""
         attack = autoattack("apgd-t", subject)
-        for name, surrogate in subject.surrogates.items():
-            if not surrogate.bonus:
-                stages.append(self.on(name, surrogate, "apgd-t", attack))
-        return stages
+        return [
+            self.on(name, surrogate, "apgd-t", attack)
+            for name, surrogate in surrogates.items()
+            if not surrogate.bonus
+        ]
 
     def last(self, subject: Subject) -> list[Stage]:
         """The most expensive: minimal perturbations, and the black box."""
-        traits, stages = subject.traits, []
-        usable = traits.gradient != "none" and not traits.stochastic
-        if usable and not traits.batch_dependent:
-            stages.append(self.on_model("fab-t", subject))
+        stages = []
+        if not (subject.traits.stochastic or subject.traits.batch_dependent):
+            stages += self.on_model("fab-t", subject)
         if self.square:
             stages.append(Stage("square", Square(steps=self.square), WHY["square"]))
         return stages
@@ -94,21 +109,16 @@ class MSAProtocol(Protocol):
         draws = self.draws if surrogate.stochastic else 1
         return Stage(f"{what}@{name}", attack, surrogate.why, target=name, draws=draws)
 
-    def on_model(self, member: str, subject: Subject) -> Stage:
-        """A member of AutoAttack on the real model."""
-        draws = self.draws if subject.traits.stochastic else 1
-        return Stage(member, autoattack(member, subject), WHY[member], draws=draws)
-
 
 @dataclass(frozen=True)
 class AdaptiveProtocol(MSAProtocol):
     """What a hostile reviewer would run: the Mixed Surrogate Attack and then what it left out.
 
-    On the real model and on every surrogate the margin loss as well, from several starts with twice
-    the steps, which also shows whether the shorter searches had converged; for a stochastic model
-    more draws, doubled as long as that still breaks samples. Other models whose images may
-    transfer (``transfer=[RUN]``: the undefended twin, a robust model of the same data) come in as
-    surrogates.
+    The number after the stages of ``msa`` is msa's. Then come, on the real model and on every
+    surrogate, the margin loss from several starts with twice the steps, which also shows whether
+    the shorter searches had converged; for a stochastic model more draws, doubled as long as that
+    still breaks samples; and the images that break other models (``transfer=[RUN]``: the
+    undefended twin, a robust model of the same data).
 
     steps, restarts: of the longer searches.
     """
@@ -123,12 +133,13 @@ class AdaptiveProtocol(MSAProtocol):
             raise UserError("protocol=adaptive needs steps >= 1 and restarts >= 1")
 
     def stages(self, subject: Subject) -> list[Stage]:
+        foreign = {name: s for name, s in subject.surrogates.items() if s.foreign}
         return [
-            *self.first(subject),
-            *self.targeted(subject),
+            *super().stages(subject),
             *self.longer(subject),
             *self.more_draws(subject),
-            *self.last(subject),
+            *self.searches(foreign, subject),
+            *self.targeted(foreign, subject),
         ]
 
     def longer(self, subject: Subject) -> list[Stage]:
@@ -146,7 +157,7 @@ class AdaptiveProtocol(MSAProtocol):
         return stages + [
             replace(self.on(name, surrogate, "apgd-margin-long", attack), why=why)
             for name, surrogate in subject.surrogates.items()
-            if not surrogate.bonus
+            if not (surrogate.bonus or surrogate.foreign)
         ]
 
     def more_draws(self, subject: Subject) -> list[Stage]:

@@ -11,7 +11,7 @@ what is finished is not repeated: kill and restart at will. The columns:
     paper       the protocol of the defense's own paper (protocol=paper/NAME; PGD-20 without one)
     naive       AutoAttack standard by pyautoattack, called on the model as it is in batches of 100,
                 whatever the model is; its own count of what is left
-    msa         protocol=msa
+    msa         protocol=msa, which is the first part of
     adaptive    protocol=adaptive, with the plain and the robust model of the same seed as transfer
 
 A number is robust accuracy on n images of the test split. --scale names the models and the data:
@@ -148,7 +148,6 @@ def measure(args: argparse.Namespace, seed: int) -> None:
         transfer = [str(runs[twin]) for twin in ("plain", "robust") if runs[twin] != runs[name]]
         for column, settings in (
             ("paper", row.paper),
-            ("msa", f"protocol=msa protocol.square={args.square}"),
             (
                 "adaptive",
                 f"protocol=adaptive protocol.square={args.square} transfer=[{','.join(transfer)}]",
@@ -167,7 +166,7 @@ def lines(args: argparse.Namespace) -> list[dict[str, Any]]:
     home, found = args.folder / args.scale, []
     for name in table_of(args.scale):
         for seed in args.seeds:
-            paths = {c: home / f"{name}-s{seed}-{c}" for c in ("paper", "msa", "adaptive")}
+            paths = {c: home / f"{name}-s{seed}-{c}" for c in ("paper", "adaptive")}
             aside = home / f"{name}-s{seed}-naive.json"
             if not all((path / "results.json").exists() for path in paths.values()):
                 continue
@@ -178,7 +177,10 @@ def lines(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "row": name,
                     "seed": seed,
                     "n": args.n,
-                    "clean": results["msa"].clean.acc,
+                    "clean": results["adaptive"].clean.acc,
+                    "msa": next(
+                        s.robust_acc for s in results["adaptive"].stages if s.name == "square"
+                    ),
                     **{column: result.robust.acc for column, result in results.items()},
                     "naive": json.loads(aside.read_text())["robust"] / args.n
                     if aside.exists()

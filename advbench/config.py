@@ -264,22 +264,29 @@ def spelled_out(node: Any) -> Any:
     """
     if node is None or node.get("members") is None:
         return node
-    members = []
-    for member in plain(node)["members"]:
-        if isinstance(member, str):
-            member = {member: {}}
-        if not isinstance(member, dict):
-            raise UserError(f"defense.members: {member!r} is not a defense: give its name")
-        if "_target_" not in member:
-            ((name, values),) = member.items() if len(member) == 1 else ((str(member), {}),)
-            shipped_node = shipped("defense", str(name))
-            for key, value in (values or {}).items():
-                if key not in shipped_node:
-                    raise UserError(f"no key 'defense.{key}'{did_you_mean(key, shipped_node)}")
-                shipped_node[key] = value
-            member = shipped_node
-        members.append(spelled_out(OmegaConf.create(member)))
-    return OmegaConf.create({**plain(node), "members": members})
+    given = plain(node)["members"]
+    if not isinstance(given, list):
+        raise UserError(f"defense.members={given} is not a list: give defense.members=[sparta,hpm]")
+    return OmegaConf.create({**plain(node), "members": [_member(member) for member in given]})
+
+
+def _member(given: Any) -> Any:
+    """The node of a chain's member."""
+    if isinstance(given, dict) and "_target_" in given:
+        return spelled_out(OmegaConf.create(given))
+    if isinstance(given, str):
+        given = {given: {}}
+    if not (isinstance(given, dict) and [type(v) for v in given.values()] == [dict]):
+        raise UserError(
+            f"defense.members: {given!r} is no defense: give NAME or {{NAME: {{KEY: 1}}}}"
+        )
+    ((name, values),) = given.items()
+    node = shipped("defense", str(name))
+    for key, value in values.items():
+        if key not in node:
+            raise UserError(f"no key 'defense.{key}'{did_you_mean(key, node)}")
+        node[key] = value
+    return spelled_out(node)
 
 
 def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
@@ -296,6 +303,11 @@ def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
         raise UserError(f"threat.norm={given['norm']} needs a budget: give threat.eps=... as well")
     for key, value in given.items():
         if value is None:
+            continue
+        takers = [member for member in merged.get("members") or () if key in member]
+        if takers:  # a chain: whoever has such a value
+            for member in takers:
+                member[key] = value
             continue
         if key not in merged:
             keys = ", ".join(str(k) for k in merged if k != "_target_") or "it has none"

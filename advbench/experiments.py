@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from advbench import config, models, runs, subjects
 from advbench.attacks.threat import Threat
 from advbench.console import Bar, EvaluationView, Screen, TrainingView
 from advbench.data.base import Info, Splits
+from advbench.defenses.base import Defense
 from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol
 from advbench.evaluation.budget import seconds
@@ -25,7 +27,7 @@ from advbench.evaluation.evaluate import Evaluation, finished_results
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
-from advbench.files import file_sha256, model_sha256, short_hash
+from advbench.files import file_sha256, model_sha256, short_hash, write_atomic
 from advbench.results import Results
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
@@ -38,7 +40,7 @@ MEASURES = {
     "wra": "weighted robust accuracy, the mean of clean and robust",
     "mean_draw": "if a single draw decides, on average",
     "worst_draw": "if the worst of the draws decides",
-    "single_image": "against whoever alters one image of a batch",
+    "single_image": "not broken as the only altered image of a batch",
 }
 """What ``results.measures`` means, in words."""
 
@@ -76,10 +78,13 @@ def train(
     torch.manual_seed(cfg.seed)
     node = models.backbone_node(cfg.backbone, splits.info)
     guard = config.spelled_out(cfg.defense)
+    base = None
     if cfg.init_from is None:
         model, defense = models.assemble(node, guard, plugins)
     else:
         model, defense = models.begun_from(cfg.init_from, node, guard, plugins)
+        if models.undefended(cfg.init_from) and type(defense) is not Defense:
+            base = runs.find(cfg.init_from) / models.WEIGHTS
     if (source := getattr(defense, "weights", None)) is not None:
         defense.adopt(model, models.read_weights(runs.find(source) / models.WEIGHTS))
 
@@ -102,6 +107,8 @@ def train(
     with runs.occupied(folder) if first else nullcontext():
         if first:
             runs.keep_config(folder, kept, compare=True)
+            if base is not None and not (folder / models.BASE).exists():
+                write_atomic(folder / models.BASE, lambda path: shutil.copyfile(base, path))
             screen.log = folder / "log.txt"
             state = "finished already" if runs.trained_to_end(folder) else "training"
             screen.line(f"{state}: {folder}")
@@ -173,7 +180,9 @@ def evaluate(
             f"{splits.info.input_shape}: choose the data that the run was trained on"
         )
     subject.model.to(crew.device)
-    surrogates = subject.surrogates(cfg.transfer, splits.info) if protocol.surrogates else {}
+    surrogates = (
+        subject.surrogates(cfg.transfer, splits.info, plugins) if protocol.surrogates else {}
+    )
     for surrogate in surrogates.values():
         surrogate.model.to(crew.device)
     name = subject.name

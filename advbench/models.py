@@ -18,6 +18,8 @@ from advbench.defenses.base import Defense
 from advbench.errors import UserError, did_you_mean
 
 WEIGHTS = "model.safetensors"
+BASE = "base.safetensors"
+"""In a run that put its defense on a finished undefended model: that model's weights."""
 
 
 def backbone_node(node: DictConfig, info: Info) -> DictConfig:
@@ -57,7 +59,7 @@ def begun_from(
         model, guard = assemble(backbone, defense, plugins)
         load_weights(model, folder / WEIGHTS)
         return model, guard
-    if before.get("_target_") != "advbench.defenses.base.Defense":
+    if not undefended(folder):
         raise UserError(
             f"init_from={folder} has another defense: begin from a run with the same, or with none"
         )
@@ -65,6 +67,23 @@ def begun_from(
     model = config.build(backbone, "backbone", plugins=plugins)
     load_weights(model, folder / WEIGHTS)
     return guard.apply(model), guard
+
+
+def base_of(folder: Path, plugins: tuple[str, ...] = ()) -> Classifier | None:
+    """The undefended model that a run began from, in evaluation mode; None if it began anew."""
+    path = runs.find(folder) / BASE
+    if not path.is_file():
+        return None
+    cfg = config.read(runs.find(folder) / runs.CONFIG)
+    model: Classifier = config.build(cfg.backbone, "backbone", plugins=plugins)
+    load_weights(model, path)
+    return model.eval()
+
+
+def undefended(folder: str | Path) -> bool:
+    """Whether a finished run has no defense."""
+    node = config.read(runs.find(folder) / runs.CONFIG).defense
+    return node.get("_target_") == "advbench.defenses.base.Defense"
 
 
 def from_run(

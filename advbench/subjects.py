@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from advbench import config, models, runs
 from advbench.data.base import Info, Splits
-from advbench.defenses.base import Defense, Surrogate, Traits
+from advbench.defenses.base import Defense, Surrogate, Traits, worst
 from advbench.defenses.chain import Chain
 from advbench.errors import UserError, did_you_mean
 from advbench.files import file_sha256
@@ -35,7 +35,7 @@ class Foreign(nn.Module):
 class Candidate:
     """What is evaluated.
 
-    name: for people.  trained: the config of the run that it comes from.  code: hashes of the
+    name: for people.  base: the undefended model that its run began from.  code: hashes of the
     user's own files.  settings: what sets it apart from others, by key.
     """
 
@@ -43,22 +43,25 @@ class Candidate:
     model: nn.Module
     defense: Defense
     traits: Traits
-    trained: DictConfig | None
+    base: nn.Module | None
     code: Mapping[str, str]
     settings: Mapping[str, Any]
 
-    def surrogates(self, transfer: Sequence[str], info: Info) -> dict[str, Surrogate]:
-        """Other targets: those that the defense names, the run that it was fine-tuned from (where
-        it is still there), and the runs ``transfer``.
+    def surrogates(
+        self, transfer: Sequence[str], info: Info, plugins: tuple[str, ...]
+    ) -> dict[str, Surrogate]:
+        """Other targets: those that the defense names, the undefended model that it was put on, and
+        the runs ``transfer``. Raises UserError for runs that are no targets.
         """
         found = dict(self.defense.surrogates(self.model))
-        base = None if self.trained is None else self.trained.get("init_from")
-        if base is not None and "base" not in found and runs.trained_to_end(Path(base)):
-            found["base"] = _other(base, "the model that this one was fine-tuned from", info)
+        if self.base is not None and "base" not in found:
+            why = "the undefended model that the defense was put on"
+            found["base"] = Surrogate(self.base, exact=False, loss="ce", why=why)
         for run in transfer:
-            why = "images that break another model of the same data may break this one"
-            other = replace(_other(run, why, info), foreign=True)
-            found[f"transfer-{runs.find(run).resolve().name}"] = other
+            name = f"transfer-{runs.find(run).resolve().name}"
+            if name in found:
+                raise UserError(f"two runs of transfer have one name, '{name[9:]}': rename one")
+            found[name] = _other(run, info, plugins)
         return found
 
 
@@ -69,7 +72,7 @@ def candidate(cfg: DictConfig, plugins: tuple[str, ...], splits: Splits | None) 
     """
     code = {Path(file).name: file_sha256(file) for file in cfg.plugins}
     wanted = None if cfg.defense is None else cfg.defense.get("_target_")
-    trained, settings = None, {}
+    base, settings = None, {}
     if cfg.model is not None:
         model: Any = models.from_factory(cfg.model, cfg.weights)
         file = cfg.model.rpartition(":")[0]
@@ -89,13 +92,17 @@ def candidate(cfg: DictConfig, plugins: tuple[str, ...], splits: Splits | None) 
             node = config.inherit(cfg.defense, trained, "defense")
         model, defense, trained = models.from_run(run, plugins, node)
         name, traits = run.resolve().name, defense.traits(model)
+        base = models.base_of(run, plugins)
         settings = _settings(trained, trained.defense if node is None else node)
     if wanted is not None:
         assert splits is not None
-        defense, model = _retrofit(cfg.defense, plugins, defense, model, splits)
-        traits = defense.traits(model)
-        settings |= _flat("defense", cfg.defense)
-    return Candidate(name, model, defense, traits, trained, code, settings)
+        own = defense
+        defense, model = _retrofit(cfg.defense, plugins, own, model, splits)
+        traits = worst([traits, defense.traits(model)])
+        put_on = str(wanted).rpartition(".")[2].lower()
+        name, settings = f"{name}+{put_on}", {**settings, **_flat("defense", cfg.defense)}
+        settings["defense"] = put_on if type(own) is Defense else f"{settings['defense']}+{put_on}"
+    return Candidate(name, model, defense, traits, base, code, settings)
 
 
 def _retrofit(
@@ -133,14 +140,29 @@ def _declared(node: DictConfig) -> Traits:
     return traits
 
 
-def _other(run: str, why: str, info: Info) -> Surrogate:
-    """Another run's model as a target. Raises UserError if it is for other images."""
-    model, defense, _ = models.from_run(runs.find(run))
+def _other(run: str, info: Info, plugins: tuple[str, ...]) -> Surrogate:
+    """Another run's model as a target; of a stochastic one, a surrogate that does not draw.
+
+    Raises UserError if it is for other images, or can't be attacked image by image.
+    """
+    model, defense, _ = models.from_run(runs.find(run), plugins)
     if (model.input_shape, model.num_classes) != (info.input_shape, info.num_classes):
         raise UserError(f"'{run}' is a model of other images or classes than {info.name}'s")
-    if defense.traits(model).batch_dependent:
+    traits = defense.traits(model)
+    if traits.batch_dependent:
         raise UserError(f"'{run}' is batch-dependent: its images do not transfer one by one")
-    return Surrogate(model, exact=False, loss="ce", why=why)
+    target: nn.Module = model
+    if traits.stochastic:
+        still = [
+            s.model
+            for s in defense.surrogates(model).values()
+            if not (s.stochastic or s.anchored or s.bonus)
+        ]
+        if not still:
+            raise UserError(f"'{run}' is stochastic and names no surrogate that is not")
+        target = still[0]
+    why = "images that break another model of the same data may break this one"
+    return Surrogate(target, exact=False, loss="ce", why=why, foreign=True)
 
 
 def _settings(trained: DictConfig, defense: Any) -> dict[str, Any]:
@@ -156,8 +178,14 @@ def _settings(trained: DictConfig, defense: Any) -> dict[str, Any]:
 
 
 def _flat(group: str, node: Any) -> dict[str, Any]:
-    """The plain values of a group's node, by full key; its target by the group's name alone."""
-    values = config.plain(node)
-    flat = {f"{group}.{k}": v for k, v in values.items() if isinstance(v, bool | int | float | str)}
-    flat.pop(f"{group}._target_", None)
+    """The plain values of a group's node, by full key; those of a chain's members by theirs."""
+    flat: dict[str, Any] = {}
+    for key, value in config.plain(node).items():
+        if key == "members":
+            names = [member["_target_"].rpartition(".")[2].lower() for member in value or []]
+            flat[f"{group}.members"] = "+".join(names)
+            for name, member in zip(names, value or [], strict=True):
+                flat |= _flat(f"{group}.{name}", OmegaConf.create(member))
+        elif key != "_target_" and isinstance(value, bool | int | float | str):
+            flat[f"{group}.{key}"] = value
     return flat

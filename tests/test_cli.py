@@ -258,6 +258,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         ["train", "defense=chain", "defense.members=[{sparta: {shar: net}}, hpm]"],
         "did you mean 'share'?",
     ),
+    "no list": (["train", "defense=chain", "defense.members=5"], "is not a list"),
+    "no member": (["train", "defense=chain", "defense.members=[{hpm: 5}]"], "is no defense"),
     "one member": (["train", "defense=chain", "defense.members=[sparta]"], "at least two members"),
     "two heads": (
         ["train", "defense=chain", "defense.members=[mfdv_snn,hpm]"], "needs a linear head"
@@ -273,7 +275,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 66
+    assert len(MISTAKES) == 68
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,6 +489,25 @@ def test_a_model_of_your_own_takes_a_retrofit(place: Path) -> None:
     plan = json.loads(Path("own-jump/plan.json").read_text())
     assert [stage["name"] for stage in plan["stages"]] == ["ifgsm", "gray-box"]
     assert plan["identity"]["traits"]["gradient"] == "discontinuous"
+    results = Results.load(Path("own-jump/results.json"))
+    assert (results.run, results.settings["defense.jump"]) == ("m+jumprelu", 0.1)
+
+
+def test_a_chain_is_trained_set_and_transferred_to(place: Path) -> None:
+    chain = ["train", "defense=chain", "defense.members=[{jumprelu: {jump: 0.1}}, mfdv_snn]"]
+    assert main([*chain, "recipe=standard", "trainer.epochs=1", "hydra.run.dir=chain"]) == 0
+    command = ["eval", "run=chain", "defense.draws=3", "defense.jump=0.2", "protocol=adaptive"]
+    more = ["n=20", "budget=0.1s", "transfer=[good]", "hydra.run.dir=chain-adaptive"]
+    assert main([*command, *more]) == 0
+    results = Results.load(Path("chain-adaptive/results.json"))
+    assert results.settings["defense.members"] == "jumprelu+mfdvsnn"
+    assert results.settings["defense.mfdvsnn.draws"] == 3
+    stages = json.loads(Path("chain-adaptive/plan.json").read_text())["stages"]
+    targets = {stage["target"]: stage.get("draws", 1) for stage in stages}
+    assert targets["bpda_relu"] == 20 and targets["bpda_relu+mean"] == 1
+    assert list(targets)[-1] == "transfer-good"
+    command = ["eval", "run=good", "n=20", "protocol=adaptive", "transfer=[chain]", "budget=0.1s"]
+    assert main([*command, "hydra.run.dir=good-adaptive"]) == 0
 
 
 def test_fine_tuning_and_values_of_the_evaluation(place: Path) -> None:
@@ -503,6 +524,13 @@ def test_fine_tuning_and_values_of_the_evaluation(place: Path) -> None:
     targets = {stage["target"] for stage in ends["context"]["stages"]}
     assert targets >= {"model", "fc_head", "static", "soft-1", "frozen_batch", "base"}
     assert any("never change" in reason for reason in ends["batch"]["reasons"])
+    assert Path("hpm/base.safetensors").read_bytes() == Path("good/model.safetensors").read_bytes()
+    again = ["train", "defense=hpm", "defense.eval_batch=60", "init_from=hpm", *FAST]
+    assert main([*again, "hydra.run.dir=hpm-again"]) == 0
+    command = ["eval", "run=hpm-again", "n=60", "protocol=msa", "budget=0.1s"]
+    assert main([*command, "hydra.run.dir=hpm-again-msa"]) == 0
+    plan = json.loads(Path("hpm-again-msa/plan.json").read_text())
+    assert "base" not in {stage["target"] for stage in plan["stages"]}
 
 
 def test_teachers_are_runs(place: Path) -> None:

@@ -441,7 +441,7 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path) -> None
     sittings = 0
     while True:
         begin = time.perf_counter()
-        results = case.execute(tmp_path, case.stages(), budget=0.15)
+        results = case.execute(tmp_path, case.stages(), budget=0.15 * 1.05**sittings)
         sittings += 1
         if not results.missing:
             break

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from advbench.attacks.apgd import APGD
@@ -18,7 +19,7 @@ from advbench.data.arrays import array_split
 from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol, MSAProtocol
-from advbench.evaluation.engine import Engine
+from advbench.evaluation.engine import Engine, Nobody
 from advbench.evaluation.evaluate import Evaluation
 from advbench.evaluation.protocol import (
     AutoAttackProtocol,
@@ -111,7 +112,7 @@ def test_fixed_batches_do_not_depend_on_n() -> None:
     assert batches[:4].unique().numel() == 40 and batches.unique().numel() == 45
     assert torch.equal(batches[4, 5:], batches[0, :5])
     assert set(subset(45, 20).tolist()) == set(batches[:2].flatten().tolist())
-    with pytest.raises(UserError, match="batches of 46 images and the split has 45"):
+    with pytest.raises(UserError, match="batches of 46 images and there are 45"):
         fixed_batches(45, 46)
 
 
@@ -242,6 +243,102 @@ def test_a_lie_about_batches_is_found() -> None:
         AutoAttackProtocol(engine="reference").plan(Subject(BATCHES, 10, LINF))
     names = [stage.name for stage in AutoAttackProtocol().plan(Subject(BATCHES, 10, LINF))]
     assert names == ["apgd-ce", "apgd-t", "square"]
+
+
+class Broken(Crowd):
+    """Its backward is NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0 * (x - x.detach()).sqrt())
+
+
+def test_gradients_that_are_not_numbers_are_refused_in_batches_too() -> None:
+    case = evaluation(Broken(), BATCHES)
+    with pytest.raises(UserError, match="NaN or infinite for whole images"):
+        Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES).run(
+            case.stages(), Store(None)
+        )
+
+
+def test_stochastic_and_batch_dependent_is_refused() -> None:
+    case = evaluation(Noisy(), Traits(stochastic=True, batch_dependent=True, batch_size=10))
+    with pytest.raises(UserError, match="stochastic and batch-dependent"):
+        case.execute(None, case.stages())
+
+
+@dataclass(frozen=True)
+class Two(Short):
+    """Two stages, of which the second is owed to all that did not break alone."""
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        attack = PGD(steps=self.steps, loss_name="margin", random_start=False)
+        return [Stage("a", attack, ""), Stage("b", attack, "")]
+
+
+def test_what_broke_in_a_batch_alone_is_still_owed_the_next_stage(tmp_path: Path) -> None:
+    case = dataclasses.replace(evaluation(Crowd(), BATCHES), protocol=Two())
+    store = Store(tmp_path)
+    stages = case.stages()
+    Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES).run(stages[:1], store)
+    results = case.execute(tmp_path, stages, budget=1e-9)  # one batch is finished in any case
+    assert results.missing == ("b",)
+    sittings = 0
+    while results.missing:
+        results = case.execute(tmp_path, stages, budget=1e-9)
+        sittings += 1
+    assert sittings == 3
+    whole = case.execute(tmp_path / "whole", stages)
+    assert (results.robust, results.measures) == (whole.robust, whole.measures)
+    first = read_samples(tmp_path)["a"]
+    again = read_samples(tmp_path)["b"].sample
+    assert set(first.sample[~first.alone].tolist()) == set(again.tolist())
+    assert (first.broken & ~first.alone).any()
+
+
+def test_short_sittings_come_to_an_end(tmp_path: Path) -> None:
+    traits = Traits(stochastic=True)
+    case = dataclasses.replace(evaluation(Noisy(), traits, total=150, n=150), slots=500)
+    results, sittings = case.execute(tmp_path, case.stages(), budget=1e-9), 1
+    while results.missing:
+        results = case.execute(tmp_path, case.stages(), budget=0.02)
+        sittings += 1
+        assert sittings < 30
+    assert sittings > 2
+
+
+def test_images_are_kept_once_and_break_alone(tmp_path: Path) -> None:
+    case = dataclasses.replace(evaluation(Crowd(), BATCHES), keep_images=True, protocol=Two())
+    case.execute(tmp_path, case.stages())
+    kept = load_file(tmp_path / "adversarial.safetensors")
+    records = read_samples(tmp_path)
+    alone = np.concatenate([r.sample[r.alone] for name, r in records.items() if name != "clean"])
+    assert sorted(kept["sample"].tolist()) == sorted(alone.tolist())
+    x = case.samples.fetch(case.samples.ids).x
+    y = case.samples.fetch(case.samples.ids).y
+    place = {int(i): batch for batch in fixed_batches(40, 10) for i in batch}
+    for sample, image in zip(kept["sample"].tolist(), kept["x"], strict=True):
+        batch = place[sample]
+        images = x[batch].clone()
+        images[batch == sample] = image
+        label = Crowd()(images).argmax(1)[batch == sample]
+        assert label != y[sample]
+
+
+def test_another_surrogate_of_the_same_name_is_not_reused(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Reader(Nobody):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    cases = [
+        dataclasses.replace(evaluation(Stepped(), Traits()), surrogates={"twin": other(Linear(b))})
+        for b in (8.0, 8.0, 7.9)
+    ]
+    for i, case in enumerate(cases):
+        case.execute(tmp_path / str(i), case.stages(), Reader(), archive=tmp_path)
+    reused = [note.partition(":")[0] for note in notes if "known from" in note]
+    assert reused == ["clean", "pgd@model", "pgd@twin", "clean", "pgd@model"]
 
 
 # --- other targets ------------------------------------------------------------------------------

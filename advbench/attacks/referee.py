@@ -17,7 +17,7 @@ class Judgement(NamedTuple):
     """point: what was judged, inside the threat and [0, 1].  label: predicted class (N,).
     margin: true logit minus the best wrong one (N,); minus infinity where a logit is not finite.
     broken: label differs from y, or a logit is not finite (N,).  wrong: share of the evaluations in
-    which that was so (N,); of a deterministic model there is one.
+    which that was so (N,); of a deterministic model there is one.  evaluations: passes spent (N,).
     """
 
     point: Tensor
@@ -25,6 +25,7 @@ class Judgement(NamedTuple):
     margin: Tensor
     broken: Tensor
     wrong: Tensor
+    evaluations: Tensor
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -66,6 +67,7 @@ class Referee:
                 judged.margin[claimed] = again.margin
                 judged.broken[claimed] = again.broken
                 judged.wrong[claimed] = again.wrong
+                judged.evaluations[claimed] += again.evaluations
         return judged
 
     @torch.no_grad()
@@ -74,9 +76,9 @@ class Referee:
         draws = draws or self.draws
         drawn = [self._score(point, y) for _ in range(draws)]
         label, margin, missed = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-        wrong = missed.float().mean(0)
+        wrong, spent = missed.float().mean(0), torch.full_like(y, draws)
         if draws == 1:
-            return Judgement(point, label[0], margin[0], missed[0], wrong)
+            return Judgement(point, label[0], margin[0], missed[0], wrong, spent)
         broken = 2 * missed.sum(0) > draws
         other = torch.where(label != y, label, -1).amax(0)  # a wrong label that was drawn
         return Judgement(
@@ -85,6 +87,7 @@ class Referee:
             margin.sort(0).values[draws // 2],
             broken,
             wrong,
+            spent,
         )
 
     def _score(self, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

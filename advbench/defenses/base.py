@@ -6,7 +6,7 @@ that ``model.state_dict()`` holds the whole defense.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,31 @@ class Traits:
     retrofit: bool = False
     """May be put on a finished undefended model."""
     output: Literal["logits", "probabilities"] = "logits"
+
+
+GRADIENTS = ("exact", "straight_through", "discontinuous", "none")
+"""From the best to the worst for an attacker who follows the gradient."""
+
+
+def worst(traits: Sequence[Traits]) -> Traits:
+    """What an attacker must know of a model that has all these traits.
+
+    Raises UserError if two of them are to be judged in batches of different sizes.
+    """
+    sizes = sorted({t.batch_size for t in traits if t.batch_dependent and t.batch_size})
+    if len(sizes) > 1:
+        raise UserError(
+            f"parts of the model are judged in batches of {' and of '.join(map(str, sizes))} "
+            "rows: give them one size"
+        )
+    return Traits(
+        stochastic=any(t.stochastic for t in traits),
+        gradient=max(traits, key=lambda t: GRADIENTS.index(t.gradient)).gradient,
+        batch_dependent=any(t.batch_dependent for t in traits),
+        batch_size=sizes[0] if sizes else None,
+        retrofit=all(t.retrofit for t in traits),
+        output="probabilities" if any(t.output == "probabilities" for t in traits) else "logits",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
-from advbench.defenses.base import Defense, PartName, Step, Surrogate, Traits
+from advbench.defenses.base import Defense, PartName, Step, Surrogate, Traits, worst
 from advbench.errors import UserError
-
-GRADIENTS = ("exact", "straight_through", "discontinuous", "none")
-"""From the best to the worst for an attacker who follows the gradient."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +53,7 @@ class Chain(Defense):
 
         Raises UserError if two members are to be judged in batches of different sizes.
         """
-        traits = [member.traits(model) for member in self.members]
-        sizes = sorted({t.batch_size for t in traits if t.batch_dependent and t.batch_size})
-        if len(sizes) > 1:
-            raise UserError(
-                f"members of the chain are judged in batches of {' and of '.join(map(str, sizes))} "
-                "rows: give them one size"
-            )
-        probabilities = any(t.output == "probabilities" for t in traits)
-        return Traits(
-            stochastic=any(t.stochastic for t in traits),
-            gradient=max(traits, key=lambda t: GRADIENTS.index(t.gradient)).gradient,
-            batch_dependent=any(t.batch_dependent for t in traits),
-            batch_size=sizes[0] if sizes else None,
-            retrofit=all(t.retrofit for t in traits),
-            output="probabilities" if probabilities else "logits",
-        )
+        return worst([member.traits(model) for member in self.members])
 
     def apply(self, model: Classifier) -> Classifier:
         for member in self.members:
@@ -139,10 +121,39 @@ class Chain(Defense):
                 drawn = replace(surrogate, stochastic=surrogate.stochastic or draws)
                 found.append((labels[place], name, drawn))
         uses = Counter(name for _, name, _ in found)
-        return {
+        named = {
             name if uses[name] == 1 else f"{label}.{name}": surrogate
             for label, name, surrogate in found
         }
+        return {**named, **self._together(model)}
+
+    def _together(self, model: Any) -> dict[str, Surrogate]:
+        """One target without any of the obstacles, where several members put one in the way.
+
+        Of each such member it takes the first surrogate that is a function of x alone.
+        """
+        blocking = [
+            member
+            for member in self.members
+            if member.traits(model).stochastic or member.traits(model).gradient != "exact"
+        ]
+        if len(blocking) < 2:
+            return {}
+        names, last = [], None
+        for member in blocking:
+            target = model if last is None else last.model
+            plain = {
+                name: surrogate
+                for name, surrogate in member.surrogates(target).items()
+                if not (surrogate.anchored or surrogate.bonus)
+            }
+            if plain:
+                name, last = next(iter(plain.items()))
+                names.append(name)
+        if last is None:
+            return {}
+        why = "every obstacle out of the way at once"
+        return {"+".join(names): replace(last, exact=False, why=why)}
 
 
 def _weights(member: Defense) -> str | None:

@@ -30,6 +30,7 @@ from advbench.evaluation.searcher import Shapes, Speed, out_of_memory, searcher
 from advbench.evaluation.store import Records, Store
 
 CLEAN = "clean"
+NOISE_GROUP = 64  # samples of a stochastic model that are attacked as a whole
 VOTES = 10  # evaluations of a stochastic model, of which the majority decides
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 COMPARED = 8  # images on which the search's copy of a model is held against the model
@@ -71,6 +72,7 @@ class Engine:
     watch: Watch = field(default_factory=Nobody)
     archive: Archive | None = None
     hurry: Callable[[], bool] = lambda: False
+    moved: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         # Of all samples, not of this process's: the shape of a batch decides its rounding.
@@ -101,7 +103,7 @@ class Engine:
             for stage in stages:
                 pending = self._pending(store, stage.name, correct)
                 if len(pending):
-                    if self.hurry():
+                    if self._late():
                         return False
                     if stage.target not in prepared:
                         prepared = {stage.target: self._searcher(stage.target)}
@@ -150,10 +152,11 @@ class Engine:
                 keep_images=self.keep_images,
                 whole=self.traits.stochastic,
                 watch=self.watch,
-                hurry=self.hurry,
+                hurry=self._late,
             )
             if not search.run(part):
                 return False
+            self.moved = True
         return True
 
     def _attack_batches(
@@ -179,14 +182,31 @@ class Engine:
             total=counts[1],
             keep_images=self.keep_images,
             watch=self.watch,
-            hurry=self.hurry,
+            hurry=self._late,
         )
         for unit in self.units:
             self._seed_noise(stage.name, unit)
             wanted = unit.own[torch.isin(unit.own, pending)]
-            if len(wanted) and not search.run(unit.rows, wanted):
-                return False
+            if not len(wanted):
+                continue
+            try:
+                if not search.run(unit.rows, wanted):
+                    return False
+            except RuntimeError as problem:
+                if not out_of_memory(problem):
+                    raise
+                raise UserError(
+                    f"the device has no memory for a batch of {len(unit.rows)} images that is "
+                    "attacked as a whole"
+                ) from problem
+            self.moved = True
         return True
+
+    def _late(self) -> bool:
+        """Whether time is up. A group that is attacked as a whole is lost if it is cut: one is
+        finished in any case, so that short sittings come to an end too.
+        """
+        return self.hurry() and (self.moved or self.units is None)
 
     def _seed_noise(self, stage: str, unit: Unit) -> None:
         """Noise of a model's own has no key: a group of samples is repeatable as a whole."""
@@ -334,7 +354,13 @@ def units(samples: Samples, traits: Traits, slots: int) -> list[Unit] | None:
     is drawn group by group; None where samples come and go one by one.
     """
     if not traits.batch_dependent:
-        return [Unit(ids, ids) for ids in samples.ids.split(slots)] if traits.stochastic else None
+        groups = samples.ids.split(min(slots, NOISE_GROUP))
+        return [Unit(ids, ids) for ids in groups] if traits.stochastic else None
+    if traits.stochastic:
+        raise UserError(
+            "the model is stochastic and batch-dependent, and there is no rule yet by which to "
+            "judge that: take away one of the two"
+        )
     if traits.batch_size is None:
         raise UserError(
             "the model is batch-dependent: say in which batches it is judged, with "

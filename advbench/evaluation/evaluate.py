@@ -156,6 +156,7 @@ class Evaluation:
         work.run(stages, store)
         crew.wait()
         store.read_journal()
+        crew.wait()  # nobody clears the journal while another one reads it
         results = summarise(self, identity, stages, store, started)
         if folder is not None and crew.rank == 0:
             if not results.missing:
@@ -220,11 +221,12 @@ def summarise(
     correct = n - int(clean.broken.sum())
     clean_accuracy = Accuracy.of(correct, n)
     rows, missing, names = [], [], [stage.name for stage in stages]
-    left = clean.sample[~clean.broken]
+    left = owed = clean.sample[~clean.broken]
     for stage in stages:
         records = store.records(stage.name)
-        if not np.isin(left, records.sample).all() or len(clean) < n:
+        if not np.isin(owed, records.sample).all() or len(clean) < n:
             missing.append(stage.name)
+        owed = np.setdiff1d(owed, records.sample[records.alone])  # as the engine goes on
         broken = int(np.isin(left, records.sample[records.broken]).sum())
         left = np.setdiff1d(left, records.sample[records.broken])
         correct -= broken
@@ -274,7 +276,8 @@ def measures(traits: Traits, n: int, records: list[Records], correct: int) -> di
     records: of the clean images and of each stage.  correct: samples that held.
     wra: weighted robust accuracy, the mean of clean and robust.  mean_draw, worst_draw: robust
     accuracy if one evaluation of a stochastic model decides, on average, and if the worst of them
-    does.  single_image: robust accuracy against whoever alters one image of a batch.
+    does.  single_image: the share that no image broke alone among clean ones; an upper bound, since
+    the attacks alter whole batches.
     """
     clean = records[0]
     found = {"wra": (float((~clean.broken).sum()) + correct) / (2 * n) if n else 0.0}

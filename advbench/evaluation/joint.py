@@ -21,9 +21,10 @@ from advbench.attacks.base import Clean, Oracle, Rows
 from advbench.attacks.random import KeyedRandom
 from advbench.attacks.referee import finite
 from advbench.attacks.threat import Threat
+from advbench.errors import UserError
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.search import TELL_SECONDS, Watch
+from advbench.evaluation.search import NO_GRADIENT, TELL_SECONDS, Watch
 from advbench.evaluation.store import Records, Store
 
 
@@ -74,6 +75,8 @@ class Bench:
             batch[row] = self.closest[row]
             label, _, wrong = self._score(batch)
             self.alone[row] = wrong[row]
+            if wrong[row]:
+                self.images[row] = batch[row]
             mine = torch.zeros_like(wrong)
             mine[row] = wrong[row] & ~self.broken[row]
             self._break(mine, label, batch)
@@ -147,7 +150,8 @@ class JointSearch:
             "backwards": backwards,
         }
         records = Records(**{name: part[order].cpu().numpy() for name, part in columns.items()})
-        images = bench.images[order][broken[order]].cpu().numpy() if self.keep_images else None
+        # What broke among others is no proof by itself.
+        images = bench.images[order][bench.alone[order]].cpu().numpy() if self.keep_images else None
         self.store.append(self.stage.name, records, time.perf_counter() - begin, images)
         self.done += len(order)
         self.correct -= int(records.alone.sum())
@@ -162,6 +166,8 @@ class JointSearch:
         for query in range(attack.queries):
             answer = attack.ask(self.oracle, rows, self.threat)
             _look(bench, answer.logits, rows.point)
+            if answer.usable is not None and not bool(answer.usable.all()):
+                raise UserError(NO_GRADIENT)
             attack.advance(rows, answer, self.threat, random)
             if attack.peeks:
                 logits = self.oracle.peek(rows)

@@ -46,7 +46,13 @@ class Archive:
             names = ["clean"]
             if _same(identity, theirs["identity"], UNDER_ATTACK):
                 offered = {stage["name"]: essence(stage) for stage in theirs["stages"]}
-                names += [name for name, what in wanted.items() if offered.get(name) == what]
+                known = theirs["identity"].get("surrogates", {})
+                names += [
+                    name
+                    for name, what in wanted.items()
+                    if offered.get(name) == what
+                    and known.get(what["target"]) == identity["surrogates"].get(what["target"])
+                ]
             for name in names:
                 self._offers.setdefault(name, []).append(other)
 

@@ -51,8 +51,8 @@ def fixed_batches(total: int, size: int) -> Tensor:
     """
     if total < size:
         raise UserError(
-            f"the model is judged in batches of {size} images and the split has {total}: "
-            f"evaluate with defense.eval_batch={total}"
+            f"the model is judged in batches of {size} images and there are {total}: give it more "
+            "images, or a model with smaller batches"
         )
     order = _order(total)
     return torch.cat([order, order[: -total % size]]).view(-1, size)

@@ -37,6 +37,10 @@ from advbench.evaluation.samples import Samples
 from advbench.evaluation.searcher import Shapes, out_of_memory
 from advbench.evaluation.store import Store
 
+NO_GRADIENT = (
+    "the model's gradient is NaN or infinite for whole images, so an attack along it would find "
+    "nothing and its robust accuracy would mean nothing: mend the model's backward"
+)
 TELL_SECONDS = 0.2
 COMMIT_SECONDS = 2.0
 FLIGHT_SECONDS = 30.0
@@ -236,11 +240,7 @@ class Search:
 
     def _need_gradients(self, usable: Tensor) -> None:
         if not bool((usable.cpu() | (self.place < 0)).all()):
-            raise UserError(
-                "the model's gradient is NaN or infinite for whole images, so an attack along it "
-                "would find nothing and its robust accuracy would mean nothing: mend the model's "
-                "backward"
-            )
+            raise UserError(NO_GRADIENT)
 
     def _look(self, rows: Rows, logits: Tensor) -> None:
         """Put before the referee what looks like a success."""
@@ -263,7 +263,7 @@ class Search:
         at = slots.to(rows.x.device)
         x = rows.x[at]
         judged = self.referee.judge(x, rows.y[at], rows.point[at])
-        rows.forwards[at] += self.referee.draws
+        rows.forwards[at] += judged.evaluations
         self.smallest[at] = torch.minimum(
             self.smallest[at], torch.where(judged.broken, torch.inf, judged.margin)
         )

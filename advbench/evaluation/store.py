@@ -125,15 +125,15 @@ class Store:
         self._parts.setdefault(stage, []).append(records)
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         if images is not None:
-            broken = records.sample[records.broken]
-            self._images.setdefault(stage, []).append((broken, images))
+            alone = records.sample[records.alone]
+            self._images.setdefault(stage, []).append((alone, images))
 
     def append(
         self, stage: str, records: Records, seconds: float, images: np.ndarray | None = None
     ) -> None:
         """Keep the records, on disk before this returns.
 
-        seconds: time spent on them.  images: adversarial images of the broken ones, in order.
+        seconds: time spent on them.  images: adversarial images of those broken alone, in order.
         """
         if self.folder is not None:
             arrays = {name: getattr(records, name) for name in Records.DTYPES}

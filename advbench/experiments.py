@@ -37,7 +37,7 @@ TEACHERS = ("robust_teacher", "standard_teacher")
 
 
 MEASURES = {
-    "wra": "weighted robust accuracy, the mean of clean and robust",
+    "wra": "mean of clean and robust (WRA)",
     "mean_draw": "if a single draw decides, on average",
     "worst_draw": "if the worst of the draws decides",
     "single_image": "not broken as the only altered image of a batch",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to an honest number: install, train with and without PGD adversarial training,
-# attack both with AutoAttack, show the table. Under three minutes on two cores after the install.
+# attack both with AutoAttack, show the table. Three to five minutes on two cores after the install.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 advbench=.venv/bin/advbench

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import distributed
 
 from advbench.errors import UserError
 
@@ -21,3 +22,8 @@ def asking_for(accelerator: str, devices: int | str) -> Iterator[None]:
             f"trainer.accelerator={accelerator} with trainer.devices={devices} "
             f"cannot be had here: {reason:.200}"
         ) from problem
+
+
+def in_company() -> bool:
+    """Whether this process is one of a group, which may talk through ``torch.distributed``."""
+    return distributed.is_available() and distributed.is_initialized()

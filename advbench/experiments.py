@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from advbench.evaluation.evaluate import Evaluation, finished_results
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
-from advbench.files import file_sha256, model_sha256, short_hash, write_atomic
+from advbench.files import hashes, model_sha256, short_hash, write_atomic
 from advbench.results import Results
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
@@ -155,7 +155,7 @@ def evaluate(
     resources = config.build(cfg.trainer, "trainer", plugins=plugins)
     if not isinstance(resources, Resources):
         raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
-    trained = None
+    trained: DictConfig | None = None
     if cfg.model is None:
         # Kept in the run's config, so that going on does not depend on what is newest then.
         run = runs.newest() if cfg.run is None else runs.find(cfg.run)
@@ -170,7 +170,7 @@ def evaluate(
             f"protocol={protocol.title} has no use for transfer: take protocol=adaptive"
         )
     splits: Splits = config.build(data_node, "data", plugins=plugins)
-    subject = subjects.candidate(cfg, plugins, splits)
+    subject = subjects.candidate(cfg, trained, plugins, splits)
     crew = resources.launch()
     samples = Samples(splits.test, subset(len(splits.test), cfg.n), crew.device)
     input_shape = getattr(subject.model, "input_shape", None)
@@ -185,9 +185,8 @@ def evaluate(
     )
     for surrogate in surrogates.values():
         surrogate.model.to(crew.device)
-    name = subject.name
     evaluation = Evaluation(
-        run=name,
+        run=subject.name,
         model=subject.model,
         traits=subject.traits,
         surrogates=surrogates,
@@ -206,7 +205,7 @@ def evaluate(
     identity = evaluation.identity()
     kept = cfg if "choices" in cfg else _kept(cfg, choices)
     limit = str(threat).replace(" ", "_").replace("/", "-")
-    folder = home.of(f"{name}-{protocol.title.replace('/', '-')}-{limit}", identity)
+    folder = home.of(f"{subject.name}-{protocol.title.replace('/', '-')}-{limit}", identity)
     with runs.occupied(folder) if crew.rank == 0 else nullcontext():
         if crew.rank == 0:
             runs.keep_config(folder, kept, compare=False)  # the plan decides what is the same
@@ -214,7 +213,7 @@ def evaluate(
             if finished_results(folder) is not None:
                 screen.line(f"finished already: {folder}")
             of = f"{len(samples)} samples of {splits.info.name}, {threat}"
-            screen.line(f"evaluating {name} on {of}")
+            screen.line(f"evaluating {subject.name} on {of}")
             for reason in evaluation.reasons():
                 screen.line(reason)
             for stage in stages:
@@ -231,11 +230,6 @@ def evaluate(
     if crew.rank == 0:
         _tell_results(results, folder, screen)
     return results
-
-
-def hashes(files: Sequence[str]) -> dict[str, str]:
-    """The content of the user's own files, by name."""
-    return {Path(file).name: file_sha256(file) for file in files}
 
 
 def _resumed(run: str, kind: str) -> tuple[Home, DictConfig]:

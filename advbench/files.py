@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 def file_sha256(path: str | Path) -> str:
     """Hash of a file's content."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def hashes(files: Iterable[str]) -> dict[str, str]:
+    """The content of the user's own files, by name."""
+    return {Path(file).name: file_sha256(file) for file in files}
 
 
 _MODULE = set(vars(nn.Module()))

@@ -16,7 +16,7 @@ from advbench.data.base import Info, Splits
 from advbench.defenses.base import Defense, Surrogate, Traits, worst
 from advbench.defenses.chain import Chain
 from advbench.errors import UserError, did_you_mean
-from advbench.files import file_sha256
+from advbench.files import file_sha256, hashes
 
 
 class Foreign(nn.Module):
@@ -65,15 +65,18 @@ class Candidate:
         return found
 
 
-def candidate(cfg: DictConfig, plugins: tuple[str, ...], splits: Splits | None) -> Candidate:
+def candidate(
+    cfg: DictConfig, trained: DictConfig | None, plugins: tuple[str, ...], splits: Splits
+) -> Candidate:
     """What the config of an evaluation names.
 
-    splits: the data; a retrofit looks at them. Raises UserError where the parts do not fit.
+    trained: the config of the run, where there is one.  splits: the data; a retrofit looks at
+    them. Raises UserError where the parts do not fit.
     """
-    code = {Path(file).name: file_sha256(file) for file in cfg.plugins}
+    code = hashes(cfg.plugins)
     wanted = None if cfg.defense is None else cfg.defense.get("_target_")
     base, settings = None, {}
-    if cfg.model is not None:
+    if trained is None:
         model: Any = models.from_factory(cfg.model, cfg.weights)
         file = cfg.model.rpartition(":")[0]
         name, code["model"] = Path(file).stem, file_sha256(file)
@@ -86,16 +89,13 @@ def candidate(cfg: DictConfig, plugins: tuple[str, ...], splits: Splits | None) 
                 "traits are declared for model=FILE.py:FACTORY; a run's defense knows its own"
             )
         run = runs.find(cfg.run)
-        node = None
-        trained = config.read(run / runs.CONFIG)
-        if wanted is None:
-            node = config.inherit(cfg.defense, trained, "defense")
-        model, defense, trained = models.from_run(run, plugins, node)
+        # A retrofit comes on top of the run's own defense, as that was.
+        node = trained.defense if wanted else config.inherit(cfg.defense, trained, "defense")
+        model, defense, _ = models.from_run(run, plugins, node)
         name, traits = run.resolve().name, defense.traits(model)
         base = models.base_of(run, plugins)
-        settings = _settings(trained, trained.defense if node is None else node)
+        settings = _settings(trained, node)
     if wanted is not None:
-        assert splits is not None
         own = defense
         defense, model = _retrofit(cfg.defense, plugins, own, model, splits)
         traits = worst([traits, defense.traits(model)])

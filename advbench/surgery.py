@@ -15,7 +15,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -78,6 +78,22 @@ def twin(model: M) -> M:
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, dict(tensors))
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in training or evaluation mode as it was before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def probe_images(input_shape: Sequence[int], n: int = 2) -> Tensor:
+    """The same random images in [0, 1] each time, (n, C, H, W): to see what a model calls."""
+    return torch.rand(n, *input_shape, generator=torch.Generator().manual_seed(0))
 
 
 def count_modules(model: nn.Module, kind: Kind) -> int:
@@ -230,14 +246,9 @@ def _probe(model: nn.Module, kind: Kind, x: Tensor) -> _Probe:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards each module has its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def _copy_aliases(model: nn.Module, kind: Kind) -> None:

@@ -43,14 +43,6 @@ from advbench.training.trainer import Trainer
 PARTS: tuple[PartName, ...] = ("clean", "adversarial")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def backbone(size: int = 8) -> Classifier:
     torch.manual_seed(0)
     return convnet(num_classes=3, input_shape=[1, size, size], mean=[0.4], std=[0.3])
@@ -423,7 +415,7 @@ def test_the_router_reads_each_image_by_itself_in_training_too():
 
 def test_several_devices_need_an_adversarial_part(monkeypatch):
     defense, model = defended()
-    monkeypatch.setattr(awnet.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(awnet, "in_company", lambda: True)
     defense.loss_terms(model, forward(defense, model, {p: images() for p in PARTS}))
     with pytest.raises(UserError, match=r"trainer\.devices=1"):
         defense.loss_terms(model, forward(defense, model, {"clean": images()}))

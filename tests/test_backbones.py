@@ -85,15 +85,6 @@ def images(shape: list[int], n: int = 2) -> Tensor:
     return torch.rand(n, *shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small operations: on a busy machine, threads that wait for each other take 3x longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=[*CASES, *EXTERNAL], ids=str)
 def built(request) -> tuple[Case, Classifier]:
     torch.manual_seed(0)

@@ -26,14 +26,6 @@ from advbench.training.trainer import Trainer
 LINF = Threat("linf", 0.1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def problem(classes: int = 2) -> tuple[Classifier, Classifier, Classifier, Tensor, Tensor]:
     """A student, a robust and a standard teacher, images and their classes."""
     generator = torch.Generator().manual_seed(0)

@@ -154,15 +154,6 @@ def assert_same_result(one: Path, other: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads slow down nets as small as these, above all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Schedules and optimizers
 
 

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torchvision import models as zoo
 
 from advbench.backbones.activations import ACTIVATIONS
 from advbench.backbones.base import Classifier
 from advbench.errors import UserError, did_you_mean
-from advbench.surgery import split_sites
+from advbench.surgery import probe_images, split_sites
 
 SITES = (*ACTIVATIONS.values(), nn.ELU, nn.GELU, nn.Hardswish, nn.LeakyReLU)
 """What counts as an activation in these models, each call of which gets a module of its own."""
@@ -173,7 +172,7 @@ def _external(
     if last.out_features != num_classes:
         last = nn.Linear(last.in_features, num_classes)
     classifier = External(model, head=last, input_shape=input_shape, mean=mean, std=std)
-    x = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
+    x = probe_images(input_shape)
     with _refusal(title, input_shape):
         split_sites(classifier, SITES, x)
     return classifier

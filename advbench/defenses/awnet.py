@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advbench.backbones.base import Classifier
 from advbench.backbones.layers import conv, named
 from advbench.defenses.base import Defense, PartName, Step, Surrogate, Traits
+from advbench.devices import in_company
 from advbench.errors import UserError, did_you_mean
 from advbench.surgery import replace_modules, twin
 
@@ -312,7 +313,7 @@ class AWNet(Defense):
         routed.enter(None)
         t = routed.take()
         # DDP waits for the gradient of every parameter.
-        if "adversarial" not in t and distributed.is_available() and distributed.is_initialized():
+        if "adversarial" not in t and in_company():
             raise UserError(
                 "AW-Net's adversarial batch norms get no gradient from a recipe without an "
                 "adversarial part, which several devices do not allow: give trainer.devices=1, or "

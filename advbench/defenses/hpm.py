@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense, Part, Step, Surrogate, Traits
+from advbench.devices import in_company
 from advbench.errors import UserError, did_you_mean
-from advbench.surgery import twin
+from advbench.surgery import modes_kept, twin
 
 INFERENCE = ("batch", "context")
 CONTEXT_SEED = 0  # of the choice of the context images
@@ -284,11 +285,7 @@ class HPM(Defense):
         h, rows = _trained(step).features.float(), one_hot(step.y, len(prototypes))
         # One tensor, so that devices talk once: sums (K, D), and counts in the last column.
         total = torch.cat([rows.T @ h, rows.sum(0)[:, None]], 1)
-        if (
-            distributed.is_available()
-            and distributed.is_initialized()
-            and distributed.get_world_size() > 1
-        ):
+        if in_company():
             distributed.all_reduce(total)
         sums, counts = total[:, :-1], total[:, -1:]
         moved = prototypes.lerp(sums / counts.clamp(min=1), 1 - self.momentum)
@@ -328,16 +325,14 @@ class HPM(Defense):
 @contextmanager
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Training mode; afterwards the modes and buffers are as before."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    with modes_kept(model):
+        model.train()
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def head_of(model: nn.Module) -> HPMHead:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from advbench.data.base import Split, Splits
 from advbench.defenses.base import Defense, PartName, Surrogate, Traits
 from advbench.errors import UserError
-from advbench.surgery import replace_modules, split_sites, twin
+from advbench.surgery import probe_images, replace_modules, split_sites, twin
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 BATCH = 256  # images per pass over the validation split
@@ -109,8 +109,8 @@ class JumpReLU(Defense):
         An automatic jump is 0 until ``prepare``.
         Raises UserError for a model without ReLUs, or whose calls can't be told apart.
         """
-        noise = torch.rand(2, *model.input_shape, generator=torch.Generator().manual_seed(0))
-        model = split_sites(model, ACTIVATIONS, noise.to(_device(model)))
+        x = probe_images(model.input_shape).to(_device(model))
+        model = split_sites(model, ACTIVATIONS, x)
         jump = 0.0 if self.auto else float(self.jump)
 
         def make(old: nn.Module, name: str) -> nn.Module:

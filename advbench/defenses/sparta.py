@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from advbench.backbones.base import Classifier
 from advbench.defenses.base import Defense, Surrogate
 from advbench.errors import UserError, did_you_mean
-from advbench.surgery import check_sites, input_shapes, replace_modules, twin
+from advbench.surgery import check_sites, input_shapes, probe_images, replace_modules, twin
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU)
 SHARES = ("site", "stage", "net")
@@ -160,8 +160,7 @@ class Sparta(Defense):
         them exactly once, and for activations of other than (N, C, H, W) maps and (N, D) vectors.
         """
         device = next(model.parameters()).device
-        noise = torch.rand(2, *model.input_shape, generator=torch.Generator().manual_seed(0))
-        x = noise.to(device)
+        x = probe_images(model.input_shape).to(device)
         check_sites(model, ACTIVATIONS, x)
         shapes = input_shapes(model, ACTIVATIONS, x)
         for name, module in model.named_modules():

@@ -107,100 +107,78 @@ class Engine:
                         return False
                     if stage.target not in prepared:
                         prepared = {stage.target: self._searcher(stage.target)}
-                    attack = self._attack_batches if self.traits.batch_dependent else self._attack
-                    counts = len(held(store, stage.name, correct)), len(mine)
-                    if not attack(stage, prepared[stage.target], store, pending, counts):
+                    still = len(held(store, stage.name, correct))
+                    search = self._search(stage, prepared[stage.target], store, still, len(mine))
+                    if self.traits.batch_dependent:
+                        self.watch.stage(stage.name, len(pending))
+                    if not self._attack(stage, search, store, pending):
                         return False
                 correct = held(store, stage.name, correct)
         return True
 
     def _attack(
-        self,
-        stage: Stage,
-        target: nn.Module,
-        store: Store,
-        pending: Tensor,
-        counts: tuple[int, int],
+        self, stage: Stage, search: Callable[[Unit, Tensor], bool], store: Store, pending: Tensor
     ) -> bool:
-        """Attack the samples ``pending``, each by itself. Returns False if time was up before.
+        """Attack the samples ``pending``, group by group where that is how the model is judged.
 
-        counts: of samples still correct as this begins, and of all.
+        Returns False if time was up before.
         """
-        threat, (correct, total) = self._threat(stage), counts
-        before = int(store.records(stage.name).broken.sum())
         for unit in self.units or [Unit(pending, pending)]:
-            part = pending[torch.isin(pending, unit.own)]
-            if not len(part):
+            wanted = unit.own[torch.isin(unit.own, pending)]
+            if not len(wanted):
                 continue
             if stage.only_if and not torch.isin(broken_by(store, stage.only_if), unit.own).any():
-                store.append(stage.name, untouched(part, self.samples), 0.0)
+                store.append(stage.name, untouched(wanted, self.samples), 0.0)
                 continue
             self._seed_noise(stage.name, unit)
-            broken = int(store.records(stage.name).broken.sum()) - before
-            search = Search(
-                stage,
-                self.samples,
-                threat,
-                self._oracle(stage, target),
-                Referee(self.model, threat, draws=VOTES if self.traits.stochastic else 1),
-                self.shapes,
-                store,
-                seed=self.seed,
-                correct=correct - broken,
-                total=total,
-                exact=stage.target == "model" and self.speed.precision == "32",
-                keep_images=self.keep_images,
-                whole=self.traits.stochastic,
-                watch=self.watch,
-                hurry=self._late,
-            )
-            if not search.run(part):
+            if not search(unit, wanted):
                 return False
             self.moved = True
         return True
 
-    def _attack_batches(
-        self,
-        stage: Stage,
-        target: nn.Module,
-        store: Store,
-        pending: Tensor,
-        counts: tuple[int, int],
-    ) -> bool:
-        """Attack the fixed batches that hold samples of ``pending``, as ``_attack`` does."""
-        assert self.units is not None
-        self.watch.stage(stage.name, len(pending))
-        search = JointSearch(
+    def _search(
+        self, stage: Stage, target: nn.Module, store: Store, correct: int, total: int
+    ) -> Callable[[Unit, Tensor], bool]:
+        """What attacks samples of a unit, and returns False if time was up before.
+
+        correct: samples that are still correct as the stage begins, of ``total``.
+        """
+        threat = self.threat if stage.eps is None else Threat(self.threat.norm, stage.eps)
+        oracle = self._oracle(stage, target)
+        if self.traits.batch_dependent:
+            joint = JointSearch(
+                stage,
+                self.model,
+                self.samples,
+                threat,
+                oracle,
+                store,
+                seed=self.seed,
+                correct=correct,
+                total=total,
+                keep_images=self.keep_images,
+                watch=self.watch,
+                hurry=self._late,
+            )
+            return lambda unit, wanted: joint.run(unit.rows, wanted)
+        single = Search(
             stage,
-            self.model,
             self.samples,
-            self._threat(stage),
-            self._oracle(stage, target),
+            threat,
+            oracle,
+            Referee(self.model, threat, draws=VOTES if self.traits.stochastic else 1),
+            self.shapes,
             store,
             seed=self.seed,
-            correct=counts[0],
-            total=counts[1],
+            correct=correct,
+            total=total,
+            exact=stage.target == "model" and self.speed.precision == "32",
             keep_images=self.keep_images,
+            whole=self.traits.stochastic,
             watch=self.watch,
             hurry=self._late,
         )
-        for unit in self.units:
-            self._seed_noise(stage.name, unit)
-            wanted = unit.own[torch.isin(unit.own, pending)]
-            if not len(wanted):
-                continue
-            try:
-                if not search.run(unit.rows, wanted):
-                    return False
-            except RuntimeError as problem:
-                if not out_of_memory(problem):
-                    raise
-                raise UserError(
-                    f"the device has no memory for a batch of {len(unit.rows)} images that is "
-                    "attacked as a whole"
-                ) from problem
-            self.moved = True
-        return True
+        return lambda unit, wanted: single.run(wanted)
 
     def _late(self) -> bool:
         """Whether time is up. A group that is attacked as a whole is lost if it is cut: one is
@@ -212,9 +190,6 @@ class Engine:
         """Noise of a model's own has no key: a group of samples is repeatable as a whole."""
         if self.traits.stochastic:
             torch.manual_seed(hash_of(f"{self.seed}/{stage}/{int(unit.rows[0])}"))
-
-    def _threat(self, stage: Stage) -> Threat:
-        return self.threat if stage.eps is None else Threat(self.threat.norm, stage.eps)
 
     def _oracle(self, stage: Stage, target: nn.Module) -> Oracle:
         anchored = stage.target != "model" and self.surrogates[stage.target].anchored

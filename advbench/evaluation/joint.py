@@ -16,15 +16,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from advbench.attacks import losses
 from advbench.attacks.base import Clean, Oracle, Rows
 from advbench.attacks.random import KeyedRandom
-from advbench.attacks.referee import finite
+from advbench.attacks.referee import Referee, finite
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import NO_GRADIENT, TELL_SECONDS, Watch
+from advbench.evaluation.searcher import out_of_memory
 from advbench.evaluation.store import Records, Store
 
 
@@ -37,8 +37,10 @@ class Bench:
     """
 
     def __init__(self, model: nn.Module, threat: Threat, clean: Clean) -> None:
-        self.model, self.threat, self.clean = model, threat, clean
+        self.clean, self.threat = clean, threat
         n = len(clean.y)
+        # The whole batch in one pass, which it has to be.
+        self.referee = Referee(model, threat, chunk=n)
         self.broken = torch.zeros_like(clean.y, dtype=torch.bool)
         self.alone = self.broken.clone()
         self.label = clean.y.clone()
@@ -48,38 +50,28 @@ class Bench:
         self.images = clean.x.clone()
         self.forwards = 0
 
-    @torch.no_grad()
-    def _score(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Label, margin and whether it is wrong, of each row of the batch as it is."""
-        self.forwards += 1
-        logits = self.model(point).float()
-        label, sound = logits.argmax(1), finite(logits)
-        margin = torch.where(sound, -losses.margin(logits, self.clean.y), -torch.inf)
-        return label, margin, (label != self.clean.y) | ~sound
-
     def judge(self, proposal: Tensor) -> None:
         """Put a batch of proposals, (N, C, H, W), before the real model."""
-        x = self.clean.x
-        proposal = torch.where(proposal.isnan(), x, proposal.detach().to(torch.float32))
-        point = self.threat.project(proposal, x)
-        label, margin, wrong = self._score(point)
-        closer = margin < self.margin
-        self.closest[closer] = point[closer]
-        self.margin = torch.minimum(self.margin, margin)
-        self._break(wrong & ~self.broken, label, point)
+        judged = self.referee.judge(self.clean.x, self.clean.y, proposal)
+        self.forwards += 1
+        closer = judged.margin < self.margin
+        self.closest[closer] = judged.point[closer]
+        self.margin = torch.minimum(self.margin, judged.margin)
+        self._break(judged.broken & ~self.broken, judged.label, judged.point)
 
     def judge_alone(self, rows: Tensor) -> None:
         """Put the closest image of each of these rows alone among clean ones."""
         for row in rows.tolist():
             batch = self.clean.x.clone()
             batch[row] = self.closest[row]
-            label, _, wrong = self._score(batch)
-            self.alone[row] = wrong[row]
-            if wrong[row]:
+            judged = self.referee.score(batch, self.clean.y)
+            self.forwards += 1
+            self.alone[row] = judged.broken[row]
+            if judged.broken[row]:
                 self.images[row] = batch[row]
-            mine = torch.zeros_like(wrong)
-            mine[row] = wrong[row] & ~self.broken[row]
-            self._break(mine, label, batch)
+            mine = torch.zeros_like(judged.broken)
+            mine[row] = judged.broken[row] & ~self.broken[row]
+            self._break(mine, judged.label, batch)
 
     def _break(self, new: Tensor, label: Tensor, point: Tensor) -> None:
         self.broken |= new
@@ -123,8 +115,20 @@ class JointSearch:
     def run(self, rows: Tensor, wanted: Tensor) -> bool:
         """Attack the batch with the ids ``rows``, and keep a record of the ``wanted`` ones.
 
-        Returns False if time was up before, and then nothing is kept.
+        Returns False if time was up before, and then nothing is kept. Raises UserError if the
+        device has no memory for the batch, which can't be cut.
         """
+        try:
+            return self._run(rows, wanted)
+        except RuntimeError as problem:
+            if not out_of_memory(problem):
+                raise
+            raise UserError(
+                f"the device has no memory for a batch of {len(rows)} images that is attacked as a "
+                "whole"
+            ) from problem
+
+    def _run(self, rows: Tensor, wanted: Tensor) -> bool:
         begin = time.perf_counter()
         batch = self.samples.fetch(rows)
         order = rows.argsort()

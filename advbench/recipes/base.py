@@ -16,6 +16,7 @@ from advbench.attacks.random import TorchRandom
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Part, PartName, Step
 from advbench.errors import UserError
+from advbench.surgery import modes_kept
 
 
 @contextmanager
@@ -24,14 +25,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Gradients in the input remain possible, and are all that a backward pass computes then.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with attackable(model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with modes_kept(model), attackable(model):
+        model.eval()
+        yield
 
 
 @dataclass(frozen=True)

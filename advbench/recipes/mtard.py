@@ -15,6 +15,7 @@ from advbench.attacks.pgd import PGD
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Part, PartName, Step
+from advbench.devices import in_company
 from advbench.errors import UserError
 from advbench.recipes.base import Recipe
 from advbench.recipes.trades import NOISE, divergence
@@ -135,7 +136,7 @@ class MTARD(Recipe):
     def after_step(self, model: nn.Module, step: Step) -> None:
         balance = step.memory
         assert isinstance(balance, Balance)
-        if distributed.is_available() and distributed.is_initialized():
+        if in_company():
             distributed.all_reduce(balance.last)
             balance.last /= distributed.get_world_size()
         if step.step == 0:

@@ -111,7 +111,7 @@ def naive(run: Path, overrides: str, n: int, seed: int, out: Path) -> None:
     cfg = evaluation_config(run, overrides)
     trained = config.read(run / "config.yaml")
     splits = config.build(trained.data, "data")
-    model = subjects.candidate(cfg, (), splits).model.requires_grad_(False)
+    model = subjects.candidate(cfg, trained, (), splits).model.requires_grad_(False)
     threat: Threat = config.build(trained.threat, "threat")
     x, y = splits.test.fetch(subset(len(splits.test), n), torch.device("cpu"))
     suite: Any = AutoAttack(model, norm="Linf", eps=threat.radius, seed=seed, version="standard")

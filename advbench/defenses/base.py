@@ -80,6 +80,7 @@ class Step:
     y: (N,) true classes.  epoch and step count from 0; step counts over all epochs.
     borrowed: parts that are there because the defense asked for them, and the recipe did not.
     memory: what the recipe remembers from step to step, see ``Recipe.memory``.
+    targets: (N, K) soft labels of images that were mixed; y is then the class with most of each.
     """
 
     y: Tensor
@@ -89,6 +90,12 @@ class Step:
     step: int
     borrowed: tuple[PartName, ...] = ()
     memory: nn.Module | None = None
+    targets: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """What cross-entropy is taken against: (N,) classes, or (N, K) where images were mixed."""
+        return self.y if self.targets is None else self.targets
 
     @property
     def parts(self) -> dict[PartName, Part]:

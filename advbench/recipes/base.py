@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,6 +74,15 @@ class Recipe(ABC):
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
         """Named scalar terms whose sum is the loss; they are logged one by one."""
 
+    @contextmanager
+    def displaced(self, model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[None]:
+        """Around the forward and backward pass of a step: the weights may be elsewhere meanwhile.
+
+        loss: the loss of the step, a scalar, by a forward pass in training mode at the weights of
+            that moment.
+        """
+        yield
+
     def after_step(self, model: nn.Module, step: Step) -> None:  # noqa: B027  (a hook)
         """After the optimizer's step, without gradients."""
 
@@ -90,7 +99,10 @@ class Recipe(ABC):
         with frozen(model):
             return craft(attack, model, Clean(ids, x, y), self.threat, TorchRandom())
 
-    def cross_entropy(self, part: Part | None, y: Tensor) -> Tensor:
-        """Mean cross-entropy of a part that the recipe forwards, with label smoothing; a scalar."""
+    def cross_entropy(self, part: Part | None, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of a part that the recipe forwards, with label smoothing; a scalar.
+
+        labels: ``Step.labels``.
+        """
         assert part is not None
-        return F.cross_entropy(part.logits, y, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(part.logits, labels, label_smoothing=self.label_smoothing)

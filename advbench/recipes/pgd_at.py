@@ -50,4 +50,4 @@ class PGDAT(Recipe):
         return self.search(self.attack(), model, x, y)
 
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
-        return {"ce": self.cross_entropy(step.adversarial, step.y)}
+        return {"ce": self.cross_entropy(step.adversarial, step.labels)}

@@ -19,4 +19,4 @@ class Standard(Recipe):
         return ("clean",)
 
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
-        return {"ce": self.cross_entropy(step.clean, step.y)}
+        return {"ce": self.cross_entropy(step.clean, step.labels)}

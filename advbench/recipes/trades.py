@@ -92,4 +92,4 @@ class TRADES(Recipe):
         assert step.clean is not None and step.adversarial is not None
         log_p = F.log_softmax(step.clean.logits.float(), dim=1)
         kl = divergence(log_p, step.adversarial.logits).mean()
-        return {"ce": self.cross_entropy(step.clean, step.y), "kl": self.beta * kl}
+        return {"ce": self.cross_entropy(step.clean, step.labels), "kl": self.beta * kl}

@@ -5,8 +5,10 @@ for each epoch, for each batch x, y of its permutation:
     seed the generators by (seed, process, step)
     x = augment(x)
     x' = recipe.perturb(model, x, y)             # eval mode, parameters frozen
-    terms = recipe.loss_terms + defense.loss_terms    # one forward in train mode
-    backward, clip, optimizer.step
+    with recipe.displaced(model):                # the weights may be elsewhere meanwhile
+        terms = recipe.loss_terms + defense.loss_terms    # one forward in train mode
+        backward
+    clip, optimizer.step
     defense.after_step, average of the weights
     about once a second: loss finite? progress; every ``save_every`` seconds: resume.pt
 after each epoch: validation, the best so far -> model.safetensors, metrics.csv, resume.pt
@@ -172,13 +174,22 @@ class Fit:
 
         x = self.splits.augment(x, self.generator).contiguous(memory_format=self.layout)
         inputs = {"clean": x}
-        with torch.autocast(fabric.device.type, torch.bfloat16, enabled=self.mixed):
+        cast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=self.mixed)
+        with cast:
             if "adversarial" in self.recipe.parts:
                 inputs["adversarial"] = self.recipe.perturb(self.model, x, y)
-            terms: dict[str, Tensor] = self.forward(inputs, y, self.position.epoch, step)
-        loss = torch.stack(list(terms.values())).sum()
+        given = inputs, y, self.position.epoch, step
+
+        def here() -> Tensor:
+            with cast:
+                return _total(self.training_step(*given))
+
         self.stepper.zero_grad()
-        fabric.backward(loss)
+        with self.recipe.displaced(self.model, here):
+            with cast:
+                terms: dict[str, Tensor] = self.forward(*given)
+            loss = _total(terms)
+            fabric.backward(loss)
         if self.settings.clip_grad is not None:
             fabric.clip_gradients(
                 self.forward,
@@ -332,3 +343,7 @@ class Fit:
             (self.folder / "resume.pt").unlink(missing_ok=True)
         self.fabric.barrier()
         return summary
+
+
+def _total(terms: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()

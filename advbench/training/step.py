@@ -37,11 +37,16 @@ class TrainingStep(nn.Module):
         return (*self.recipe.parts, *self.borrowed)
 
     def forward(
-        self, inputs: Mapping[PartName, Tensor], y: Tensor, epoch: int, step: int
+        self,
+        inputs: Mapping[PartName, Tensor],
+        y: Tensor,
+        epoch: int,
+        step: int,
+        targets: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss terms, scalars, of the recipe and then of the defense.
 
-        inputs: x (N, C, H, W) in [0, 1] of each part.  y: (N,).
+        inputs: x (N, C, H, W) in [0, 1] of each part.  y: (N,).  targets: see ``Step``.
         Raises ValueError if recipe and defense give two terms one name.
         """
         parts: dict[PartName, Part] = {}
@@ -57,6 +62,7 @@ class TrainingStep(nn.Module):
             step=step,
             borrowed=self.borrowed,
             memory=self.memory,
+            targets=targets,
         )
         terms = self.recipe.loss_terms(self.model, record)
         added = self.defense.loss_terms(self.model, record)

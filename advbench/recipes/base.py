@@ -75,11 +75,11 @@ class Recipe(ABC):
         """Named scalar terms whose sum is the loss; they are logged one by one."""
 
     @contextmanager
-    def displaced(self, model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[None]:
+    def displaced(self, model: nn.Module, loss: Callable[[], Tensor], epoch: int) -> Iterator[None]:
         """Around the forward and backward pass of a step: the weights may be elsewhere meanwhile.
 
         loss: the loss of the step, a scalar, by a forward pass in training mode at the weights of
-            that moment.
+            that moment.  epoch: from 0.
         """
         yield
 

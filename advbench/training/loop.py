@@ -185,7 +185,7 @@ class Fit:
                 return _total(self.training_step(*given))
 
         self.stepper.zero_grad()
-        with self.recipe.displaced(self.model, here):
+        with self.recipe.displaced(self.model, here, self.position.epoch):
             with cast:
                 terms: dict[str, Tensor] = self.forward(*given)
             loss = _total(terms)

@@ -10,11 +10,10 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # importing torch takes seconds, and most commands on files need none
+    from torch import Tensor, nn
 
 _LIBRARIES = ("torch", "torchvision", "timm", "advbench")
 
@@ -56,6 +55,8 @@ def short_hash(value: Any) -> str:
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """The content of a tensor, independent of device and layout."""
+    import torch
+
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -69,17 +70,16 @@ def hashes(files: Iterable[str]) -> dict[str, str]:
     return {Path(file).name: file_sha256(file) for file in files}
 
 
-_MODULE = set(vars(nn.Module()))
-"""What every module has: its tensors, which are hashed by name, its hooks and its mode."""
-
-
 def _plain(value: Any) -> Any:
     """A setting of a module in words that say all of it; None for what is no plain value."""
+    import numpy as np
+    import torch
+
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value) if value.dtype != object else None
-    if isinstance(value, Tensor):
+    if isinstance(value, torch.Tensor):
         content = hashlib.sha256(tensor_bytes(value)).hexdigest()
         return f"{value.dtype}/{tuple(value.shape)}/{content}"
     if isinstance(value, dict):
@@ -94,10 +94,14 @@ def model_sha256(model: nn.Module) -> str:
 
     Source: of classes outside the installed libraries. What their functions call is not seen.
     """
+    from torch import nn
+
+    # What every module has: its tensors, which are hashed by name, its hooks and its mode.
+    common = set(vars(nn.Module()))
     # Some modules print the address of a function; it differs from process to process.
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
     for name, module in model.named_modules():
-        settings = {key: _plain(value) for key, value in vars(module).items() if key not in _MODULE}
+        settings = {key: _plain(value) for key, value in vars(module).items() if key not in common}
         digest.update(f"{name}/{sorted(settings.items())}".encode())
         if type(module).__module__.partition(".")[0] not in _LIBRARIES:
             with contextlib.suppress(OSError, TypeError):  # no source, as in a notebook

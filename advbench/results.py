@@ -15,11 +15,15 @@ from advbench.files import write_json
 SCHEMA = "advbench.results/1"
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+Z95 = 1.959963984540054
+"""The normal distribution's 97.5 % quantile."""
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion (Wilson 1927); (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
-    z = 1.959963984540054
+    z = Z95
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -28,12 +32,25 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, 1.0 if successes == n else centre + half
 
 
+def threat_name(norm: str, eps: float) -> str:
+    """A threat in words: linf 8/255, l2 0.5."""
+    near = round(eps * 255)
+    if norm == "linf" and near and abs(eps * 255 - near) < 1e-6:
+        return f"{norm} {near}/255"
+    return f"{norm} {eps:g}"
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """A share of correct samples, in [0, 1], with its Wilson 95 % interval."""
 
     acc: float
     ci95: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        low, high = self.ci95
+        if not all(0 <= share <= 1 for share in (self.acc, low, high)):
+            raise ValueError(f"{self.acc} [{low}, {high}] is not a share of the samples")
 
     @classmethod
     def of(cls, correct: int, n: int) -> Accuracy:
@@ -108,6 +125,24 @@ class Results:
     def save(self, path: Path) -> None:
         write_json(path, self.to_json())
 
+    def check(self) -> None:
+        """Raise KeyError, TypeError or ValueError where a report would stumble."""
+        for name, value, kind in (
+            ("run", self.run, str),
+            ("settings", self.settings, dict),
+            ("settings.seed", self.settings.get("seed"), int | None),
+            ("data.n", self.data["n"], int),
+            ("threat.norm", self.threat["norm"], str),
+            ("threat.eps", self.threat["eps"], int | float),
+            ("provenance.seconds", self.provenance["seconds"], int | float),
+            ("verdict.label", self.verdict.get("label"), str | None),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r}")
+        if not (math.isfinite(self.threat["eps"]) and self.data["n"] >= 0):
+            raise ValueError("eps or n is out of range")
+        _ = self.data["name"], self.protocol["name"], self.protocol["version"]
+
     @classmethod
     def load(cls, path: Path) -> Results:
         """Read a results.json. Raises UserError for a file of another kind."""
@@ -120,8 +155,16 @@ class Results:
                 for key in ("clean", "robust")
             }
             stages = tuple(StageResult(**stage) for stage in values["stages"])
-            _ = values["threat"]["norm"], values["data"]["name"], values["protocol"]["name"]
             lists = {"stages": stages, "missing": tuple(values.get("missing", ()))}
-            return cls(**{**values, **accuracy, **lists})
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+            results = cls(**{**values, **accuracy, **lists})
+            results.check()
+            return results
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as problem:
             raise UserError(f"{path} is not a result of advbench: {problem}") from problem

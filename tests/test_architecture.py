@@ -21,7 +21,8 @@ LAYERS = [
     ["evaluation", "training"],
     ["recipes"],
     ["defenses"],
-    ["attacks", "backbones", "data", "results", "provenance"],
+    ["attacks", "backbones", "data", "provenance"],
+    ["results"],
     ["surgery", "files", "devices"],
     ["errors"],
 ]

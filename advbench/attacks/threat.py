@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from advbench.errors import UserError, did_you_mean
+from advbench.results import threat_name
 
 NORMS = ("linf", "l2", "l1")
 
@@ -72,11 +73,7 @@ class Threat:
         return project(point, x, self.norm, self.radius)
 
     def __str__(self) -> str:
-        eps = self.radius * 255
-        near = round(eps)
-        if self.norm == "linf" and near and abs(eps - near) < 1e-6:
-            return f"{self.norm} {near}/255"
-        return f"{self.norm} {self.radius:g}"
+        return threat_name(self.norm, self.radius)
 
 
 def per_row(value: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,313 @@
+"""What reports read: evaluations, with what each says of its model and of how it was attacked."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advbench.errors import UserError
+from advbench.results import Accuracy, Results, threat_name, wilson
+
+if TYPE_CHECKING:  # a table needs neither, and importing torch takes seconds
+    from advbench.attacks.threat import Threat
+    from advbench.evaluation.store import Records
+
+RESULTS, CONFIG = "results.json", "config.yaml"
+NAMES = ("defense", "backbone", "recipe", "model")
+"""Settings that name a model; ``model`` is that of one of the user's own."""
+SEED = "seed"
+UNKNOWN = "-"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One evaluation, as reports read it. Nothing but results.json is read before it is asked for.
+
+    folder: its directory; whatever else it may hold is looked for there.
+    """
+
+    folder: Path
+    results: Results
+
+    def name(self, key: str) -> str:
+        """One of NAMES, or UNKNOWN."""
+        return str(self.results.settings.get(key, UNKNOWN))
+
+    @property
+    def defense(self) -> str:
+        return self.name("defense")
+
+    @property
+    def backbone(self) -> str:
+        return self.name("backbone")
+
+    @property
+    def recipe(self) -> str:
+        return self.name("recipe")
+
+    @property
+    def seed(self) -> int | None:
+        """Of the training; None for a model that advbench did not train."""
+        return self.results.settings.get(SEED)
+
+    @property
+    def data(self) -> str:
+        return str(self.results.data["name"])
+
+    @property
+    def n(self) -> int:
+        """Images evaluated."""
+        return self.results.data["n"]
+
+    @property
+    def threat(self) -> Threat:
+        from advbench.attacks.threat import Threat
+
+        return Threat(self.results.threat["norm"], self.results.threat["eps"])
+
+    @property
+    def threat_name(self) -> str:
+        """Such as ``linf 8/255``."""
+        return threat_name(self.results.threat["norm"], self.results.threat["eps"])
+
+    @property
+    def protocol(self) -> str:
+        """Title and version."""
+        return f"{self.results.protocol['name']} {self.results.protocol['version']}"
+
+    @property
+    def verdict(self) -> str | None:
+        """Its label; None where there is none."""
+        return self.results.verdict.get("label")
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the evaluation."""
+        return self.results.provenance["seconds"]
+
+    @property
+    def passes(self) -> int:
+        """Rows that all stages passed through the model, forwards and backwards."""
+        return sum(stage.forwards + stage.backwards for stage in self.results.stages)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What must be equal for two evaluations to be ranked together, by key of the config.
+
+        The images are known by the hash of the split and n: ``advbench.evaluation.samples.subset``
+        makes of the two the same indices always. The seed of the attacks is no condition.
+        """
+        data, threat = self.results.data, self.results.threat
+        protocol = {k: v for k, v in self.results.protocol.items() if k != SEED}
+        return {
+            "data": data["name"],
+            "data.split": data.get("split"),
+            "data.sha256": data.get("sha256"),
+            "n": data["n"],
+            "threat.norm": threat["norm"],
+            "threat.eps": threat["eps"],
+            **{"protocol" if k == "name" else f"protocol.{k}": v for k, v in protocol.items()},
+        }
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The evaluation's config.yaml; empty if there is none, as from a notebook."""
+        return _config(self.folder)
+
+    @cached_property
+    def training(self) -> Path | None:
+        """The training run that was evaluated, if it is still there.
+
+        A relative path is looked up from here and from where the evaluation was started.
+        """
+        named = self.config.get("run")
+        if not isinstance(named, str):
+            return None
+        # An evaluation lives at outputs/eval/NAME unless it was told otherwise.
+        for start in (Path(), *self.folder.resolve().parents[:3]):
+            if (start / named / CONFIG).is_file():
+                return start / named
+        return None
+
+    @cached_property
+    def records(self) -> Mapping[str, Records]:
+        """The records of every sample, by stage, ``clean`` first.
+
+        Raises UserError if there are none, as of an evaluation that did not finish.
+        """
+        from advbench.evaluation.store import read_samples
+
+        if not (self.folder / "samples.parquet").is_file():
+            again = "it did not finish: go on with the same command"
+            why = again if self.results.missing else "only results.json is left of it"
+            raise UserError(f"'{self.folder}' has no samples.parquet: {why}")
+        try:
+            return read_samples(self.folder)
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise UserError(f"'{self.folder}/samples.parquet' is damaged: {problem}") from problem
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    from advbench import config
+
+    try:
+        return config.plain(config.read(folder / CONFIG))
+    except UserError:
+        return {}
+
+
+def find(paths: Sequence[Path]) -> list[Entry]:
+    """All evaluations at or below the paths. A damaged file does not hide the others.
+
+    Raises UserError for a missing path, if there are none, and for a damaged file that is alone.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"there is no '{path}'")
+        files += [path] if path.is_file() else sorted(path.rglob(RESULTS))
+    if not files:
+        where = ", ".join(map(str, paths))
+        raise UserError(f"there are no results in {where}: make some with 'advbench eval'")
+    entries = []
+    for file in {file.resolve(): file for file in files}.values():
+        try:
+            entries.append(Entry(file.parent, Results.load(file)))
+        except UserError as problem:
+            if len(files) == 1:
+                raise
+            print(f"left out: {problem}", file=sys.stderr)
+    if not entries:
+        raise UserError("none of the results can be read")
+    return entries
+
+
+@dataclass(frozen=True)
+class Mean:
+    """An accuracy over training seeds, shares in [0, 1].
+
+    sd: sample standard deviation over ``count`` seeds; None for one.
+    ci95: Wilson's interval at the mean, for n images. The seeds share their images, so they do not
+    add to n: it says how far other images could move the mean, sd how far other seeds could.
+    """
+
+    acc: float
+    sd: float | None
+    count: int
+    ci95: tuple[float, float]
+
+    @classmethod
+    def of(cls, accuracies: Sequence[Accuracy], n: int) -> Mean:
+        if len(accuracies) == 1:
+            return cls(accuracies[0].acc, None, 1, accuracies[0].ci95)
+        values = [accuracy.acc for accuracy in accuracies]
+        mean = statistics.fmean(values)
+        return cls(mean, statistics.stdev(values), len(values), wilson(mean * n, n))
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Evaluations that differ in the training seed alone, in its order; often a single one."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def first(self) -> Entry:
+        return self.entries[0]
+
+    @property
+    def clean(self) -> Mean:
+        return Mean.of([entry.results.clean for entry in self.entries], self.first.n)
+
+    @property
+    def robust(self) -> Mean:
+        return Mean.of([entry.results.robust for entry in self.entries], self.first.n)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the trainings that are known to have one."""
+        return [entry.seed for entry in self.entries if entry.seed is not None]
+
+    @property
+    def seconds(self) -> float:
+        """Of one evaluation, on average."""
+        return statistics.fmean(entry.seconds for entry in self.entries)
+
+    @property
+    def passes(self) -> float:
+        """Of one evaluation and image, on average."""
+        return statistics.fmean(entry.passes / max(entry.n, 1) for entry in self.entries)
+
+    @property
+    def verdict(self) -> str | None:
+        """The least favourable label: of several seeds the number is as good as the worst."""
+        labels = [entry.verdict for entry in self.entries]
+        for label in ("unreliable", "inconclusive", None):
+            if label in labels:
+                return label
+        return labels[0]
+
+
+def groups(entries: Iterable[Entry]) -> list[Group]:
+    """Evaluations with the same conditions and settings, but for the training seed, together.
+
+    A seed of the attacks is a repetition of the same measurement and no other training: one model
+    evaluated twice makes two groups. So does whatever can't be told to differ in the seed alone.
+    """
+    alike: dict[str, list[Entry]] = {}
+    for entry in entries:
+        settings = {k: v for k, v in entry.results.settings.items() if k != SEED}
+        same = (sorted(entry.conditions.items()), sorted(settings.items()), entry.results.missing)
+        alike.setdefault(repr(same), []).append(entry)
+    found = []
+    for members in alike.values():
+        found += [Group(tuple(part)) for part in _by_training(members)]
+    return found
+
+
+def _by_training(members: list[Entry]) -> list[list[Entry]]:
+    """Split evaluations that are alike into sets of different trainings, each in order of seeds."""
+    parts: dict[Any, list[Entry]] = {None: members}
+    if not _distinct(members):
+        parts = {}
+        for entry in members:
+            parts.setdefault(entry.results.protocol.get(SEED), []).append(entry)
+    found = []
+    for part in parts.values():
+        if _distinct(part):
+            found.append(sorted(part, key=lambda entry: entry.seed or 0))
+        else:
+            found += [[entry] for entry in part]
+    return found
+
+
+def _distinct(members: list[Entry]) -> bool:
+    """Whether each has a training seed of its own."""
+    seeds = [entry.seed for entry in members]
+    return len(members) == 1 or (None not in seeds and len(set(seeds)) == len(seeds))
+
+
+def varying(entries: Iterable[Entry]) -> list[str]:
+    """What a sweep varied: keys of settings that take several values among runs alike otherwise.
+
+    Keys that tell apart runs of other NAMES are those names. The training seed is none of them.
+    """
+    found: dict[str, None] = {}
+    families: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        families.setdefault(tuple(entry.name(key) for key in NAMES), []).append(entry)
+    for i, name in enumerate(NAMES):
+        if len({key[i] for key in families}) > 1:
+            found[name] = None
+    for family in families.values():
+        values: dict[str, set[str]] = {}
+        for entry in family:
+            for key, value in entry.results.settings.items():
+                values.setdefault(key, set()).add(repr(value))
+        found |= dict.fromkeys(k for k, v in sorted(values.items()) if len(v) > 1 and k != SEED)
+    return list(found)

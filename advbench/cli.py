@@ -18,6 +18,7 @@ from typing import Any
 import advbench.messages as messages
 from advbench.errors import UserError, did_you_mean
 
+QUIET = ("-q", "--quiet")
 DIRECTORIES = ("hydra.run.dir=", "hydra.sweep.dir=")
 HELP = """advbench - train adversarial defenses, and measure honestly how robust they are
 
@@ -38,6 +39,7 @@ Settings follow as KEY=VALUE, in any order:
   advbench eval model=my_model.py:build weights=my.pt data=npz data.path=test.npz threat=linf_8
 
   advbench VERB --help                  every setting of that verb, with its value
+  advbench train --quiet ...            the outcome alone, in one line (eval too)
   advbench -sc install=bash             how to install completion (or zsh, fish)
   advbench --version
 """
@@ -106,11 +108,13 @@ def _hydra(verb: str, rest: list[str]) -> int:
         nonlocal status
         sys.argv = given  # what a process of another device is started with
         try:
-            status = max(status, _job(verb, cfg, there))
+            status = max(status, _job(verb, cfg, there, quiet))
         except Exception as problem:  # of one job: a sweep goes on with the next
             status = max(status, _refuse(problem))
 
     given = sys.argv
+    quiet = any(word in QUIET for word in rest)
+    rest = [word for word in rest if word not in QUIET]  # not a word of Hydra's
     sys.argv = [f"advbench {verb}", *rest]
     there = _existing(verb, rest)
     try:
@@ -128,7 +132,7 @@ def _existing(verb: str, rest: list[str]) -> set[Path]:
     return {path for name in wanted for path in (name, *name.parents) if path.exists()}
 
 
-def _job(verb: str, cfg: Any, there: set[Path]) -> int:
+def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -143,14 +147,14 @@ def _job(verb: str, cfg: Any, there: set[Path]) -> int:
         exact = Path(hydra_cfg.run.dir) != runs.OUTPUTS / verb
     with suppress(ValueError):
         folder = folder.relative_to(Path.cwd())
-    home = experiments.Home(folder, exact)
-    with _tidy(folder, there):
+    home, screen = experiments.Home(folder, exact), Screen(quiet=quiet)
+    with _tidy(folder, there), _noted(screen):
         _check_overrides(cfg, hydra_cfg)
         plugins = config.load_plugins(cfg.plugins)
         if verb == "train":
-            experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, Screen())
+            experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
             return 0
-        results = experiments.evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, Screen())
+        results = experiments.evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
     return 3 if cfg.strict and results.verdict["label"] == "unreliable" else 0
 
 
@@ -189,6 +193,16 @@ def _tidy(folder: Path, there: set[Path]) -> Any:
                 empty.rmdir()
             except OSError:
                 break
+        raise
+
+
+@contextmanager
+def _noted(screen: Any) -> Any:
+    """A mistake that ends a run is in its log too."""
+    try:
+        yield
+    except Exception as problem:
+        screen.failed(messages.of(problem) or type(problem).__name__)
         raise
 
 

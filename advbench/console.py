@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from advbench.results import Accuracy
 
 PLAIN_SECONDS = 15.0
+WINDOW = 20.0  # seconds over which a pace is measured
+BAR = 20  # columns
+FAILED = "failed: "
 
 
 def table_console() -> Console:
@@ -21,79 +27,157 @@ def table_console() -> Console:
 
 
 class Screen:
-    """Lines for a person, kept in ``log.txt`` as well once the run has a directory."""
+    """Lines for a person, kept in ``log.txt`` as well once the run has a directory.
 
-    def __init__(self, console: Console | None = None) -> None:
+    quiet: show the outcome alone, in one line; the log gets everything.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         # Bound to the stream of now: attacks of other libraries are silenced by replacing it.
         self.console = console or Console(highlight=False, file=sys.stdout)
+        self.quiet = quiet
         self.log: Path | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether something may move on the screen."""
+        return self.console.is_terminal and not self.quiet
 
     def line(self, text: str) -> None:
         """One line, on the screen and in the log."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        if not self.quiet:
+            self._print(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """One line, in the log alone."""
         if self.log is not None:
             stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(f"{stamp} {text}\n")
 
+    def failed(self, reason: str) -> None:
+        """Keep in the log what ended a run; a run that was taken back has none."""
+        if self.log is not None and self.log.exists():
+            self.note(f"{FAILED}{reason}")
+
+    def outcome(self, headline: str, lines: Sequence[str], panel: RenderableType) -> None:
+        """The end of a run: a panel on a terminal, lines elsewhere, the headline if quiet."""
+        if self.quiet:
+            self._print(headline)
+        elif self.console.is_terminal:
+            self.console.print(panel)
+        else:
+            for text in lines:
+                self._print(text)
+        for text in lines:
+            self.note(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+class Meter:
+    """How fast something goes, over the last seconds."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque()
+
+    def at(self, done: float) -> None:
+        """So much is done now."""
+        now = time.monotonic()
+        self._seen.append((now, done))
+        while len(self._seen) > 2 and now - self._seen[1][0] > WINDOW:
+            self._seen.popleft()
+
+    @property
+    def rate(self) -> float | None:
+        """Per second; None while nothing is known."""
+        if len(self._seen) < 2:
+            return None
+        (began, before), (now, done) = self._seen[0], self._seen[-1]
+        return (done - before) / (now - began) if now > began and done > before else None
+
 
 class Bar:
-    """A progress bar on a terminal; elsewhere a line now and then.
+    """A progress bar on a terminal; elsewhere a line now and then. It appears with ``update``."""
 
-    clock: guess the time left from the pace so far.
-    """
-
-    def __init__(self, screen: Screen, clock: bool = True) -> None:
+    def __init__(self, screen: Screen) -> None:
         self.screen = screen
         self.title = ""
-        self._spoken = 0.0
-        self._progress = None
-        if screen.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                *([TimeRemainingColumn()] if clock else []),
-                console=screen.console,
-                transient=True,
-            )
-            self._task = self._progress.add_task("", total=None, text="")
+        self._spoken = time.monotonic()
+        self._progress: Progress | None = None
 
     def __enter__(self) -> Bar:
-        if self._progress is not None:
-            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self.end()
 
-    def begin(self, title: str, total: int) -> None:
+    def begin(self, title: str) -> None:
+        """Something new begins."""
+        self.end()
         self.title, self._spoken = title, time.monotonic()
-        if self._progress is not None:
-            self._progress.reset(self._task, total=total, description=title, text="")
 
-    def update(self, done: int, total: int, text: str) -> None:
-        if self._progress is not None:
+    def update(self, done: int, total: int, parts: Sequence[str]) -> None:
+        """parts: what to say beside the bar, the most important first; what fits is shown."""
+        if self.screen.live:
+            if self._progress is None:
+                self._progress = self._new()
+                self._task = self._progress.add_task(self.title, text="")
+                self._progress.start()
+            room = self.screen.console.width - len(f"{self.title} {done}/{total}  ") - BAR
+            text = parts[0]
+            for part in parts[1:]:
+                if len(text) + len(part) + 2 <= room:
+                    text += f"  {part}"
             self._progress.update(self._task, completed=done, total=total, text=text)
         elif time.monotonic() - self._spoken > PLAIN_SECONDS:
             self._spoken = time.monotonic()
-            self.screen.line(f"{self.title} {done}/{total} {text}")
+            self.screen.line("  ".join([f"{self.title} {done}/{total}", *parts]))
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _new(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=BAR),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=self.screen.console,
+            transient=True,
+        )
 
 
 class TrainingView:
-    """Shows a training: the ``Report`` of the training loop."""
+    """Shows a training: the ``Report`` of the training loop.
 
-    def __init__(self, screen: Screen, bar: Bar) -> None:
-        self.screen, self.bar = screen, bar
-        bar.begin("train", 1)
+    batch_size: samples of a step, over all devices.
+    """
+
+    def __init__(self, screen: Screen, bar: Bar, batch_size: int) -> None:
+        self.screen, self.bar, self.batch_size = screen, bar, batch_size
+        self.meter = Meter()
+        self.last = ""
+        bar.begin("training")
 
     def note(self, text: str) -> None:
         self.screen.line(text)
 
     def progress(self, done: int, total: int, text: str) -> None:
-        self.bar.update(done, total, text)
+        self.meter.at(done)
+        rate, parts = self.meter.rate, [text]
+        if rate is not None:
+            parts.append(f"{duration((total - done) / rate)} left")
+        if self.last:
+            parts.append(self.last)
+        if rate is not None:
+            parts.append(f"{number(rate * self.batch_size)} samples/s")
+        self.bar.update(done, total, parts)
 
     def epoch(self, row: Mapping[str, float]) -> None:
         shown = ("train_acc", "val_clean", "val_robust")
@@ -102,25 +186,45 @@ class TrainingView:
         losses = losses if len(losses) > 2 else losses[:1]  # one term is the sum
         text = "  ".join([f"epoch {int(row['epoch']):3d}", *losses, *parts])
         self.screen.line(f"{text}  {row['seconds']:.1f} s")
+        values = [row[key] for key in ("val_clean", "val_robust") if row.get(key) is not None]
+        self.last = f"val {' / '.join(f'{100 * value:.1f}' for value in values)} %"
 
 
 class EvaluationView:
-    """Shows an evaluation: the ``Watch`` of the engine."""
+    """Shows an evaluation: the ``Watch`` of the engine.
 
-    def __init__(self, screen: Screen, bar: Bar) -> None:
-        self.screen, self.bar = screen, bar
-        self.waiting = 0
+    stages: names of all stages, in order.
+    """
+
+    def __init__(self, screen: Screen, bar: Bar, stages: Sequence[str] = ()) -> None:
+        self.screen, self.bar, self.stages = screen, bar, list(stages)
+        self.name = ""
+        self.before = self.waiting = 0
+        self.meter = Meter()
 
     def stage(self, name: str, waiting: int) -> None:
-        self.waiting = waiting
-        self.bar.begin(name, waiting)
-        self.screen.line(f"{name}: {waiting} samples")
+        if name == self.name:  # the next group of the same stage
+            self.before, self.waiting = self.before + self.waiting, waiting
+            return
+        self.name, self.before, self.waiting = name, 0, waiting
+        self.meter = Meter()
+        self.meter.at(0)
+        place = ""
+        if name in self.stages:
+            place = f"[{self.stages.index(name) + 1}/{len(self.stages)}] "
+        self.bar.begin(f"{place}{name}")
+        self.screen.line(f"{place}{name}: {waiting} samples")
 
     def progress(self, done: int, correct: int, n: int, left: float | None = None) -> None:
-        text = f"{100 * correct / n:.1f} % still correct"
-        if left is not None:
-            text += f", {duration(left)} left"
-        self.bar.update(done, self.waiting, text)
+        done += self.before
+        self.meter.at(done)
+        parts = [str(Accuracy.of(correct, n))]
+        if left:
+            parts.append(f"{duration(left)} left")
+        parts.append(f"{correct} alive, {n - correct} broken")
+        if self.meter.rate is not None:
+            parts.append(f"{number(self.meter.rate)} samples/s")
+        self.bar.update(done, self.before + self.waiting, parts)
 
     def note(self, text: str) -> None:
         self.screen.line(text)
@@ -131,3 +235,8 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def number(value: float) -> str:
+    """With as many digits as a person wants: 0.42, 3.1, 57, 1,230."""
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:,.0f}"

@@ -28,21 +28,13 @@ from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
 from advbench.files import hashes, model_sha256, short_hash, write_atomic
+from advbench.report import outcome
 from advbench.results import Results
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
 
 TEACHERS = ("robust_teacher", "standard_teacher")
 """Parameters of a recipe that name runs."""
-
-
-MEASURES = {
-    "wra": "mean of clean and robust (WRA)",
-    "mean_draw": "if a single draw decides, on average",
-    "worst_draw": "if the worst of the draws decides",
-    "single_image": "not broken as the only altered image of a batch",
-}
-"""What ``results.measures`` means, in words."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +60,9 @@ def train(
         home, cfg = _resumed(cfg.resume, "train")
     threat: Threat = config.build(cfg.threat, "threat", plugins=plugins)
     splits: Splits = config.build(cfg.data, "data", plugins=plugins)
-    teachers = _teachers(cfg.recipe, plugins)
-    recipe = config.build(cfg.recipe, "recipe", plugins=plugins, threat=threat, **teachers)
+    how = config.spelled_out(cfg.recipe, "recipe")
+    teachers = _teachers(how, plugins)
+    recipe = config.build_recipe(how, plugins, threat=threat, teachers=teachers)
     optimizer = config.build(cfg.optimizer, "optimizer", plugins=plugins)
     trainer = config.build(cfg.trainer, "trainer", plugins=plugins)
     if not isinstance(trainer, Trainer):
@@ -91,7 +84,7 @@ def train(
     kept = cfg
     if "choices" not in cfg:
         kept = _kept(cfg, choices)
-        kept.backbone, kept.defense = node, guard
+        kept.backbone, kept.defense, kept.recipe = node, guard, how
     content = {"train": splits.train.sha256(), "val": splits.val.sha256()}
     identity = {
         "config": config.plain(kept),
@@ -123,10 +116,10 @@ def train(
                 seed=cfg.seed,
                 folder=folder,
                 identity=identity,
-                report=TrainingView(screen, bar),
+                report=TrainingView(screen, bar, trainer.batch_size),
             )
     if first:
-        _tell_training(summary, folder, screen)
+        outcome.show_training(summary, folder, screen)
     return folder
 
 
@@ -218,17 +211,18 @@ def evaluate(
                 screen.line(reason)
             for stage in stages:
                 screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
-        with Bar(screen, clock=False) as bar:
+        names = [stage.name for stage in stages]
+        with Bar(screen) as bar:
             results = evaluation.execute(
                 folder,
                 stages,
-                EvaluationView(screen, bar) if crew.rank == 0 else None,
+                EvaluationView(screen, bar, names) if crew.rank == 0 else None,
                 crew=crew,
                 archive=None if home.exact else home.folder,
                 budget=budget,
             )
     if crew.rank == 0:
-        _tell_results(results, folder, screen)
+        outcome.show_evaluation(results, folder, screen)
     return results
 
 
@@ -254,7 +248,9 @@ def _kept(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:
 
 
 def _teachers(recipe: Any, plugins: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The models of the runs that a recipe learns from."""
+    """The models of the runs that a recipe learns from, or the one inside it."""
+    if recipe is not None and recipe.get("of") is not None:
+        return _teachers(recipe.of, plugins)
     named = {key: recipe.get(key) for key in TEACHERS} if recipe is not None else {}
     return {key: models.from_run(runs.find(run), plugins)[0] for key, run in named.items() if run}
 
@@ -270,30 +266,3 @@ def _check_fit(backbone: Any, info: Info) -> None:
                 f"backbone.{key}={told} does not fit {info.name}, which has {has}: "
                 f"leave backbone.{key} out"
             )
-
-
-def _tell_training(summary: Summary, folder: Path, screen: Screen) -> None:
-    val = summary.val
-    robust = "" if val.get("robust") is None else f", robust {100 * val['robust']:.1f} %"
-    screen.line(
-        f"best epoch {summary.best_epoch} of {summary.epochs}: validation accuracy "
-        f"clean {100 * val['clean']:.1f} %{robust} (n = {val['n']}), {summary.seconds:.0f} s"
-    )
-    screen.line(f"next: advbench eval run={folder} protocol=autoattack")
-
-
-def _tell_results(results: Results, folder: Path, screen: Screen) -> None:
-    for stage in results.stages:
-        screen.line(
-            f"  after {stage.name}: {100 * stage.robust_acc:.1f} % "
-            f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"
-        )
-    screen.line(f"clean accuracy  {results.clean}")
-    screen.line(f"robust accuracy {results.robust}, an upper bound")
-    for name, value in results.measures.items():
-        screen.line(f"  {MEASURES[name]}: {100 * value:.1f} %")
-    if results.missing:
-        screen.line(
-            f"time was up before the end of {', '.join(results.missing)}: the same command goes on"
-        )
-    screen.line(f"results: {folder}")

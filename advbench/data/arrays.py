@@ -28,8 +28,8 @@ def image_shape(shape: tuple[int, ...], what: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def as_images(x: np.ndarray, what: str) -> Tensor:
-    """Images as (N, C, H, W), uint8 as they are, floats as float32.
+def as_pixels(x: np.ndarray, what: str) -> np.ndarray:
+    """Images as (N, H, W, C), uint8 as they are, without a copy, and floats as float32.
 
     x: (N, H, W, C) or (N, H, W); uint8 in [0, 255] or floats in [0, 1].
     what: how a message names them.
@@ -42,7 +42,12 @@ def as_images(x: np.ndarray, what: str) -> Tensor:
         x = np.clip(x.astype(np.float32), 0.0, 1.0)
     elif x.dtype != np.uint8:
         raise UserError(f"{what} is {x.dtype}: store uint8 from 0 to 255, or float32 from 0 to 1")
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    return x
+
+
+def as_images(x: np.ndarray, what: str) -> Tensor:
+    """Images as (N, C, H, W), else as ``as_pixels`` takes and returns them."""
+    return torch.from_numpy(np.ascontiguousarray(as_pixels(x, what).transpose(0, 3, 1, 2)))
 
 
 def _check_range(x: np.ndarray, what: str) -> None:
@@ -88,9 +93,14 @@ def array_split(
 ) -> ArraySplit:
     """A split of such images and labels. Raises UserError for what is wrong with them."""
     images, labels = as_images(x, x_what), as_labels(y, y_what, num_classes)
+    one_label_each(images, labels, x_what, y_what)
+    return ArraySplit(images, labels)
+
+
+def one_label_each(images: Tensor, labels: Tensor, x_what: str, y_what: str) -> None:
+    """Raises UserError unless there are as many labels as images."""
     if len(images) != len(labels):
         raise UserError(
             f"{x_what} has {len(images)} images and {y_what} {len(labels)} labels: "
             f"store one label per image"
         )
-    return ArraySplit(images, labels)

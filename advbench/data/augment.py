@@ -10,25 +10,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advbench.data.cutmix import cutmix
 from advbench.errors import UserError, did_you_mean
 
 
 # Not frozen: OmegaConf makes the node of a frozen dataclass read-only, and refuses overrides.
 @dataclass
 class Augment:
-    """Random crop, horizontal flip and cutout, drawn independently for every image.
+    """Random crop, horizontal flip, cutout and CutMix, drawn independently for every image.
 
     crop: pixels of zero padding on each side before a window of the old size is cut out; 0 is off.
     flip: mirror left and right with probability 1/2.
     cutout: side in pixels of a square set to zero (DeVries & Taylor 2017, arXiv 1708.04552); its
         centre is uniform over the image, so that it may stick out at the border. 0 is off.
+    cutmix: the probability that an image gets a rectangle of another one, and that share of its
+        label (``advbench.data.cutmix``); 1 in Rebuffi et al. 2021, 1/2 for CIFAR in Yun et al.
+        2019. 0 is off.
 
-    Raises UserError for a negative crop or cutout.
+    Raises UserError for a negative crop or cutout, and for a cutmix outside [0, 1].
     """
 
     crop: int = 0
     flip: bool = False
     cutout: int = 0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout"):
@@ -37,6 +42,8 @@ class Augment:
                     f"data.augment.{name}={getattr(self, name)} is a number of pixels: "
                     f"0 switches it off"
                 )
+        if not 0 <= self.cutmix <= 1:
+            raise UserError(f"data.augment.cutmix={self.cutmix:g} is no probability: give 0 to 1")
 
     @classmethod
     def of(cls, value: Augment | Mapping[str, Any]) -> Augment:
@@ -61,6 +68,14 @@ class Augment:
         if self.cutout:
             x = self._cut_out(x, generator)
         return x
+
+    def mix(
+        self, x: Tensor, y: Tensor, num_classes: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (B, C, H, W) and y (B,) after CutMix, and soft labels (B, K); None where it is off."""
+        if not self.cutmix:
+            return x, y, None
+        return cutmix(x, y, num_classes, self.cutmix, generator)
 
     def _crop_and_flip(self, x: Tensor, generator: torch.Generator) -> Tensor:
         # One gather does both: a flip is a crop whose columns are read from right to left.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -216,6 +216,9 @@ class Splits:
     split_seed: which ones; independent of the seed of an experiment.
     mean, std: per channel; None takes the known values of a known set, else those of ``train``,
         else (evaluation data alone) 0 and 1, which is no normalisation.
+    extra: opens further training images that fit such an ``Info`` (``advbench.data.extra``); called
+        when ``extra`` is first touched.
+    extra_fraction: which share of every training batch they are; 0 leaves them away.
 
     Raises UserError for a value out of range.
     """
@@ -229,6 +232,8 @@ class Splits:
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
         augment: Augment | Mapping[str, Any],
+        extra: Callable[[Info], Split] | None = None,
+        extra_fraction: float = 0.7,
     ) -> None:
         val = float(val)
         if not val > 0 or (val >= 1 and not val.is_integer()):
@@ -237,7 +242,14 @@ class Splits:
             )
         if not 0 <= split_seed < 2**32:
             raise UserError(f"data.split_seed={split_seed} is not between 0 and 2**32 - 1")
+        if not 0 <= extra_fraction < 1:
+            raise UserError(
+                f"data.extra_fraction={extra_fraction:g} is the share of extra images in a batch: "
+                f"give at least 0 and less than 1"
+            )
         self.augment = Augment.of(augment)
+        self.extra_fraction = extra_fraction
+        self._extra = extra
         self._source = source
         self._val = val
         self._split_seed = split_seed
@@ -267,6 +279,29 @@ class Splits:
     @cached_property
     def test(self) -> Split:
         return self._source.open("test")
+
+    @cached_property
+    def extra(self) -> Split | None:
+        """Further images to train on, and for nothing else: the size and classes of ``train``.
+
+        Raises UserError where the file does not hold such images.
+        """
+        if self._extra is None or self.extra_fraction == 0:
+            return None
+        return self._extra(self.info)
+
+    def augmented(
+        self, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A training batch as the model is to see it: x, y, and soft labels where there are any.
+
+        x: (B, C, H, W) in [0, 1].  y: (B,).  generator: see ``Augment``.
+        Returns x, y and, if CutMix is on, (B, K) the share of each class; y is then the class with
+        most of the image. Attacks inside recipes take y, cross-entropy the shares (ours; Rebuffi et
+        al. 2021 attack the divergence from the shares).
+        """
+        x = self.augment(x, generator)
+        return self.augment.mix(x, y, self.info.num_classes, generator)
 
     @cached_property
     def info(self) -> Info:

@@ -1,4 +1,8 @@
-"""The data sets by name: what ``configs/data`` points at."""
+"""The data sets by name: what ``configs/data`` points at.
+
+Common to all: ``val``, ``split_seed``, ``mean``, ``std``, ``augment`` and ``extra_fraction`` of
+``advbench.data.base.Splits``, and ``extra``, the file that ``advbench.data.extra.read`` reads.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from advbench.data import torchvision_sets as known
 from advbench.data.arrays import array_split
 from advbench.data.augment import Augment
 from advbench.data.base import Part, Source, Split, Splits, hold_out
+from advbench.data.extra import opener
 from advbench.data.folder import FolderSource, ImageNetSource
 from advbench.data.npz import NpzSource
 from advbench.data.torchvision_sets import TorchvisionSource
@@ -52,10 +57,19 @@ def digits(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = PLAIN,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """scikit-learn's digits: 1437 + 360 images (1, 8, 8), 10 classes; nothing to download."""
     return Splits(
-        DigitsSource(), val=val, split_seed=split_seed, mean=mean, std=std, augment=augment
+        DigitsSource(),
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
     )
 
 
@@ -68,10 +82,21 @@ def mnist(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = PLAIN,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """MNIST (LeCun et al. 1998): 60,000 + 10,000 images (1, 28, 28), 10 classes."""
     source = TorchvisionSource(known.MNIST, root, download)
-    return Splits(source, val=val, split_seed=split_seed, mean=mean, std=std, augment=augment)
+    return Splits(
+        source,
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
+    )
 
 
 def fashion_mnist(
@@ -83,10 +108,21 @@ def fashion_mnist(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = CROP_2_FLIP,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """Fashion-MNIST (Xiao et al. 2017): 60,000 + 10,000 images (1, 28, 28), 10 classes."""
     source = TorchvisionSource(known.FASHION_MNIST, root, download)
-    return Splits(source, val=val, split_seed=split_seed, mean=mean, std=std, augment=augment)
+    return Splits(
+        source,
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
+    )
 
 
 def cifar10(
@@ -98,10 +134,21 @@ def cifar10(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = CROP_FLIP,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images (3, 32, 32), 10 classes."""
     source = TorchvisionSource(known.CIFAR10, root, download)
-    return Splits(source, val=val, split_seed=split_seed, mean=mean, std=std, augment=augment)
+    return Splits(
+        source,
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
+    )
 
 
 def cifar100(
@@ -113,10 +160,21 @@ def cifar100(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = CROP_FLIP,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images (3, 32, 32), 100 fine classes."""
     source = TorchvisionSource(known.CIFAR100, root, download)
-    return Splits(source, val=val, split_seed=split_seed, mean=mean, std=std, augment=augment)
+    return Splits(
+        source,
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
+    )
 
 
 def svhn(
@@ -128,10 +186,21 @@ def svhn(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = CROP,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """SVHN, cropped (Netzer et al. 2011): 73,257 + 26,032 images (3, 32, 32), 10 classes."""
     source = TorchvisionSource(known.SVHN, root, download)
-    return Splits(source, val=val, split_seed=split_seed, mean=mean, std=std, augment=augment)
+    return Splits(
+        source,
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
+    )
 
 
 def imagenet(
@@ -146,6 +215,8 @@ def imagenet(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = FLIP,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """ImageNet, ILSVRC 2012 (Russakovsky et al. 2015): 1,281,167 + 50,000 images, 1000 classes.
 
@@ -154,7 +225,16 @@ def imagenet(
     source = ImageNetSource(
         root, name="imagenet", size=size, resize=resize, crop_scale=crop_scale, workers=workers
     )
-    return Splits(source, val=val, split_seed=split_seed, mean=mean, std=std, augment=augment)
+    return Splits(
+        source,
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
+    )
 
 
 def imagefolder(
@@ -170,12 +250,23 @@ def imagefolder(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = PLAIN,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """Your own images: ROOT/train/CLASS/FILE, and ROOT/test or ROOT/val. Gray becomes RGB."""
     source = FolderSource(
         root, name=name, size=size, resize=resize, crop_scale=crop_scale, workers=workers
     )
-    return Splits(source, val=val, split_seed=split_seed, mean=mean, std=std, augment=augment)
+    return Splits(
+        source,
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
+    )
 
 
 def npz(
@@ -188,7 +279,18 @@ def npz(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     augment: Augment = PLAIN,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """Your own arrays x_train, y_train, x_test, y_test, or one pair of them, in an .npz file."""
     source = NpzSource(path, name=name, num_classes=num_classes)
-    return Splits(source, val=val, split_seed=split_seed, mean=mean, std=std, augment=augment)
+    return Splits(
+        source,
+        val=val,
+        split_seed=split_seed,
+        mean=mean,
+        std=std,
+        augment=augment,
+        extra=opener(extra),
+        extra_fraction=extra_fraction,
+    )

@@ -1,9 +1,9 @@
 """The training loop.
 
 defense.prepare(model, splits)                   # once, not again after an interruption
-for each epoch, for each batch x, y of its permutation:
+for each epoch, for each batch x, y of its feed: # original and extra images
     seed the generators by (seed, process, step)
-    x = augment(x)
+    x, y, targets = augment(x, y)                # targets: soft labels, where images are mixed
     x' = recipe.perturb(model, x, y)             # eval mode, parameters frozen
     with recipe.displaced(model):                # the weights may be elsewhere meanwhile
         terms = recipe.loss_terms + defense.loss_terms    # one forward in train mode
@@ -35,12 +35,13 @@ from advbench.errors import UserError
 from advbench.recipes.base import Recipe
 from advbench.training.averaging import averaged
 from advbench.training.checkpoint import load_resume, save_resume, save_weights
+from advbench.training.feed import Feed
 from advbench.training.guards import FiniteLoss
 from advbench.training.metrics import Means, Row, write_table
 from advbench.training.optimizers import Optimizer
 from advbench.training.pace import Pace
 from advbench.training.processes import share_buffers
-from advbench.training.randomness import deal, derive, permutation
+from advbench.training.randomness import derive
 from advbench.training.settings import Settings
 from advbench.training.step import TrainingStep
 from advbench.training.summary import Report, Summary
@@ -88,7 +89,10 @@ class Fit:
         self.began = time.perf_counter()
         self._check_sizes()
         self.share = settings.batch_size // fabric.world_size
-        self.steps_per_epoch = len(self.splits.train) // settings.batch_size
+        self.feed = Feed(
+            self.splits, self.seed, settings.batch_size, fabric.global_rank, fabric.world_size
+        )
+        self.steps_per_epoch = self.feed.steps
         self.mixed = settings.precision == "bf16-mixed"
         self.select_robust = "adversarial" in self.recipe.parts
 
@@ -146,20 +150,9 @@ class Fit:
         return self._finish()
 
     def _train_epoch(self) -> None:
-        position, train = self.position, self.splits.train
-        order = deal(
-            permutation(len(train), self.seed, position.epoch),
-            self.settings.batch_size,
-            self.fabric.global_rank,
-            self.fabric.world_size,
-        )
+        position = self.position
         self.forward.train()
-        for x, y in train.batches(
-            order[position.batch * self.share :],
-            self.share,
-            self.fabric.device,
-            seed=derive(self.seed, "read", position.epoch),
-        ):
+        for x, y in self.feed.batches(position.epoch, position.batch, self.fabric.device):
             self._train_step(x, y)
             position.batch += 1
             if self.pace.due() and position.batch < self.steps_per_epoch:
@@ -172,13 +165,14 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step)
 
-        x = self.splits.augment(x, self.generator).contiguous(memory_format=self.layout)
+        x, y, targets = self.splits.augmented(x, y, self.generator)
+        x = x.contiguous(memory_format=self.layout)
         inputs = {"clean": x}
         cast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=self.mixed)
         with cast:
             if "adversarial" in self.recipe.parts:
                 inputs["adversarial"] = self.recipe.perturb(self.model, x, y)
-        given = inputs, y, self.position.epoch, step
+        given = inputs, y, self.position.epoch, step, targets
 
         def here() -> Tensor:
             with cast:

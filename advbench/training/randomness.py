@@ -17,10 +17,22 @@ def derive(seed: int, *position: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of ``count`` samples in an epoch: (count,) int64 on the CPU."""
-    generator = torch.Generator().manual_seed(derive(seed, "order", epoch))
+def permutation(count: int, seed: int, number: int, purpose: str = "order") -> Tensor:
+    """The order of ``count`` samples in their pass ``number``: (count,) int64 on the CPU."""
+    generator = torch.Generator().manual_seed(derive(seed, purpose, number))
     return torch.randperm(count, generator=generator)
+
+
+def endless(count: int, seed: int, purpose: str, start: int, length: int) -> Tensor:
+    """A stretch of pass after pass over ``count`` samples, each in an order of its own.
+
+    start, length: which stretch; every sample comes once in each pass, and no two calls need to
+    know of each other. Returns (length,) int64 on the CPU. It makes the whole orders that the
+    stretch touches: 8 bytes for each of ``count``, and a second for 50 million.
+    """
+    first, last = start // count, (start + length - 1) // count
+    passes = [permutation(count, seed, number, purpose) for number in range(first, last + 1)]
+    return torch.cat(passes)[start - first * count :][:length] if passes else torch.empty(0).long()
 
 
 def deal(order: Tensor, batch_size: int, rank: int, ranks: int) -> Tensor:

@@ -1,0 +1,104 @@
+"""Further training images beside those of the data set: generated, or labelled by a model.
+
+Nothing here tells a pseudo-label from a label, or checks that no image is one of the test part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from advbench.data.archive import Archive
+from advbench.data.arrays import as_labels, as_pixels, image_shape, one_label_each
+from advbench.data.base import Device, Info, Split, to_unit
+from advbench.errors import UserError
+
+# The second pair is that of the generated sets of Gowal et al. 2021 and of Wang et al. 2023.
+KEYS = (("x_train", "y_train"), ("image", "label"))
+ROOM = 0.25  # of the free memory of an accelerator: what images may take there; ours
+
+
+class StoredSplit(Split):
+    """A split whose images stay as they are stored, in memory or in a mapped file.
+
+    images: (N, H, W, C), uint8 in [0, 255] or float32 in [0, 1], on the CPU.
+    labels: (N,) int64, on the CPU.
+
+    They move to an accelerator once where they take a quarter of its free memory or less; if not,
+    each batch is gathered by the CPU, which for a mapped file reads the disk.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+        self._homes: dict[torch.device, Tensor] = {}
+
+    def _home(self, device: torch.device) -> Tensor:
+        """The images on the device, or on the CPU where it has no room for them."""
+        if device not in self._homes:
+            room = 0.0
+            if device.type == "cuda":
+                room = ROOM * torch.cuda.mem_get_info(device)[0]
+            fits = self.images.nbytes <= room
+            self._homes[device] = self.images.to(device) if fits else self.images
+        return self._homes[device]
+
+    def batches(
+        self, order: Tensor, batch_size: int, device: Device, seed: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for chunk in order.split(batch_size):
+            yield self.fetch(chunk, device)
+
+    def fetch(self, index: Tensor, device: Device) -> tuple[Tensor, Tensor]:
+        device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one place
+        images, labels = self._home(device), self.labels.index_select(0, index.cpu())
+        rows = images.index_select(0, index.to(images.device))
+        if device.type == "cuda":
+            labels = labels.pin_memory()
+            rows = rows if rows.is_cuda else rows.pin_memory()
+        # As uint8, a quarter of the bytes.
+        unit = to_unit(rows.to(device, non_blocking=True)).permute(0, 3, 1, 2)
+        return unit, labels.to(device, non_blocking=True)
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)}".encode())
+        digest.update(self.images.numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def subset(self, index: Tensor | Sequence[int]) -> StoredSplit:
+        index = torch.as_tensor(index, dtype=torch.int64)
+        return StoredSplit(self.images[index], self.labels[index])
+
+
+def read(path: str, info: Info) -> StoredSplit:
+    """The images and labels of ``data.extra=FILE.npz``, which must fit the data set ``info``.
+
+    ``x_train, y_train`` or ``image, label``: (N, H, W, C) or (N, H, W), uint8 or floats in [0, 1],
+    and (N,) integers. uint8 that ``np.savez`` wrote stays in the file until it is used; floats, and
+    what ``np.savez_compressed`` wrote, is held in memory.
+
+    Raises UserError for a file that cannot be read, and for images or labels that do not fit.
+    """
+    file = Archive(path, "data.extra", KEYS[0])
+    x, y = next((keys for keys in KEYS if keys[0] in file.names), KEYS[0])
+    file.require(x, y)
+    shape = image_shape(file.shape(x), file.what(x))
+    if shape != info.input_shape:
+        raise UserError(
+            f"{file.what(x)} has images of shape {shape} and {info.name} of {info.input_shape} "
+            f"(C, H, W): bring the extra images to that size"
+        )
+    labels = as_labels(file.read(y), file.what(y), info.num_classes)
+    images = torch.from_numpy(as_pixels(file.mapped(x), file.what(x)))
+    one_label_each(images, labels, file.what(x), file.what(y))
+    return StoredSplit(images, labels)
+
+
+def opener(path: str | None) -> Callable[[Info], StoredSplit] | None:
+    """What ``Splits`` opens ``data.extra=FILE.npz`` with; None for null."""
+    return None if path is None else partial(read, path)

@@ -85,10 +85,9 @@ def train(
     if "choices" not in cfg:
         kept = _kept(cfg, choices)
         kept.backbone, kept.defense, kept.recipe = node, guard, how
-    content = {"train": splits.train.sha256(), "val": splits.val.sha256()}
     identity = {
         "config": config.plain(kept),
-        "data": content,
+        "data": splits.fingerprints(),
         "start": model_sha256(model),
         "teachers": {name: model_sha256(teacher) for name, teacher in teachers.items()},
         "code": hashes(cfg.plugins),

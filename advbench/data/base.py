@@ -290,6 +290,11 @@ class Splits:
             return None
         return self._extra(self.info)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Of everything that a training sees, by part; the test part is not opened."""
+        parts = {"train": self.train, "val": self.val, "extra": self.extra}
+        return {name: part.sha256() for name, part in parts.items() if part is not None}
+
     def augmented(
         self, x: Tensor, y: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -17,9 +17,9 @@ def derive(seed: int, *position: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def permutation(count: int, seed: int, number: int, purpose: str = "order") -> Tensor:
-    """The order of ``count`` samples in their pass ``number``: (count,) int64 on the CPU."""
-    generator = torch.Generator().manual_seed(derive(seed, purpose, number))
+def permutation(count: int, seed: int, epoch: int, purpose: str = "order") -> Tensor:
+    """The order of ``count`` samples in an epoch, or other pass: (count,) int64 on the CPU."""
+    generator = torch.Generator().manual_seed(derive(seed, purpose, epoch))
     return torch.randperm(count, generator=generator)
 
 

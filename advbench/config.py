@@ -42,6 +42,9 @@ GROUPS = {
 }
 """Where each group's components are defined."""
 
+INSIDE = {"defense": "members", "recipe": "of"}
+"""The parameter by which a component holds others of its group: the chain's, and awp's."""
+
 FROM_THE_RUN = {"data": "data=npz data.path=FILE.npz", "threat": "threat=linf_8"}
 """Groups that ``eval`` takes from the run that it evaluates, and what to say without one."""
 
@@ -257,36 +260,53 @@ def build_defense(node: Any, plugins: tuple[str, ...] = ()) -> Any:
     return build(node, "defense", plugins=plugins, members=built)
 
 
-def spelled_out(node: Any) -> Any:
-    """The node of a defense, with the members of a chain as nodes in place of names.
+def build_recipe(
+    node: Any, plugins: tuple[str, ...] = (), *, threat: Any, teachers: Mapping[str, Any]
+) -> Any:
+    """The recipe of a node; what it is ``of`` is a node itself.
 
-    A member is NAME, {NAME: {KEY: VALUE}} or a node. Raises UserError for what is neither.
+    threat: of both.  teachers: given to the one that has parameters of these names.
     """
-    if node is None or node.get("members") is None:
+    given = {} if node is None else {key: teachers[key] for key in teachers if key in node}
+    if node is not None and node.get("of") is not None:
+        given["of"] = build_recipe(node.of, plugins, threat=threat, teachers=teachers)
+    return build(node, "recipe", plugins=plugins, threat=threat, **given)
+
+
+def spelled_out(node: Any, group: str = "defense") -> Any:
+    """The node of a defense or a recipe, with what is inside it as nodes in place of names.
+
+    A member of a chain, or what a recipe is ``of``, is NAME, {NAME: {KEY: VALUE}} or a node.
+    Raises UserError for what is neither.
+    """
+    key = INSIDE[group]
+    if node is None or node.get(key) is None:
         return node
-    given = plain(node)["members"]
+    given = plain(node)[key]
+    if group == "recipe":
+        return OmegaConf.create({**plain(node), key: _named(given, group)})
     if not isinstance(given, list):
         raise UserError(f"defense.members={given} is not a list: give defense.members=[sparta,hpm]")
-    return OmegaConf.create({**plain(node), "members": [_member(member) for member in given]})
+    return OmegaConf.create({**plain(node), key: [_named(member, group) for member in given]})
 
 
-def _member(given: Any) -> Any:
-    """The node of a chain's member."""
+def _named(given: Any, group: str) -> Any:
+    """The node of a component inside another of its group."""
     if isinstance(given, dict) and "_target_" in given:
-        return spelled_out(OmegaConf.create(given))
+        return spelled_out(OmegaConf.create(given), group)
     if isinstance(given, str):
         given = {given: {}}
     if not (isinstance(given, dict) and [type(v) for v in given.values()] == [dict]):
         raise UserError(
-            f"defense.members: {given!r} is no defense: give NAME or {{NAME: {{KEY: 1}}}}"
+            f"{group}.{INSIDE[group]}: {given!r} is no {group}: give NAME or {{NAME: {{KEY: 1}}}}"
         )
     ((name, values),) = given.items()
-    node = shipped("defense", str(name))
+    node = shipped(group, str(name))
     for key, value in values.items():
         if key not in node:
-            raise UserError(f"no key 'defense.{key}'{did_you_mean(key, node)}")
+            raise UserError(f"no key '{group}.{key}'{did_you_mean(key, node)}")
         node[key] = value
-    return spelled_out(node)
+    return spelled_out(node, group)
 
 
 def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:

@@ -91,6 +91,18 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards each buffer has the values that it had before."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
 def probe_images(input_shape: Sequence[int], n: int = 2) -> Tensor:
     """The same random images in [0, 1] each time, (n, C, H, W): to see what a model calls."""
     return torch.rand(n, *input_shape, generator=torch.Generator().manual_seed(0))

@@ -106,3 +106,24 @@ class Recipe(ABC):
         """
         assert part is not None
         return F.cross_entropy(part.logits, labels, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class AdversarialRecipe(Recipe):
+    """A recipe whose x' is the last point of one search inside the threat.
+
+    Raises UserError for values that the search does not take, and for l1 threats.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threat is not None and self.threat.norm == "l1":
+            raise UserError("PGD's step is not defined for l1: train with threat=linf_8 or l2_05")
+        self.attack()  # raises for values that it does not take, before anything is trained
+
+    @abstractmethod
+    def attack(self) -> Attack:
+        """The search that makes x'."""
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.search(self.attack(), model, x, y)

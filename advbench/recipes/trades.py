@@ -14,7 +14,7 @@ from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import PartName, Step
 from advbench.errors import UserError
-from advbench.recipes.base import Recipe
+from advbench.recipes.base import AdversarialRecipe
 
 NOISE = 0.001  # standard deviation of the start, in pixel units; as in the authors' code
 
@@ -56,7 +56,7 @@ class DivergencePGD(PGD):
 
 
 @dataclass(frozen=True)
-class TRADES(Recipe):
+class TRADES(AdversarialRecipe):
     """Cross-entropy on x plus beta KL(model(x) || model(x')), and x' where that KL is large.
 
     beta: 1 / lambda of the paper, at least 0.
@@ -73,20 +73,13 @@ class TRADES(Recipe):
         super().__post_init__()
         if not 0 <= self.beta < math.inf:
             raise UserError(f"recipe.beta={self.beta:g} is not a number from 0 on")
-        if self.threat is not None and self.threat.norm == "l1":
-            raise UserError("PGD's step is not defined for l1: train with threat=linf_8 or l2_05")
-        self.attack()  # raises for values that it does not take, before anything is trained
 
     @property
     def parts(self) -> tuple[PartName, ...]:
         return ("clean", "adversarial")
 
     def attack(self) -> DivergencePGD:
-        """The search that makes x'."""
         return DivergencePGD(steps=self.steps, step_size=self.step_size)
-
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self.search(self.attack(), model, x, y)
 
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
         assert step.clean is not None and step.adversarial is not None

@@ -28,6 +28,7 @@ usage: advbench VERB ...
   advbench eval                         evaluate the newest training run with AutoAttack
   advbench report outputs               a table of all results in a folder
   advbench list [GROUP]                 what there is: data, backbones, defenses, recipes, ...
+  advbench list runs [PATH ...]         which runs there are, and what goes on with each
   advbench copy experiment/NAME DIR     a shipped config of your own, to change
 
 Settings follow as KEY=VALUE, in any order:
@@ -238,11 +239,23 @@ def _report(arguments: list[str]) -> int:
 
 
 def _list(arguments: list[str]) -> int:
-    from advbench.report import catalogue
+    from advbench.report import catalogue, inventory
 
-    parser = _Parser("advbench list", description="What there is to choose from.")
-    parser.add_argument("group", nargs="?", help="such as defenses; without it, all groups")
-    catalogue.show(parser.parse_args(arguments).group)
+    parser = _Parser(
+        "advbench list",
+        description="What there is to choose from; 'advbench list runs': what there is of runs.",
+    )
+    parser.add_argument(
+        "group", nargs="?", help="such as defenses, or runs; without it, all groups"
+    )
+    parser.add_argument("paths", nargs="*", help="of 'list runs': where to look; default: outputs")
+    given = parser.parse_args(arguments)
+    if given.group in ("run", "runs"):
+        inventory.show([Path(path) for path in given.paths or ["outputs"]])
+    elif given.paths:
+        raise UserError(f"list {given.group} takes no paths; 'advbench list runs PATH' does")
+    else:
+        catalogue.show(given.group)
     return 0
 
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from advbench.results import Accuracy
 
@@ -122,16 +122,16 @@ class Bar:
     def update(self, done: int, total: int, parts: Sequence[str]) -> None:
         """parts: what to say beside the bar, the most important first; what fits is shown."""
         if self.screen.live:
-            if self._progress is None:
-                self._progress = self._new()
-                self._task = self._progress.add_task(self.title, text="")
-                self._progress.start()
             room = self.screen.console.width - len(f"{self.title} {done}/{total}  ") - BAR
             text = parts[0]
             for part in parts[1:]:
                 if len(text) + len(part) + 2 <= room:
                     text += f"  {part}"
-            self._progress.update(self._task, completed=done, total=total, text=text)
+            if self._progress is None:
+                self._progress = self._new()
+                self._progress.add_task(self.title, total=total, completed=done, text=text)
+                self._progress.start()
+            self._progress.update(TaskID(0), completed=done, total=total, text=text)
         elif time.monotonic() - self._spoken > PLAIN_SECONDS:
             self._spoken = time.monotonic()
             self.screen.line("  ".join([f"{self.title} {done}/{total}", *parts]))

@@ -101,8 +101,10 @@ def _hydra(verb: str, rest: list[str]) -> int:
     import hydra
 
     from advbench import config
+    from advbench.searchpath import own_first
 
     config.register()
+    own_first(rest)
     status = 0
 
     def task(cfg: Any) -> None:

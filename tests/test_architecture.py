@@ -23,7 +23,7 @@ LAYERS = [
     ["defenses"],
     ["attacks", "backbones", "data", "provenance"],
     ["results"],
-    ["surgery", "files", "devices"],
+    ["surgery", "files", "devices", "searchpath"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

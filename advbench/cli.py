@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ Settings follow as KEY=VALUE, in any order:
   advbench train data=cifar10 data.download=true backbone=resnet18 threat=linf_8
   advbench train recipe=standard trainer.epochs=10 optimizer.lr=0.05 seed=1
   advbench train -m seed=1,2,3                        several runs, one after the other
+  advbench train -m hydra/launcher=joblib seed=1,2,3  ... or side by side (also submitit_slurm, ray)
   advbench eval run=outputs/train/RUN protocol=pgd protocol.steps=100 n=1000
   advbench eval model=my_model.py:build weights=my.pt data=npz data.path=test.npz threat=linf_8
 
@@ -97,35 +99,31 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _hydra(verb: str, rest: list[str]) -> int:
-    """Hand the verb's settings to Hydra, which calls ``task`` once per job."""
+    """Hand the verb's settings to Hydra, which calls the task once per job."""
     import hydra
 
     from advbench import config
     from advbench.searchpath import own_first
+    from advbench.sweeps import Task, refuse_search
 
     config.register()
     own_first(rest)
-    status = 0
-
-    def task(cfg: Any) -> None:
-        nonlocal status
-        sys.argv = given  # what a process of another device is started with
-        try:
-            status = max(status, _job(verb, cfg, there, quiet))
-        except Exception as problem:  # of one job: a sweep goes on with the next
-            status = max(status, _refuse(problem))
-
     given = sys.argv
     quiet = any(word in QUIET for word in rest)
-    rest = [word for word in rest if word not in QUIET]  # not a word of Hydra's
-    sys.argv = [f"advbench {verb}", *rest]
-    there = _existing(verb, rest)
+    words = [word for word in rest if word not in QUIET]  # not a word of Hydra's
+    refuse_search(verb, words)
+    job = partial(_job, verb, there=_existing(verb, words), quiet=quiet)
+    task = Task(job, [given[0], verb, *rest])
+    sys.argv = [f"advbench {verb}", *words]
+    run = hydra.main(version_base="1.3", config_path="pkg://advbench.configs", config_name=verb)
     try:
-        run = hydra.main(version_base="1.3", config_path="pkg://advbench.configs", config_name=verb)
         run(task)()
+        return task.settle()
+    except Exception as problem:
+        return task.settle(problem)
     finally:
         sys.argv = given
-    return status
+        task.close()
 
 
 def _existing(verb: str, rest: list[str]) -> set[Path]:
@@ -135,7 +133,8 @@ def _existing(verb: str, rest: list[str]) -> set[Path]:
     return {path for name in wanted for path in (name, *name.parents) if path.exists()}
 
 
-def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> int:
+def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float | None]:
+    """Returns the exit code, and what a search maximises."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -155,10 +154,10 @@ def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> int:
         _check_overrides(cfg, hydra_cfg)
         plugins = config.load_plugins(cfg.plugins)
         if verb == "train":
-            experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
-            return 0
+            folder = experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
+            return 0, experiments.score(folder)
         results = experiments.evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
-    return 3 if cfg.strict and results.verdict["label"] == "unreliable" else 0
+    return (3 if cfg.strict and results.verdict["label"] == "unreliable" else 0), None
 
 
 def _check_overrides(cfg: Any, hydra_cfg: Any) -> None:

@@ -122,6 +122,17 @@ def train(
     return folder
 
 
+def score(folder: Path) -> float | None:
+    """What a search maximises: the robust validation accuracy, or the clean one, of the best epoch.
+
+    None in a process that has no files of the run.
+    """
+    if not (folder / runs.SUMMARY).exists():
+        return None
+    val = Summary.load(folder / runs.SUMMARY).val
+    return val["clean"] if val.get("robust") is None else val["robust"]
+
+
 def evaluate(
     cfg: DictConfig,
     choices: Mapping[str, str],

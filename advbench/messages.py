@@ -6,7 +6,17 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from advbench.config import INSIDE
 from advbench.errors import UserError, did_you_mean
+
+PLUGINS = {
+    "hydra/launcher/joblib": "sweep",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "sweep",
+}
+"""Options that other packages bring, and the extra that installs them."""
 
 
 def of(problem: BaseException) -> str | None:
@@ -49,7 +59,12 @@ def _first_line(problem: BaseException) -> str:
 
 def _missing(problem: MissingConfigException) -> str:
     """No such option of a group, or no such group."""
-    group, _, name = (problem.missing_cfg_file or "").rpartition("/")
+    missing = problem.missing_cfg_file or ""
+    if missing.startswith("hydra/sweeper/sampler/"):
+        missing = "hydra/sweeper/optuna"  # which brings them
+    group, _, name = missing.rpartition("/")
+    if missing in PLUGINS:
+        return f"{group}={name} needs a plugin: pip install 'advbench[{PLUGINS[missing]}]'"
     if group and problem.options:
         return (
             f"no {group} '{name}'{did_you_mean(name, problem.options)} (see: advbench list {group})"
@@ -61,6 +76,10 @@ def _unknown_key(problem: OmegaConfBaseException) -> str:
     """A key that is not in the config."""
     # Hydra says the full key in its message; OmegaConf knows its parent.
     full = str(problem.full_key or problem.key)
+    for group, inside in INSIDE.items():
+        prefix, _, key = full.partition(f"{group}.{inside}.")
+        if key and not prefix:
+            return f"no key '{full}': give '{group}.{inside}={{NAME: {{{key}: VALUE}}}}'"
     parent = problem.parent_node
     keys = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
     prefix = full.rpartition(".")[0]

@@ -11,6 +11,7 @@ ROOT = Path(advbench.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["sweeps"],
     ["api", "experiments", "messages"],
     ["report"],
     ["subjects"],

@@ -1,0 +1,96 @@
+"""The command that makes a run again, from the config that the run keeps."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from advbench import config
+from advbench.errors import UserError
+
+_FROM_DATA = ("num_classes", "input_shape", "mean", "std")
+"""What a training writes into its backbone."""
+
+
+def command(kept: Mapping[str, Any]) -> str:
+    """A line for the shell: every choice and value that is not the default.
+
+    kept: config.yaml of a training or an evaluation, plain. An experiment is said as what it
+    chooses. Raises UserError for a config without choices, or of another kind.
+    """
+    verb = "train" if "recipe" in kept else "eval"
+    choices = kept.get("choices")
+    if not isinstance(choices, Mapping):
+        raise UserError("the run's config does not say which options were chosen")
+    usual = _defaults(verb)
+    words = []
+    for group in config.GROUPS:
+        node, chosen = kept.get(group), choices.get(group)
+        if not isinstance(node, Mapping) or not isinstance(chosen, str):
+            continue
+        shipped = _shipped(group, chosen)
+        if group == "backbone":
+            node = {k: v for k, v in node.items() if k not in _FROM_DATA or shipped.get(k)}
+        if chosen != usual[group]:
+            words.append(f"{group}={chosen}")
+        words += _differences(group, node, shipped)
+    top = {k: v for k, v in kept.items() if k not in (*config.GROUPS, "choices", "logger")}
+    words += _differences("", top, usual)
+    return " ".join(["advbench", verb, *(shlex.quote(word) for word in words)])
+
+
+def _defaults(verb: str) -> dict[str, Any]:
+    """The option of each group, and the values of the top level."""
+    text = (importlib.resources.files("advbench.configs") / f"{verb}.yaml").read_text("utf-8")
+    values = config.plain(OmegaConf.create(text))
+    options: dict[str, Any] = {}
+    for line in values.pop("defaults"):
+        options |= line if isinstance(line, dict) else {}
+    return {**values, **options}
+
+
+def _shipped(group: str, name: str) -> dict[str, Any]:
+    """The option as a run keeps it; empty for one of the user's own."""
+    try:
+        node = config.shipped(group, name)
+    except UserError:
+        return {}
+    return config.plain(config.spelled_out(node, group) if group in config.INSIDE else node)
+
+
+def _differences(prefix: str, node: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
+    """``KEY=VALUE`` for each value of the node that ``usual`` has not."""
+    for key, value in node.items():
+        full = f"{prefix}.{key}" if prefix else str(key)
+        known = usual.get(key)
+        if isinstance(value, Mapping) and isinstance(known, Mapping) and "_target_" not in value:
+            yield from _differences(full, value, known)
+        elif value != known or (key not in usual and value is not None):
+            yield f"{full}={_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_literal(part)}" for key, part in value.items()) + "}"
+    text = str(value)
+    if isinstance(value, int | float) or _bare(text):
+        return text
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f'"{escaped}"'
+
+
+def _bare(text: str) -> bool:
+    """Whether Hydra reads the text without quotes as this text."""
+    plain = re.fullmatch(r"[A-Za-z_/.][\w/.+@:-]*", text)
+    return bool(plain) and text.lower() not in ("null", "true", "false", "inf", "nan", ".")

@@ -1,0 +1,241 @@
+"""All that a report shows of one evaluation, read from its files, and its figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from advbench import runs
+from advbench.errors import UserError
+from advbench.report import plots
+from advbench.report.collection import NAMES, SEED, Entry, Group, groups
+from advbench.report.evidence import Evidence
+from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
+from advbench.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FEWEST_IN_SWEEP = 3
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A figure to be: nothing is drawn before ``draw`` is called.
+
+    name: for a file.  title, caption: for a page.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Figure]
+
+
+@dataclass
+class Dossier:
+    """One evaluation with what its files hold; what can't be read is None and said in ``notes``.
+
+    names: of the classes, by label.  learning: columns of the training's metrics.csv.
+    """
+
+    entry: Entry
+    evidence: Evidence | None = None
+    names: Sequence[str] = ()
+    gallery: Gallery | None = None
+    learning: Mapping[str, np.ndarray] = field(default_factory=dict)
+    best: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def plates(self) -> Iterator[Plate]:
+        """Its figures, but for the learning curves and the gallery."""
+        results, evidence = self.entry.results, self.evidence
+        if plots.radii(results):
+            yield Plate(
+                "curve",
+                "Robust accuracy over the radius",
+                "A sample that breaks at one radius is broken at every larger one. "
+                "Band: Wilson 95 %.",
+                lambda: plots.curve({results.run: results}),
+            )
+        else:
+            yield Plate(
+                "stages",
+                "What each stage left",
+                "Accuracy after each attack in turn, each on the survivors. Bars: Wilson 95 %.",
+                lambda: plots.stages(results),
+            )
+        if evidence is None or not len(evidence.classes()):
+            return
+        partly = "" if evidence.complete else " Of images that were classified correctly at first."
+        yield Plate(
+            "classes",
+            "Accuracy by class",
+            "Still correct, in per cent, after the stages that broke something. In brackets: "
+            f"images.{partly}{self._only_worst(evidence)}",
+            lambda: plots.classes(evidence, self.names),
+        )
+        yield Plate(
+            "confusion",
+            "What broken images are taken for",
+            f"Images by true class and class after the attack; shades are shares of a row.{partly}",
+            lambda: plots.confusion(evidence, self.names),
+        )
+        yield Plate(
+            "margins",
+            "Margins before and after",
+            "Left of the dashed line an image is misclassified. After the attack: the smallest "
+            "margin seen.",
+            lambda: plots.margins(evidence),
+        )
+
+    def learning_plate(self) -> Plate | None:
+        if "epoch" not in self.learning:
+            return None
+        chosen = "" if self.best is None else f" Dashed line: epoch {self.best}, which was chosen."
+        return Plate(
+            "learning",
+            "Training",
+            f"Accuracy and loss over the epochs.{chosen}",
+            lambda: plots.learning(self.learning, self.best),
+        )
+
+    @staticmethod
+    def _only_worst(evidence: Evidence) -> str:
+        total, shown = len(evidence.classes()), plots.MOST_CLASSES
+        return f" The {shown} worst of {total} classes." if total > shown else ""
+
+
+def read(entry: Entry, library: Library) -> Dossier:
+    """Read everything there is. Never raises for files that are missing, damaged or strange."""
+    found = Dossier(entry)
+    try:
+        runs.refuse_links(entry.folder)
+        records = entry.records
+    except UserError as problem:
+        found.notes.append(f"No figures from single images: {problem}.")
+        _read_training(found)
+        return found
+    opened: Opened | None = None
+    try:
+        opened = library.open(entry)
+        found.names = opened.names
+    except UserError as problem:
+        found.notes.append(f"The data could not be opened ({problem}): no clean images to show.")
+    try:
+        found.evidence = Evidence.of(records, opened.labels if opened else None)
+        if opened is not None and (entry.folder / ADVERSARIAL).is_file():
+            found.gallery = gallery(entry, opened)
+    except (ValueError, IndexError, UserError) as problem:
+        found.notes.append(f"Left out: {problem}.")
+    _read_training(found)
+    return found
+
+
+def _read_training(found: Dossier) -> None:
+    folder = found.entry.training
+    if folder is None:
+        return
+    try:
+        from advbench.training.summary import Summary
+
+        runs.refuse_links(folder)
+        found.learning = read_metrics(folder / "metrics.csv")
+        found.best = Summary.load(folder / runs.SUMMARY).best_epoch
+    except (UserError, OSError) as problem:
+        found.notes.append(f"No learning curves: {problem}.")
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a metrics.csv, NaN where a row has nothing.
+
+    Raises UserError for a file without epochs or with words in it.
+    """
+    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    try:
+        columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+        if not np.isfinite(columns["epoch"]).all():
+            raise ValueError("an epoch is missing")
+    except (ValueError, KeyError, IndexError, TypeError) as problem:
+        raise UserError(f"'{path}' is not a table of epochs: {problem}") from problem
+    return columns
+
+
+# --- several evaluations ------------------------------------------------------------------------
+
+
+def conditions(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Evaluations that may be ranked together, in order of data, threat and protocol."""
+    alike: dict[str, list[Entry]] = {}
+    for entry in entries:
+        alike.setdefault(repr(sorted(entry.conditions.items())), []).append(entry)
+    return sorted(
+        alike.values(),
+        key=lambda same: (same[0].data, same[0].threat_name, same[0].protocol, same[0].n),
+    )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Evaluations that differ in the number ``key`` alone, in its order, three values or more."""
+
+    key: str
+    first: Entry
+    rows: tuple[plots.Row, ...]
+
+    def plates(self) -> Iterator[Plate]:
+        about = f"{self.first.results.run}, {self.first.threat_name}, {self.first.protocol}"
+        yield Plate(
+            "tradeoff",
+            f"Clean against robust, by {self.key}",
+            f"{about}. Bars: Wilson 95 %.",
+            lambda: plots.tradeoff(self.key, self.rows),
+        )
+        yield Plate(
+            "sweep",
+            f"Accuracy over {self.key}",
+            f"{about}. Bands: Wilson 95 %.",
+            lambda: plots.sweep(self.key, self.rows),
+        )
+
+
+def sweeps(same: Sequence[Entry]) -> list[Sweep]:
+    """What was swept among evaluations that may be ranked together."""
+    found = []
+    families: dict[tuple[str, str], dict[float, Group]] = {}
+    for group in groups(e for e in same if not e.results.missing):
+        settings = {k: v for k, v in group.first.results.settings.items() if k != SEED}
+        for key, value in settings.items():
+            if key in NAMES or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            rest = repr(sorted((k, repr(v)) for k, v in settings.items() if k != key))
+            families.setdefault((key, rest), {})[float(value)] = group
+    for (key, _), values in families.items():
+        if len(values) >= FEWEST_IN_SWEEP:
+            rows = tuple((v, values[v].clean, values[v].robust) for v in sorted(values))
+            found.append(Sweep(key, values[min(values)].first, rows))
+    return found
+
+
+def curves_plate(same: Sequence[Entry]) -> Plate | None:
+    """Evaluations over radii in one figure, the most robust first; None for fewer than two."""
+    found: dict[str, Results] = {}
+    for entry in sorted(same, key=lambda e: -e.results.robust.acc):
+        if plots.radii(entry.results) and not entry.results.missing:
+            found.setdefault(entry.results.run, entry.results)
+    shown = dict(list(found.items())[: len(plots.SERIES)])
+    if len(shown) < 2:
+        return None
+    left = f" The best {len(shown)} of {len(found)}." if len(found) > len(shown) else ""
+    return Plate(
+        "curves",
+        "Robust accuracy over the radius",
+        f"{same[0].data}, {same[0].n} images. Bands: Wilson 95 %.{left}",
+        lambda: plots.curve(shown),
+    )

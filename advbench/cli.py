@@ -104,7 +104,7 @@ def _hydra(verb: str, rest: list[str]) -> int:
 
     from advbench import config
     from advbench.searchpath import own_first
-    from advbench.sweeps import Task, refuse_search
+    from advbench.sweeps import Task, refuse_search, with_presets
 
     config.register()
     own_first(rest)
@@ -114,7 +114,7 @@ def _hydra(verb: str, rest: list[str]) -> int:
     refuse_search(verb, words)
     job = partial(_job, verb, there=_existing(verb, words), quiet=quiet)
     task = Task(job, [given[0], verb, *rest])
-    sys.argv = [f"advbench {verb}", *words]
+    sys.argv = [f"advbench {verb}", *with_presets(words)]
     run = hydra.main(version_base="1.3", config_path="pkg://advbench.configs", config_name=verb)
     try:
         run(task)()

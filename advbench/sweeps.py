@@ -29,6 +29,11 @@ Job = Callable[[Any], tuple[int, float | None]]
 """Config -> exit code, and what a search maximises."""
 
 SEARCH = "hydra/sweeper="
+PRESETS = ("hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=0")
+"""Of a search by Optuna, whose plugin minimises. (A config of ours may not have its option's name.)
+
+Seeded: the same command proposes the same settings, finds what is finished, and goes on.
+"""
 MULTIRUN = ("-m", "--multirun")
 
 
@@ -177,6 +182,16 @@ def refuse_search(verb: str, words: Sequence[str]) -> None:
                 f"{word} would choose by the test split, which is for measuring alone: search "
                 "with advbench train, which returns the accuracy on the validation split"
             )
+
+
+def with_presets(words: Sequence[str]) -> list[str]:
+    """The words of a command, with what a search by Optuna needs and they do not say."""
+    if f"{SEARCH}optuna" not in words:
+        return list(words)
+    said = {word.partition("=")[0] for word in words}
+    if "hydra/sweeper/sampler" in said:  # not all of them have a seed
+        said.add("hydra.sweeper.sampler.seed")
+    return [*words, *(preset for preset in PRESETS if preset.partition("=")[0] not in said)]
 
 
 def _process() -> tuple[str, int]:

@@ -231,11 +231,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _report(arguments: list[str]) -> int:
-    from advbench.report import tables
+    from advbench.report import verb
 
-    parser = _Parser("advbench report", description="A table of the results below some folders.")
-    parser.add_argument("paths", nargs="*", default=["outputs"], help="default: outputs")
-    tables.show([Path(path) for path in parser.parse_args(arguments).paths])
+    parser = _Parser("advbench report", description="Tables of the results below some folders.")
+    parser.add_argument("paths", nargs="*", type=Path, help="default: outputs")
+    verb.declare(parser)
+    verb.run(parser.parse_args(arguments))
     return 0
 
 

@@ -61,6 +61,10 @@ class Accuracy:
         return f"{100 * self.acc:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
 @dataclass(frozen=True)
 class StageResult:
     """One stage of a protocol.
@@ -126,28 +130,39 @@ class Results:
         write_json(path, self.to_json())
 
     def check(self) -> None:
-        """Raise KeyError, TypeError or ValueError where a report would stumble."""
-        for name, value, kind in (
-            ("run", self.run, str),
-            ("settings", self.settings, dict),
-            ("settings.seed", self.settings.get("seed"), int | None),
-            ("data.n", self.data["n"], int),
-            ("threat.norm", self.threat["norm"], str),
-            ("threat.eps", self.threat["eps"], int | float),
-            ("provenance.seconds", self.provenance["seconds"], int | float),
-            ("verdict.label", self.verdict.get("label"), str | None),
+        """Raise KeyError, TypeError or ValueError for what no evaluation leaves behind."""
+        data, threat, protocol = self.data, self.threat, self.protocol
+        number, plain = int | float, bool | int | float | str | None
+        counts = ("attacked", "broken", "forwards", "backwards")
+        for name, values, kind in (
+            ("run", [self.run], str),
+            ("settings", self.settings.values(), plain),
+            ("settings.seed", [self.settings.get("seed")], int | None),
+            ("data", [data["name"]], str),
+            ("data", [data.get("split"), data.get("sha256")], str | None),
+            ("data.n", [data["n"]], int),
+            ("threat.norm", [threat["norm"]], str),
+            ("threat.eps", [threat["eps"]], number),
+            ("protocol", [protocol["name"], protocol["version"]], str),
+            ("missing", self.missing, str),
+            ("measures", self.measures.values(), number),
+            ("verdict.label", [self.verdict.get("label")], str | None),
+            ("provenance.seconds", [self.provenance["seconds"]], number),
+            ("stages", [getattr(s, key) for s in self.stages for key in counts], int),
+            ("stages", [v for s in self.stages for v in (s.seconds, s.robust_acc)], number),
+            ("stages", [v for s in self.stages for v in (s.name, s.target, s.why)], str),
         ):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} is {value!r}")
-        if not (math.isfinite(self.threat["eps"]) and self.data["n"] >= 0):
-            raise ValueError("eps or n is out of range")
-        _ = self.data["name"], self.protocol["name"], self.protocol["version"]
+            for value in values:
+                if not isinstance(value, kind):
+                    raise TypeError(f"{name} has {value!r}")
+        if data["n"] < 1 or threat["eps"] < 0:
+            raise ValueError("n or eps is out of range")
 
     @classmethod
     def load(cls, path: Path) -> Results:
         """Read a results.json. Raises UserError for a file of another kind."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
             if values["schema"] != SCHEMA:
                 raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
             accuracy = {

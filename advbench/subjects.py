@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,11 +13,23 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from advbench import config, models, runs
+from advbench.attacks.threat import Threat
 from advbench.data.base import Info, Splits
 from advbench.defenses.base import Defense, Surrogate, Traits, worst
 from advbench.defenses.chain import Chain
 from advbench.errors import UserError, did_you_mean
 from advbench.files import file_sha256, hashes
+
+BY_RUN = r"(-s\d+)?(-[0-9a-f]{8})?$"
+"""What a run's folder adds to the names of its components: bases of several seeds are one way to
+begin."""
+
+OF_THE_TRAINER = ("batch_size", "precision", "clip_grad", "ema")
+"""What changes the outcome of a training, and not where it runs."""
+
+PLACES = {f"data.{key}" for key in ("path", "root", "download", "name")}
+PATHS = {"init_from", "extra", "weights", "robust_teacher", "standard_teacher"}
+"""Last words of keys whose values are files or runs."""
 
 
 class Foreign(nn.Module):
@@ -78,10 +91,14 @@ def candidate(
     base, settings = None, {}
     if trained is None:
         model: Any = models.from_factory(cfg.model, cfg.weights)
-        file = cfg.model.rpartition(":")[0]
+        file, _, factory = cfg.model.rpartition(":")
         name, code["model"] = Path(file).stem, file_sha256(file)
+        settings = {"model": f"{Path(file).name}:{factory}"}
+        if cfg.weights is not None:
+            settings["weights"] = Path(cfg.weights).name
         defense, traits = Defense(), _declared(cfg.traits)
-        if wanted is None and cfg.defense is not None and _flat("defense", cfg.defense):
+        given = {} if cfg.defense is None else _flat("defense", cfg.defense)
+        if wanted is None and any(value is not None for value in given.values()):
             raise UserError("a model of your own has no defense to set: give defense=NAME")
     else:
         if _declared(cfg.traits) != Traits():
@@ -166,26 +183,53 @@ def _other(run: str, info: Info, plugins: tuple[str, ...]) -> Surrogate:
 
 
 def _settings(trained: DictConfig, defense: Any) -> dict[str, Any]:
-    """What sets one run apart from another, by key."""
+    """What sets one run apart from another, by key: names, the seed of the training, and values.
+
+    Where things lie and on what machine they run is left out.
+    """
     names = {key: trained.choices.get(key, "own") for key in ("backbone", "defense", "recipe")}
-    return {
+    threat = trained.get("threat")
+    settings = {
         **names,
+        "training.data": _data_name(trained),
+        "training.threat": None if threat is None else str(Threat(threat.norm, threat.eps)),
         "seed": trained.seed,
+        "init_from": trained.get("init_from"),
         "epochs": trained.trainer.get("epochs"),
+        **{f"trainer.{key}": trained.trainer.get(key) for key in OF_THE_TRAINER},
+        **{key: v for key, v in _flat("data", trained.data).items() if key not in PLACES},
+        **_flat("backbone", trained.backbone),
+        **_flat("optimizer", trained.optimizer),
         **_flat("recipe", trained.recipe),
         **_flat("defense", defense),
     }
+    for key, value in settings.items():
+        if value is not None and key.rpartition(".")[2] in PATHS:
+            settings[key] = re.sub(BY_RUN, "", Path(value).resolve().name)
+    return settings
+
+
+def _data_name(trained: DictConfig) -> str:
+    """What a run was trained on; of files and folders of the user's own, with their name."""
+    choice, node = str(trained.choices.get("data", "own")), trained.data
+    place = node.get("path") or node.get("root")
+    if "name" not in node or place is None:
+        return choice
+    return node.name or f"{choice}:{Path(place).stem}"
 
 
 def _flat(group: str, node: Any) -> dict[str, Any]:
-    """The plain values of a group's node, by full key; those of a chain's members by theirs."""
+    """The plain values of a group's node, by full key; those of a node inside it by theirs."""
     flat: dict[str, Any] = {}
     for key, value in config.plain(node).items():
-        if key == "members":
-            names = [member["_target_"].rpartition(".")[2].lower() for member in value or []]
-            flat[f"{group}.members"] = "+".join(names)
-            for name, member in zip(names, value or [], strict=True):
+        if key in config.INSIDE.values():
+            inside = value or [] if isinstance(value, list | None) else [value]
+            names = [member["_target_"].rpartition(".")[2].lower() for member in inside]
+            flat[f"{group}.{key}"] = "+".join(names)
+            for name, member in zip(names, inside, strict=True):
                 flat |= _flat(f"{group}.{name}", OmegaConf.create(member))
-        elif key != "_target_" and isinstance(value, bool | int | float | str):
-            flat[f"{group}.{key}"] = value
+        elif isinstance(value, dict):
+            flat |= _flat(f"{group}.{key}", OmegaConf.create(value))
+        elif key != "_target_":
+            flat[f"{group}.{key}"] = str(value) if isinstance(value, list) else value
     return flat

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # a table needs neither, and importing torch takes seconds
 RESULTS, CONFIG = "results.json", "config.yaml"
 NAMES = ("defense", "backbone", "recipe", "model")
 """Settings that name a model; ``model`` is that of one of the user's own."""
+INSIDE = {"defense": "defense.members", "recipe": "recipe.of"}
+"""Settings that name what a component holds."""
 SEED = "seed"
 UNKNOWN = "-"
 
@@ -35,8 +37,10 @@ class Entry:
     results: Results
 
     def name(self, key: str) -> str:
-        """One of NAMES, or UNKNOWN."""
-        return str(self.results.settings.get(key, UNKNOWN))
+        """One of NAMES, with what is inside it, such as ``chain(sparta+hpm)``; or UNKNOWN."""
+        settings = self.results.settings
+        inside = settings.get(INSIDE.get(key, ""))
+        return str(settings.get(key, UNKNOWN)) + (f"({inside})" if inside else "")
 
     @property
     def defense(self) -> str:
@@ -95,7 +99,7 @@ class Entry:
         """Rows that all stages passed through the model, forwards and backwards."""
         return sum(stage.forwards + stage.backwards for stage in self.results.stages)
 
-    @property
+    @cached_property
     def conditions(self) -> dict[str, Any]:
         """What must be equal for two evaluations to be ranked together, by key of the config.
 

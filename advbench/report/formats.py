@@ -1,0 +1,214 @@
+"""Tables for a terminal, and as Markdown, CSV, JSON and LaTeX.
+
+All text may come from somebody else's results.json, so each format escapes all of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from advbench.console import table_console
+from advbench.errors import UserError, did_you_mean
+from advbench.report.collection import varying
+from advbench.report.leaderboard import Board, Sheet, record
+
+SCHEMA = "advbench.report/1"
+SUFFIXES = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "latex"}
+
+_LATEX = {
+    **{char: f"\\{char}" for char in "{}$&#_%"},
+    "\\": "\\textbackslash{}",
+    "^": "\\textasciicircum{}",
+    "~": "\\textasciitilde{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+    '"': "''",
+    "±": "$\\pm$",
+    # At the start of a row these would be read as an option of the line break before it.
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
+}
+
+
+def printable(text: str) -> str:
+    """One line without control characters, which could steer a terminal."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def show(boards: Sequence[Board]) -> None:
+    """Print the tables for a person."""
+    console = table_console()
+    sheets = [board.sheet() for board in boards]
+    for sheet in sheets:
+        table = Table(
+            title=_rich(sheet.title),
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        for heading, right in zip(sheet.headings, sheet.right, strict=True):
+            table.add_column(_rich(heading), justify="right" if right else "left", overflow="fold")
+        for row in sheet.rows:
+            table.add_row(*map(_rich, row))
+        console.print(table)
+        console.print()
+    for note in _notes(sheets):
+        console.print(_rich(note), style="dim")
+
+
+def render(boards: Sequence[Board], form: str) -> str:
+    """The tables as text of one of FORMATS. Raises UserError for another format."""
+    if form not in FORMATS:
+        raise UserError(f"no format '{form}'{did_you_mean(form, FORMATS)}")
+    return FORMATS[form](boards)
+
+
+def _notes(sheets: Sequence[Sheet]) -> list[str]:
+    """Each note once."""
+    return list(dict.fromkeys(note for sheet in sheets for note in sheet.notes))
+
+
+def _rich(text: str) -> str:
+    return escape(printable(text))
+
+
+# --- Markdown and LaTeX: what a person reads ----------------------------------------------------
+
+
+def _markdown(boards: Sequence[Board]) -> str:
+    sheets = [board.sheet() for board in boards]
+    notes = [f"- {note}" for note in _markdown_text(_notes(sheets))]
+    return "\n".join([*map(_markdown_sheet, sheets), *notes, ""])
+
+
+def _markdown_sheet(sheet: Sheet) -> str:
+    rule = ["---:" if right else ":---" for right in sheet.right]
+    body = [_markdown_text(sheet.headings), rule, *map(_markdown_text, sheet.rows)]
+    lines = [f"| {' | '.join(row)} |" for row in body]
+    (title,) = _markdown_text([sheet.title])
+    return "\n".join([f"### {title}", "", *lines, ""])
+
+
+def _markdown_text(texts: Sequence[str]) -> list[str]:
+    return [
+        "".join(f"\\{char}" if char in "\\`*_{}[]<>#|~!&" else char for char in printable(text))
+        for text in texts
+    ]
+
+
+def _latex(boards: Sequence[Board]) -> str:
+    return "\n".join(
+        ["% \\usepackage{booktabs}", *(_latex_sheet(board.sheet()) for board in boards)]
+    )
+
+
+def _latex_sheet(sheet: Sheet) -> str:
+    align = "".join("r" if right else "l" for right in sheet.right)
+    rows = [" & ".join(map(latex_text, row)) + " \\\\" for row in sheet.rows]
+    caption = f"{latex_text(sheet.title)}. {' '.join(latex_text(n) + '.' for n in sheet.notes)}"
+    return "\n".join(
+        [
+            "\\begin{table}",
+            "\\centering",
+            f"\\caption{{{caption}}}",
+            f"\\begin{{tabular}}{{{align}}}",
+            "\\toprule",
+            " & ".join(map(latex_text, sheet.headings)) + " \\\\",
+            "\\midrule",
+            *rows,
+            "\\bottomrule",
+            "\\end{tabular}",
+            "\\end{table}",
+            "",
+        ]
+    )
+
+
+def latex_text(text: str) -> str:
+    """Text that compiles with any engine: letters lose their accents, other signs become '?'."""
+    plain = []
+    for char in printable(text):
+        near = char if char in _LATEX else unicodedata.normalize("NFKD", char)
+        plain += [c for c in near if not unicodedata.combining(c)]
+    return "".join(_LATEX.get(char, char if char.isascii() else "?") for char in plain)
+
+
+# --- CSV and JSON: what a program reads ---------------------------------------------------------
+
+
+def _csv(boards: Sequence[Board]) -> str:
+    """One flat table of all rows, in full precision; a sweep's rows stand in it once."""
+    groups = list({id(group): group for board in boards for group in board.groups}.values())
+    keys = varying(group.first for group in groups)
+    rows = [record(group, keys) for group in groups]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _csv_cell(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """Words that a spreadsheet would take for a formula get an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _json(boards: Sequence[Board]) -> str:
+    keys = varying(group.first for board in boards for group in board.groups)
+    tables = [
+        {
+            "title": board.title,
+            "conditions": board.conditions,
+            "differing": list(board.differing),
+            "swept": list(board.swept),
+            "rows": [
+                {
+                    **record(group, keys),
+                    "evaluations": [
+                        {"folder": entry.folder.as_posix(), **entry.results.to_json()}
+                        for entry in group.entries
+                    ],
+                }
+                for group in board.groups
+            ],
+        }
+        for board in boards
+    ]
+    return json.dumps({"schema": SCHEMA, "tables": tables}, indent=2, allow_nan=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[Sequence[Board]], str]] = {
+    "md": _markdown,
+    "csv": _csv,
+    "json": _json,
+    "latex": _latex,
+}
+
+
+def form_of(form: str | None, out: Path | None) -> str | None:
+    """The format that was named, or that the file's name tells; None for a terminal's tables.
+
+    Raises UserError for a file that tells none.
+    """
+    if form is not None or out is None:
+        return form
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"'{out}' could be in any format: add --format {'|'.join(FORMATS)}")
+    return SUFFIXES[out.suffix]

@@ -7,6 +7,7 @@ A user's mistake is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ usage: advbench VERB ...
   advbench list [GROUP]                 what there is: data, backbones, defenses, recipes, ...
   advbench list runs [PATH ...]         which runs there are, and what goes on with each
   advbench copy experiment/NAME DIR     a shipped config of your own, to change
+  advbench doctor                       what is installed, and whether attacks are right here
+  advbench export outputs/eval/RUN      a RobustBench entry, with what is left to fill in
 
 Settings follow as KEY=VALUE, in any order:
 
@@ -80,6 +83,8 @@ def _dispatch(arguments: list[str]) -> int:
         "report": _report,
         "list": _list,
         "copy": _copy,
+        "doctor": _doctor,
+        "export": _export,
     }
     if any(word in ("-sc", "--shell-completion", "--shell_completion") for word in arguments):
         return _complete(arguments, list(verbs))
@@ -272,6 +277,40 @@ def _copy(arguments: list[str]) -> int:
     parser.add_argument("folder", nargs="?", default=".", help="default: here")
     given = parser.parse_args(arguments)
     print(catalogue.copy(given.config, Path(given.folder)))
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = _Parser(
+        "advbench doctor",
+        description="What is installed, what this machine can do, and a self-test of the attacks. "
+        "Exit code 1 if it fails.",
+    )
+    parser.add_argument("--data-root", default="data", help="where data sets are; default: data")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    given = parser.parse_args(arguments)
+    from advbench import doctor
+
+    findings = doctor.examine(Path(given.data_root), Path("outputs"))
+    if given.json:
+        print(json.dumps(doctor.to_json(findings), indent=2))
+    else:
+        doctor.show(findings)
+    return 0 if doctor.healthy(findings) else 1
+
+
+def _export(arguments: list[str]) -> int:
+    from advbench.report import model_info
+
+    parser = _Parser(
+        "advbench export",
+        description="An evaluation as a model_info file of RobustBench; what it can't know is "
+        "empty, to be filled in.",
+    )
+    parser.add_argument("run", help="the directory of a finished evaluation")
+    parser.add_argument("--out", metavar="FILE", help="default: print it")
+    given = parser.parse_args(arguments)
+    model_info.export(Path(given.run), None if given.out is None else Path(given.out))
     return 0
 
 

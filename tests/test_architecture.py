@@ -12,6 +12,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["sweeps"],
+    ["doctor"],
     ["api", "experiments", "messages"],
     ["report"],
     ["subjects"],

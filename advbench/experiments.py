@@ -165,8 +165,9 @@ def evaluate(
         cfg = OmegaConf.merge(cfg, {"run": str(run)})  # pyright: ignore[reportAssignmentType]
         trained = config.read(run / runs.CONFIG)
     cfg.defense = config.spelled_out(cfg.defense)
-    data_node = config.inherit(cfg.data, trained, "data")
-    threat: Threat = config.build(config.inherit(cfg.threat, trained, "threat"), "threat")
+    source = trained if cfg.model is None else models.origin(cfg.model)
+    data_node = config.inherit(cfg.data, source, "data")
+    threat: Threat = config.build(config.inherit(cfg.threat, source, "threat"), "threat")
     protocol: Protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
     if cfg.transfer and not isinstance(protocol, AdaptiveProtocol):
         raise UserError(

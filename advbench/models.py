@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from advbench import config, runs
+from advbench.backbones import robustbench
 from advbench.backbones.base import Classifier
 from advbench.data.base import Info
 from advbench.defenses.base import Defense
@@ -108,12 +109,16 @@ def from_run(
 
 
 def from_factory(spec: str, weights: str | None) -> nn.Module:
-    """The user's own model, ``FILE.py:FACTORY``, in evaluation mode.
+    """The user's own model, ``FILE.py:FACTORY``, or one of a zoo, in evaluation mode.
 
     FACTORY is called without arguments and returns a module that takes (N, C, H, W) in [0, 1].
     weights: safetensors, or a pickle of tensors alone; None keeps what the factory made.
     Raises UserError for anything that does not fit.
     """
+    if robustbench.is_named(spec):
+        if weights is not None:
+            raise UserError(f"{spec} comes with its weights: leave weights={weights} out")
+        return robustbench.load(robustbench.Entry.of(spec))
     path, colon, name = spec.rpartition(":")
     if not colon or not path.endswith(".py") or not name:
         raise UserError(f"model={spec} is not FILE.py:FACTORY, such as model=my_model.py:build")
@@ -131,6 +136,19 @@ def from_factory(spec: str, weights: str | None) -> nn.Module:
     if weights is not None:
         load_weights(model, Path(weights))
     return model.eval()
+
+
+def origin(spec: str) -> DictConfig | None:
+    """Data and threat of a zoo's leaderboard, as a run's config has them; None for other models.
+
+    The data are the shipped option of that name.
+    """
+    if not robustbench.is_named(spec):
+        return None
+    entry = robustbench.Entry.of(spec)
+    threat = config.shipped("threat", "linf_8")
+    threat.norm, threat.eps = entry.threat.lower(), entry.budget
+    return OmegaConf.create({"data": config.shipped("data", entry.data), "threat": threat})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from advbench import config, models, runs
 from advbench.attacks.threat import Threat
+from advbench.backbones import robustbench
 from advbench.data.base import Info, Splits
 from advbench.defenses.base import Defense, Surrogate, Traits, worst
 from advbench.defenses.chain import Chain
@@ -92,7 +93,10 @@ def candidate(
     if trained is None:
         model: Any = models.from_factory(cfg.model, cfg.weights)
         file, _, factory = cfg.model.rpartition(":")
-        name, code["model"] = Path(file).stem, file_sha256(file)
+        if robustbench.is_named(cfg.model):
+            name = robustbench.Entry.of(cfg.model).name
+        else:
+            name, code["model"] = Path(file).stem, file_sha256(file)
         settings = {"model": f"{Path(file).name}:{factory}"}
         if cfg.weights is not None:
             settings["weights"] = Path(cfg.weights).name

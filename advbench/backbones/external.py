@@ -62,7 +62,7 @@ def torchvision(
         mean, std = transforms.mean, transforms.std
     model = zoo.get_model(name, **options)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return _external(
+    return as_classifier(
         f"torchvision's {name}",
         model,
         linears[-1] if linears else None,
@@ -113,7 +113,7 @@ def timm(
     title = f"timm's {name}"
     with _refusal(title, input_shape):
         model: Any = library.create_model(name, pretrained=pretrained, **options)
-    return _external(
+    return as_classifier(
         title,
         model,
         model.get_classifier(),
@@ -152,7 +152,7 @@ class External(Classifier):
         self.input_shape = tuple(input_shape)
 
 
-def _external(
+def as_classifier(
     title: str,
     model: nn.Module,
     last: Any,

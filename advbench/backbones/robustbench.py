@@ -1,0 +1,148 @@
+"""Models of RobustBench's zoo (Croce et al. 2021, arXiv 2010.09670), as they are and as backbones.
+
+They take images in [0, 1] and normalise them inside. Weights are fetched from Google Drive into
+``models/DATA/THREAT/NAME.pt``, as RobustBench does, where that file is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from advbench.backbones.base import Classifier
+from advbench.backbones.external import as_classifier
+from advbench.errors import UserError, did_you_mean
+from advbench.surgery import probe_images
+
+PREFIX = "robustbench:"
+FOLDER = "models"
+BUDGETS = {
+    ("cifar10", "Linf"): 8 / 255,
+    ("cifar10", "L2"): 0.5,
+    ("cifar100", "Linf"): 8 / 255,
+    ("imagenet", "Linf"): 4 / 255,
+    ("imagenet", "L2"): 3.0,
+}
+"""Budgets of the leaderboards, in pixel units; those of corruptions have none."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the zoo. Raises UserError for data and threats that have no leaderboard."""
+
+    data: str
+    threat: str
+    name: str
+
+    def __post_init__(self) -> None:
+        if (self.data, self.threat) not in BUDGETS:
+            known = [f"{data}/{threat}" for data, threat in BUDGETS]
+            raise UserError(
+                f"RobustBench has no '{self.data}/{self.threat}'"
+                f"{did_you_mean(f'{self.data}/{self.threat}', known)}"
+            )
+
+    @property
+    def budget(self) -> float:
+        return BUDGETS[self.data, self.threat]
+
+    @classmethod
+    def of(cls, spec: str) -> Entry:
+        """From ``robustbench:DATA/THREAT/NAME``; DATA/THREAT may be left out: cifar10/Linf."""
+        parts = spec.removeprefix(PREFIX).split("/")
+        if len(parts) == 1:
+            parts = ["cifar10", "Linf", *parts]
+        if len(parts) != 3 or not all(parts):
+            raise UserError(
+                f"model={spec} is not robustbench:DATA/THREAT/NAME, such as "
+                "model=robustbench:cifar10/Linf/Carmon2019Unlabeled"
+            )
+        return cls(*parts)
+
+
+def is_named(spec: str | None) -> bool:
+    """Whether ``model=`` names a model of the zoo."""
+    return spec is not None and spec.startswith(PREFIX)
+
+
+def load(entry: Entry, folder: str = FOLDER, pretrained: bool = True) -> nn.Module:
+    """A model of the zoo, in evaluation mode.
+
+    folder: where weights are, as ``DATA/THREAT/NAME.pt``.
+    pretrained: False builds it with fresh weights and fetches nothing.
+    Raises UserError without robustbench, for an unknown name, and where the weights can't be had.
+    """
+    try:
+        from robustbench import model_zoo, utils
+        from robustbench.model_zoo import enums
+    except ImportError as error:
+        raise UserError("robustbench is not installed: pip install 'advbench[zoo]'") from error
+    data, threat = enums.BenchmarkDataset(entry.data), enums.ThreatModel(entry.threat)
+    known: Mapping[str, Mapping[str, Any]] = model_zoo.model_dicts[data][threat]
+    if entry.name not in known:
+        hint = did_you_mean(entry.name, known)
+        raise UserError(f"RobustBench has no '{entry.name}' in {entry.data}/{entry.threat}{hint}")
+    file = Path(folder) / entry.data / entry.threat / f"{entry.name}.pt"
+    try:
+        with redirect_stdout(sys.stderr):  # it prints
+            if not pretrained:
+                return known[entry.name]["model"]().eval()
+            model = utils.load_model(
+                entry.name, model_dir=folder, dataset=entry.data, threat_model=entry.threat
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the weights of '{entry.name}' can't be had ({reason:.160}): try again, or put the "
+            f"file at '{file}' by hand"
+        ) from error
+    return model.eval()
+
+
+def zoo(
+    *,
+    name: str,
+    num_classes: int,
+    input_shape: list[int],
+    dataset: str = "cifar10",
+    threat_model: str = "Linf",
+    folder: str = FOLDER,
+    pretrained: bool = True,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> Classifier:
+    """A model of the zoo to train or fine-tune (the extra ``advbench[zoo]``).
+
+    dataset, threat_model: of the leaderboard.  folder: of the weights.  pretrained: False starts at
+    random.  mean, std: not used; the model normalises images itself.
+    A head with another number of classes than the weights' starts at random.
+    Raises UserError as ``load`` does, for images that the model can't take, and for models that do
+    not end in one linear layer, such as ensembles, or whose activations can't be split.
+    """
+    entry = Entry(dataset, threat_model, name)
+    model = load(entry, folder, pretrained)
+    title = f"RobustBench's {name}"
+    x = probe_images([3, *input_shape[1:]])
+    try:
+        with torch.no_grad():
+            before = model(x)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{title} fails on images of {input_shape}: {error}") from error
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    last = linears[-1] if linears else None
+    classifier = as_classifier(
+        title, model, last, num_classes=num_classes, input_shape=input_shape, mean=None, std=None
+    )
+    if last is not None and last.out_features == num_classes and input_shape[0] == 3:
+        with torch.no_grad():
+            after = classifier.eval()(x)
+        if not torch.allclose(before, after, atol=1e-4, rtol=1e-4):
+            raise UserError(f"{title} does not end in one linear layer, and so has no features")
+    return classifier

@@ -64,6 +64,8 @@ class Feed:
         Original rows come before extra ones; each share has the same number of rows, and the same
         fraction of extra ones up to one row.
         """
+        if first >= self.steps:
+            return
         train, extra = self.splits.train, self.splits.extra
         seed, share = derive(self.seed, "read", epoch), self.batch_size // self.ranks
         if extra is None:

@@ -1,8 +1,8 @@
 """The model as a search sees it: the same function, faster. The referee keeps the real one.
 
 A search asks millions of questions and is trusted with none of the answers, so its copy of the
-model may round differently: channels last, batch normalisation folded into the convolutions, and,
-where asked for, bfloat16.
+model may round differently: channels last, batch normalisation folded into the convolutions, on a
+CPU other kernels for passes without a gradient, and, where asked for, bfloat16.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from advbench.attacks import losses
 from advbench.attacks.base import Clean
 from advbench.errors import UserError, did_you_mean
+from advbench.evaluation.packing import packed
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,10 +49,18 @@ class Speed:
 
 
 class Searcher(nn.Module):
-    """A copy of a model for searching. Input (N, C, H, W) as the model's; logits float32."""
+    """A copy of a model for searching. Input (N, C, H, W) as the model's; logits float32.
+
+    quick: the same function for passes without a gradient.
+    """
 
     def __init__(
-        self, model: nn.Module, speed: Speed, device: torch.device, layout: torch.memory_format
+        self,
+        model: nn.Module,
+        speed: Speed,
+        device: torch.device,
+        layout: torch.memory_format,
+        quick: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -61,11 +70,13 @@ class Searcher(nn.Module):
         self.call = (
             torch.compile(model, dynamic=False, mode=speed.compile) if speed.compile else model
         )
+        self.quick = self.call if quick is None or speed != Speed() else quick
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.layout)
+        call = self.call if torch.is_grad_enabled() else self.quick
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.call(x).float()
+            return call(x).float()
 
 
 def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = False) -> nn.Module:
@@ -90,11 +101,20 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
     for layout in (torch.channels_last, torch.contiguous_format):
         for candidate in candidates:
             laid = candidate.to(memory_format=layout)
-            # Compared in float32: bf16 differs by more than a wrong fold would.
-            exact = Searcher(laid, Speed(), clean.x.device, layout)
-            if _agree(model, exact, clean, stochastic):
-                return Searcher(laid, speed, clean.x.device, layout).eval()
+            for quick in (_quick(laid, clean.x.contiguous(memory_format=layout)), None):
+                # Compared in float32: bf16 differs by more than a wrong fold would.
+                exact = Searcher(laid, Speed(), clean.x.device, layout, quick)
+                if _agree(model, exact, clean, stochastic):
+                    return Searcher(laid, speed, clean.x.device, layout, quick).eval()
     return model
+
+
+def _quick(model: nn.Module, x: Tensor) -> nn.Module | None:
+    """The model for passes without a gradient, where there is a quicker way."""
+    if isinstance(model, fx.GraphModule) and x.device.type == "cpu":
+        with suppress(Exception):  # operators of another build of PyTorch
+            return packed(model, x)
+    return None
 
 
 def _agree(model: nn.Module, fast: nn.Module, clean: Clean, stochastic: bool) -> bool:

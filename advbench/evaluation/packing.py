@@ -1,0 +1,104 @@
+"""Forward passes alone, on a CPU: convolutions with weights laid out once, and what follows inside.
+
+PyTorch lays out a convolution's weights anew at every call, and goes over its output again for the
+addition and the ReLU that follow. oneDNN has operators that do both inside, the ones that
+``torch.compile`` lowers to; they have no gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
+
+SUMS = (operator.add, operator.iadd, torch.add)
+RELUS = (torch.relu, torch.relu_, F.relu)
+
+
+class PackedConv(nn.Module):
+    """A convolution that pads with zeros, plus another tensor where given, and a ReLU if ``relu``.
+
+    shape: of its input, (N, C, H, W), for which the weights are laid out; others work as well.
+    """
+
+    def __init__(self, conv: nn.Conv2d, shape: list[int], relu: bool) -> None:
+        super().__init__()
+        self.how = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+        self.relu = relu
+        # Plain attributes: what is laid out can neither be copied nor saved.
+        self.bias = None if conv.bias is None else conv.bias.detach()
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            conv.weight.detach(), *self.how, shape
+        )
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        convolve: Any = torch.ops.mkldnn._convolution_pointwise
+        filters = self.weight, self.bias, *self.how
+        if other is None:
+            return convolve(x, *filters, "relu" if self.relu else "none", [], "")
+        after = "relu" if self.relu else None
+        return convolve.binary(x, other, *filters, "add", 1.0, after, [], "")
+
+
+@torch.no_grad()
+def packed(model: fx.GraphModule, x: Tensor) -> fx.GraphModule:
+    """A copy of a traced model for forward passes without gradients of inputs like ``x``.
+
+    x: (N, C, H, W) float32 on the CPU.
+    """
+    model = copy.deepcopy(model)
+    ShapeProp(model).propagate(x)
+    modules = dict(model.named_modules())
+    calls = [node for node in model.graph.nodes if node.op == "call_module"]
+    for number, node in enumerate(calls):
+        conv = modules[node.target]
+        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
+            continue
+        if isinstance(conv.padding, str):
+            continue
+        chain, other = [node], _added(node)
+        if other is not None:
+            chain.append(next(iter(node.users)))
+        after = _only_user(chain[-1])
+        if relu := after is not None and _is_relu(after, modules):
+            chain.append(after)
+        name, shape = f"packed_{number}", list(node.args[0].meta["tensor_meta"].shape)
+        model.add_module(name, PackedConv(conv, shape, relu))
+        with model.graph.inserting_after(chain[-1]):
+            inputs = node.args[0], *([] if other is None else [other])
+            fresh = model.graph.call_module(name, inputs)
+        fresh.meta = chain[-1].meta
+        chain[-1].replace_all_uses_with(fresh)
+        for old in reversed(chain):
+            model.graph.erase_node(old)
+    model.graph.lint()
+    model.delete_all_unused_submodules()
+    model.recompile()
+    return model
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _added(node: fx.Node) -> fx.Node | None:
+    """What is added to the output of ``node``, and to nothing else of it, in the same shape."""
+    after = _only_user(node)
+    if after is None or after.target not in SUMS or after.kwargs or len(after.args) != 2:
+        return None
+    other = after.args[1] if after.args[0] is node else after.args[0]
+    if not isinstance(other, fx.Node) or other is node:
+        return None
+    shapes = [part.meta["tensor_meta"].shape for part in (node, other, after)]
+    return other if shapes[0] == shapes[1] == shapes[2] else None
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules.get(str(node.target))) is nn.ReLU
+    return node.op == "call_function" and node.target in RELUS

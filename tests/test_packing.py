@@ -1,0 +1,73 @@
+"""Forward passes with packed convolutions: the same numbers, and really packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from advbench.attacks.base import Clean
+from advbench.backbones.convnet import convnet
+from advbench.backbones.mobilenet import mobilenet_v2
+from advbench.backbones.preact_resnet import preact_resnet18
+from advbench.backbones.resnet import resnet20, resnet50
+from advbench.evaluation.packing import PackedConv, packed
+from advbench.evaluation.searcher import Searcher, Speed, searcher
+
+CASES = {  # convolutions; sums and ReLUs that they take in
+    "convnet": (convnet, 4, 0, 4),
+    "resnet20": (resnet20, 19, 9, 19),
+    "resnet50": (resnet50, 53, 16, 49),
+    "preact_resnet18": (preact_resnet18, 20, 8, 8),
+    "mobilenet_v2": (mobilenet_v2, 52, 10, 0),
+}
+
+
+def images(n: int = 3, size: int = 16) -> Tensor:
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backbones_are_packed_and_unchanged(name: str) -> None:
+    factory, convolutions, sums, relus = CASES[name]
+    torch.manual_seed(0)
+    model = factory(num_classes=5, input_shape=[3, 16, 16], mean=[0.4] * 3, std=[0.3] * 3).eval()
+    x, y = images(), torch.arange(3)
+    fast = searcher(model, Speed(), Clean(torch.arange(3), x, y))
+    assert isinstance(fast, Searcher) and isinstance(fast.quick, fx.GraphModule)
+    own = [module for module in fast.quick.modules() if isinstance(module, PackedConv)]
+    calls = [len(node.args) for node in fast.quick.graph.nodes if "packed" in str(node.target)]
+    assert len(own) == convolutions and calls.count(2) == sums
+    assert sum(conv.relu for conv in own) == relus
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5)
+    assert fast(x.requires_grad_()).requires_grad  # with a gradient, the other copy
+
+
+class Shared(nn.Module):
+    """What may not be taken in: sums of other shapes, a value with two users, odd paddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding="same")
+        self.c = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+        self.d = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        b = torch.relu(self.b(torch.relu(a)) + a)
+        c = torch.nn.functional.relu(self.c(b))
+        wide = self.d(c) + c  # (N, 1, H, W) and (N, 4, H, W)
+        return (wide + 1.0).flatten(1)
+
+
+def test_what_does_not_fit_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = Shared().eval().requires_grad_(False)
+    x = images(size=6)
+    quick = packed(fx.symbolic_trace(model), x)
+    own = [module for module in quick.modules() if isinstance(module, PackedConv)]
+    assert [conv.relu for conv in own] == [False, False]  # a and d, without what follows
+    with torch.no_grad():
+        torch.testing.assert_close(quick(x), model(x))

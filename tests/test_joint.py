@@ -302,7 +302,7 @@ def test_short_sittings_come_to_an_end(tmp_path: Path) -> None:
     while results.missing:
         results = case.execute(tmp_path, case.stages(), budget=0.02)
         sittings += 1
-        assert sittings < 30
+        assert sittings < 100
     assert sittings > 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from advbench import runs
 from advbench.errors import UserError
 from advbench.report import plots
-from advbench.report.collection import NAMES, SEED, Entry, Group, groups
+from advbench.report.collection import NAMES, SEED, Entry, Group, groups, varying
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
 from advbench.results import Results
@@ -143,13 +144,20 @@ def _read_training(found: Dossier) -> None:
     if folder is None:
         return
     try:
-        from advbench.training.summary import Summary
-
         runs.refuse_links(folder)
         found.learning = read_metrics(folder / "metrics.csv")
-        found.best = Summary.load(folder / runs.SUMMARY).best_epoch
+        found.best = _best_epoch(folder / runs.SUMMARY)
     except (UserError, OSError) as problem:
         found.notes.append(f"No learning curves: {problem}.")
+
+
+def _best_epoch(path: Path) -> int | None:
+    """Of a training, also of one whose summary an older advbench wrote; None if it is not told."""
+    try:
+        best = json.loads(path.read_text(encoding="utf-8"))["best_epoch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return best if isinstance(best, int) else None
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
@@ -221,6 +229,20 @@ def sweeps(same: Sequence[Entry]) -> list[Sweep]:
             rows = tuple((v, values[v].clean, values[v].robust) for v in sorted(values))
             found.append(Sweep(key, values[min(values)].first, rows))
     return found
+
+
+def board_plate(same: Sequence[Entry]) -> Plate:
+    """The leaderboard, for print."""
+    rows: dict[str, tuple[plots.Share, plots.Share]] = {}
+    varied = varying(same)
+    for group in sorted(groups(same), key=lambda g: -g.robust.acc):
+        settings = group.first.results.settings
+        told = [f"{k.rpartition('.')[2]} {settings[k]}" for k in varied if k in settings]
+        name = ", ".join(told) or group.first.results.run
+        while name in rows:
+            name += "'"
+        rows[name] = (group.clean, group.robust)
+    return Plate("leaderboard", "Leaderboard", "", lambda: plots.board(rows))
 
 
 def curves_plate(same: Sequence[Entry]) -> Plate | None:

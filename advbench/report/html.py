@@ -34,8 +34,15 @@ BUDGET = 3_500_000
 
 
 def write(paths: Sequence[Path], target: Path) -> None:
-    """Write the page of all evaluations below the paths. Raises UserError if there are none."""
-    write_text(target, page(collection.find(paths)))
+    """Write the page of all evaluations below the paths, and say where.
+
+    Raises UserError if there are none, and for a target that is no place for a file.
+    """
+    if target.is_dir() or not target.parent.is_dir():
+        raise UserError(f"'{target}' can't be written: give a file in a directory that exists")
+    text = page(collection.find(paths))
+    write_text(target, text)
+    print(f"{target}: {len(text.encode()) / 1e6:.1f} MB")
 
 
 def page(entries: Sequence[Entry]) -> str:
@@ -44,13 +51,14 @@ def page(entries: Sequence[Entry]) -> str:
         sorted(same, key=lambda e: -e.results.robust.acc) for same in dossier.conditions(entries)
     ]
     ordered = [entry for same in ranked for entry in same]
+    varied = {id(entry): collection.varying(same) for same in ranked for entry in same}
     anchors = {id(entry): f"run-{i}" for i, entry in enumerate(ordered, 1)}
     with style():
         figures = Figures()
         sections = [
             _leaderboard(ranked, anchors),
             _together(ranked, figures),
-            _runs(ordered, anchors, figures),
+            _runs(ordered, anchors, varied, figures),
         ]
     models = len({entry.results.run for entry in entries})
     title = f"{_count(len(entries), 'evaluation')} of {_count(models, 'model')}"
@@ -227,27 +235,17 @@ def _filters(entries: Sequence[Entry], rows: int) -> Markup:
 
 def _row(group: Group, varied: Sequence[str], anchors: Mapping[int, str]) -> Markup:
     first, facets = group.first, _facets(group.first)
-    settings = [
-        (key, first.results.settings[key]) for key in varied if key in first.results.settings
-    ]
-    chips = [
-        el("span", el("em", key), f" {_plain(value)}", class_="chip") for key, value in settings
-    ]
+    chips = _chips(first, varied)
     if len(group.entries) > 1:
-        chips.append(
-            el("span", el("em", "seeds"), f" {', '.join(map(str, group.seeds))}", class_="chip")
-        )
-    if first.results.missing:
-        chips.append(el("span", "unfinished", class_="chip warn"))
+        chips.append(_chip("seeds", ", ".join(map(str, group.seeds))))
     links = [
         el("a", e.results.run if i == 0 else f"seed {e.seed}", href=f"#{anchors[id(e)]}")
         for i, e in enumerate(group.entries)
     ]
     model = [el("div", _joined(links), class_="name"), el("div", _joined(chips), class_="chips")]
     label = group.verdict or "-"
-    words = " ".join(
-        [first.results.run, *(f"{k} {_plain(v)}" for k, v in settings), *facets.values()]
-    )
+    values = [f"{k} {_plain(v)}" for k, v in first.results.settings.items() if k in varied]
+    words = " ".join([first.results.run, *values, *facets.values()])
     cells = [
         el("td", model, class_="c-model", data_sort=first.results.run),
         _accuracy("clean", group.clean),
@@ -265,11 +263,26 @@ def _row(group: Group, varied: Sequence[str], anchors: Mapping[int, str]) -> Mar
     )
 
 
+def _chips(entry: Entry, varied: Sequence[str]) -> list[Markup]:
+    """What sets an evaluation apart from its neighbours."""
+    settings = entry.results.settings
+    chips = [_chip(key, _plain(settings[key])) for key in varied if key in settings]
+    if entry.results.missing:
+        chips.append(el("span", "unfinished", class_="warn"))
+    return chips
+
+
+def _chip(key: str, value: str) -> Markup:
+    return el("span", el("em", key), f" {value}")
+
+
 def _joined(parts: Sequence[Markup]) -> list[Child]:
     return [child for part in parts for child in (part, " ")][:-1]
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -311,7 +324,8 @@ def _track(clean: Mean, robust: Mean) -> Markup:
 
 def _verdict(label: str | None) -> Markup:
     known = label if label in ("reliable", "inconclusive", "unreliable") else "none"
-    return el("span", label or "not computed", class_=f"verdict {known}")
+    title = None if label else "not computed"
+    return el("span", label or "-", class_=f"verdict {known}", title=title)
 
 
 # --- several evaluations ------------------------------------------------------------------------
@@ -335,13 +349,19 @@ def _together(ranked: Sequence[Sequence[Entry]], figures: Figures) -> Markup | N
 # --- one evaluation -----------------------------------------------------------------------------
 
 
-def _runs(ordered: Sequence[Entry], anchors: Mapping[int, str], figures: Figures) -> Markup:
+def _runs(
+    ordered: Sequence[Entry],
+    anchors: Mapping[int, str],
+    varied: Mapping[int, Sequence[str]],
+    figures: Figures,
+) -> Markup:
     library, trainings = gallery.Library(), {}
     parts, bare = [], 0
     for i, entry in enumerate(ordered):
         drawn = i < MOST_FIGURES and not figures.full
         bare += not drawn
-        parts.append(_run(entry, anchors[id(entry)], library, trainings, figures, drawn))
+        chips = _chips(entry, varied[id(entry)])
+        parts.append(_run(entry, chips, anchors[id(entry)], library, trainings, figures, drawn))
     note = (
         el(
             "p",
@@ -357,6 +377,7 @@ def _runs(ordered: Sequence[Entry], anchors: Mapping[int, str], figures: Figures
 
 def _run(
     entry: Entry,
+    chips: Sequence[Markup],
     anchor: str,
     library: gallery.Library,
     trainings: dict[Path, str],
@@ -366,7 +387,11 @@ def _run(
     results = entry.results
     summary = el(
         "summary",
-        el("span", results.run, class_="name"),
+        el(
+            "span",
+            el("span", results.run, class_="name"),
+            el("span", _joined(chips), class_="chips"),
+        ),
         el("span", f"{entry.data}, {entry.threat_name}, {entry.protocol}", class_="about"),
         el("span", f"{_percent(results.robust.acc)} %", class_="value"),
     )
@@ -392,22 +417,37 @@ def _headline(entry: Entry) -> Markup:
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> Markup:
-    return el("dl", [el("div", el("dt", name), el("dd", value)) for name, value in facts])
+    return el(
+        "dl",
+        [
+            el("div", el("dt", name), el("dd", value, class_=_kind(name, value)))
+            for name, value in facts
+        ],
+    )
+
+
+def _kind(name: str, value: str) -> str | None:
+    """How a fact is set: a hash small, and what is long over the whole width of a phone."""
+    if name.endswith("sha256"):
+        return "hash"
+    return "long" if len(value) > 24 else None
 
 
 def _evidence(
     found: Dossier, anchor: str, trainings: dict[Path, str], figures: Figures
 ) -> Iterator[Markup]:
-    drawings = [figures.draw(plate) for plate in found.plates()]
+    drawings, told = [figures.draw(plate) for plate in found.plates()], None
     folder, plate = found.entry.training, found.learning_plate()
     if plate is not None and folder is not None:
         if folder in trainings:
-            told = el("a", "further up", href=f"#{trainings[folder]}")
-            drawings.append(el("p", "Its training is shown ", told, ".", class_="note"))
+            link = el("a", "further up", href=f"#{trainings[folder]}")
+            told = el("p", "Its training is shown ", link, ".", class_="note")
         else:
             trainings[folder] = anchor
             drawings.append(figures.draw(plate))
     yield el("div", drawings, class_="figures")
+    if told is not None:
+        yield told
     if found.gallery is not None:
         yield figures.keep(_gallery(found.gallery))
     elif found.evidence is not None and found.entry.config.get("adversarial") is not True:
@@ -537,10 +577,18 @@ def _provenance(entry: Entry) -> Markup:
     results = entry.results
     known = {
         "folder": str(entry.folder),
-        "images": f"{entry.n} of {results.data.get('split', '-')} split",
+        "images": f"{entry.n} of the {results.data.get('split', '-')} split",
         "data sha256": results.data.get("sha256"),
         **results.provenance,
-        **{f"protocol {k}": v for k, v in results.protocol.items()},
     }
-    facts = [(k.replace("_", " "), _plain(v)) for k, v in known.items() if v is not None]
-    return el("section", el("h3", "Provenance"), _facts(facts))
+    return el(
+        "section",
+        el("h3", "Protocol"),
+        _facts(_named(results.protocol)),
+        el("h3", "Provenance"),
+        _facts(_named(known)),
+    )
+
+
+def _named(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(k).replace("_", " "), _plain(v)) for k, v in values.items() if v is not None]

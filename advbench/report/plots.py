@@ -118,7 +118,7 @@ def curve(rows: Mapping[str, Results]) -> Figure:
         axes.fill_between(
             x, centre - lengths[0], centre + lengths[1], color=colour, alpha=0.18, linewidth=0
         )
-        axes.plot(x, centre, color=colour, marker=marker, label=short(name, 44))
+        axes.plot(x, centre, color=colour, marker=marker, label=short(name, 44), clip_on=False)
     _percent(axes)
     axes.grid(True, axis="x")
     axes.set_xlim(left=0)
@@ -292,14 +292,30 @@ def tradeoff(key: str, rows: Sequence[Row]) -> Figure:
     x, across = _whiskers([clean for _, clean, _ in rows])
     y, along = _whiskers([robust for _, _, robust in rows])
     axes.plot(x, y, color=MUTED, linewidth=1, zorder=1)
-    axes.errorbar(x, y, xerr=across, yerr=along, fmt="o", color=ROBUST, elinewidth=0.6)
-    for i, (value, _, _) in enumerate(rows):
-        axes.annotate(f"{value:g}", (x[i], y[i]), (5, 4), textcoords="offset points")
+    axes.errorbar(x, y, xerr=across, yerr=along, fmt="none", ecolor=ROBUST, alpha=0.35)
+    axes.plot(x, y, "o", color=ROBUST)
     axes.margins(0.06)
+    for i, place in enumerate(_apart(axes, x, y)):
+        axes.annotate(f"{rows[i][0]:g}", (x[i], y[i]), (6, place), textcoords="offset points")
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("robust accuracy (%)")
     axes.set_title(f"at the points: {short(key, 40)}", loc="left", color=MUTED)
     return figure
+
+
+def _apart(axes: Axes, x: np.ndarray, y: np.ndarray) -> list[float]:
+    """How far above its point each label goes, in points, so that neighbours do not collide."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    across, up = 200 * (x - left) / (right - left), 150 * (y - low) / (high - low)
+    lifts = np.zeros(len(x))
+    placed: list[int] = []
+    for i in np.argsort(up, kind="stable"):
+        lifts[i] = 3.0
+        for j in placed:
+            if abs(across[i] - across[j]) < 24:
+                lifts[i] = max(lifts[i], up[j] + lifts[j] + 8.5 - up[i])
+        placed.append(int(i))
+    return lifts.tolist()
 
 
 def sweep(key: str, rows: Sequence[Row]) -> Figure:

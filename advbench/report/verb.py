@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from advbench.errors import UserError
 from advbench.files import write_text
 from advbench.report import compare, formats, leaderboard
 from advbench.report.collection import find, groups
@@ -15,8 +16,9 @@ OUTPUTS = Path("outputs")
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Add the options. Those that name another thing to make exclude each other."""
-    parser.add_argument("--sweep", metavar="KEYS", help="one table over settings: KEY or KEY,KEY")
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sweep", metavar="KEYS", help="one table over settings: KEY or KEY,KEY")
+    kind.add_argument(
         "--compare",
         action="store_true",
         help="two evaluations, image by image: advbench report --compare RUN_A RUN_B",
@@ -27,15 +29,20 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="put other threats, data, n and protocols into one table, with a column for each",
     )
     parser.add_argument("--format", metavar="FORMAT", help=", ".join(formats.FORMATS))
+    parser.add_argument("--html", type=Path, metavar="FILE", help="one page with everything")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="the figures as PNG and PDF")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a file instead of the screen")
 
 
 def run(given: argparse.Namespace) -> None:
     """Do what was asked for. Raises UserError for options that do not go together."""
     paths = given.paths or [OUTPUTS]
+    if given.html is not None or given.plots is not None:
+        _draw(paths, given)
+        return
     form = formats.form_of(given.format, given.out)
     if given.compare:
-        _put(compare.told(compare.of(paths, given.mix), form), given.out)
+        _put(compare.text(paths, given.mix, form), given.out)
         return
     found = groups(find(paths))
     if given.sweep is not None:
@@ -49,6 +56,22 @@ def run(given: argparse.Namespace) -> None:
     apart = leaderboard.apart(boards)
     if apart and form in (None, "md", "latex"):
         print(f"{apart}: --mix puts them into one table", file=sys.stderr)
+
+
+def _draw(paths: list[Path], given: argparse.Namespace) -> None:
+    """The page, the figures, or both. Raises UserError beside options of tables."""
+    tables = ("sweep", "compare", "mix", "format", "out")
+    beside = [f"--{key}" for key in tables if getattr(given, key)]
+    if beside:
+        raise UserError(f"{beside[0]} is for tables: leave it out beside --html and --plots")
+    if given.html is not None:
+        from advbench.report import html
+
+        html.write(paths, given.html)
+    if given.plots is not None:
+        from advbench.report import figures
+
+        figures.save(paths, given.plots)
 
 
 def _put(text: str, out: Path | None) -> None:

@@ -176,7 +176,8 @@ def _check_overrides(cfg: Any, hydra_cfg: Any) -> None:
         override.startswith("hydra.run.dir=") for override in hydra_cfg.overrides.hydra
     ):
         raise UserError("hydra.run.dir is for one run; with -m say where with hydra.sweep.dir=DIR")
-    ignored = named - {"resume", "plugins", "strict", "model", "weights", "budget"}
+    heeded = {"resume", "plugins", "strict", "model", "weights", "budget", "logger"}
+    ignored = {name for name in named if name.partition(".")[0] not in heeded}
     if cfg.resume is not None and ignored:
         raise UserError(
             f"resume={cfg.resume} takes its settings from the run: leave out "

@@ -39,6 +39,7 @@ GROUPS = {
         "advbench.evaluation.paper.",
     ),
     "trainer": ("advbench.training.trainer.", "advbench.evaluation.resources."),
+    "logger": "advbench.training.loggers.",
 }
 """Where each group's components are defined."""
 

@@ -28,8 +28,9 @@ from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
 from advbench.files import hashes, model_sha256, short_hash, write_atomic
-from advbench.report import outcome
+from advbench.report import curves, outcome
 from advbench.results import Results
+from advbench.training import loggers
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
 
@@ -56,8 +57,11 @@ def train(
     screen: Screen,
 ) -> Path:
     """Train what the config says, or go on with it. Returns the run's directory."""
+    asked = cfg
     if cfg.resume is not None:
         home, cfg = _resumed(cfg.resume, "train")
+    told = asked.logger or cfg.get("logger")
+    logger = config.build(told, "logger", plugins=plugins) if told else None
     threat: Threat = config.build(cfg.threat, "threat", plugins=plugins)
     splits: Splits = config.build(cfg.data, "data", plugins=plugins)
     how = config.spelled_out(cfg.recipe, "recipe")
@@ -86,7 +90,7 @@ def train(
         kept = _kept(cfg, choices)
         kept.backbone, kept.defense, kept.recipe = node, guard, how
     identity = {
-        "config": config.plain(kept),
+        "config": {**config.plain(kept), "logger": None},  # who hears of it decides nothing
         "data": splits.fingerprints(),
         "start": model_sha256(model),
         "teachers": {name: model_sha256(teacher) for name, teacher in teachers.items()},
@@ -104,7 +108,13 @@ def train(
             screen.log = folder / "log.txt"
             state = "finished already" if runs.trained_to_end(folder) else "training"
             screen.line(f"{state}: {folder}")
-        with Bar(screen) as bar:
+        run = loggers.Run(folder, config.plain(kept))
+        with (
+            Bar(screen) as bar,
+            loggers.Tracked(
+                TrainingView(screen, bar, trainer.batch_size), logger, run, curves.draw
+            ) as report,
+        ):
             summary: Summary = trainer.fit(
                 model,
                 splits,
@@ -115,8 +125,10 @@ def train(
                 seed=cfg.seed,
                 folder=folder,
                 identity=identity,
-                report=TrainingView(screen, bar, trainer.batch_size),
+                report=report,
             )
+            if first:
+                report.finish(summary)
     if first:
         outcome.show_training(summary, folder, screen)
     return folder
@@ -253,7 +265,7 @@ def _kept(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:
         kept.choices = {
             group: name
             for group, name in choices.items()
-            if group in (*config.GROUPS, "experiment") and name is not None
+            if group in (*config.GROUPS, "experiment") and group != "logger" and name is not None
         }
     return kept
 

@@ -124,6 +124,8 @@ def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
         return
     if path.exists():
         known, wanted = config.plain(config.read(path)), config.plain(cfg)
+        for values in (known, wanted):
+            values.pop("logger", None)  # who hears of a run does not make it another one
         if known != wanted:
             differs = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
             raise UserError(

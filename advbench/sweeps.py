@@ -86,7 +86,7 @@ class Task:
         if away:
             os.chdir(self.place)
             _limit_threads(hydra_cfg.launcher)
-        with _labelled(label) if away else nullcontext():
+        with _labelled(label) if away else nullcontext(), _alone():
             status, score, text = self._run(cfg)
         if text and not _to_a_file(hydra_cfg.launcher):
             prefix = f"{label} " if away else ""
@@ -209,6 +209,20 @@ def _limit_threads(launcher: Any) -> None:
         import torch
 
         torch.set_num_threads(launcher.cpus_per_task)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """The processes of a job on several devices are its own: the next job starts others."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        if (torch := sys.modules.get("torch")) and torch.distributed.is_available():
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            os.environ.clear()
+            os.environ.update(before)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from advbench.console import table_console
 from advbench.errors import UserError, did_you_mean
 from advbench.files import write_text
 
-GROUPS = (*config.GROUPS, "logger", "experiment")
+GROUPS = (*config.GROUPS, "experiment")
 
 
 def _group(word: str) -> str:

@@ -72,3 +72,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 def _printed(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a table that ``write_table`` wrote; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]

@@ -114,7 +114,7 @@ class Entry:
             "data.sha256": data.get("sha256"),
             "n": data["n"],
             "threat.norm": threat["norm"],
-            "threat.eps": threat["eps"],
+            "threat.eps": float(threat["eps"]),
             **{"protocol" if k == "name" else f"protocol.{k}": v for k, v in protocol.items()},
         }
 

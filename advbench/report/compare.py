@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from advbench.errors import UserError
 from advbench.report.collection import NAMES, UNKNOWN, Entry, Group, find
+from advbench.report.conditions import Wording, differences
 from advbench.report.formats import printable
-from advbench.report.leaderboard import Wording, differences
 from advbench.results import Z95
 
 if TYPE_CHECKING:  # records are read with torch, which takes seconds to import
@@ -137,14 +137,14 @@ def of(paths: Sequence[Path], mix: bool = False) -> Comparison:
 
 
 def _two(paths: Sequence[Path]) -> tuple[Entry, Entry]:
+    if len(paths) != 2:
+        raise UserError("--compare takes two evaluations: advbench report --compare RUN_A RUN_B")
     entries = []
     for path in paths:
         found = find([path])
         if len(found) != 1:
             raise UserError(f"'{path}' holds {len(found)} evaluations: name the directory of one")
         entries += found
-    if len(entries) != 2:
-        raise UserError("--compare takes two evaluations: advbench report --compare RUN_A RUN_B")
     return entries[0], entries[1]
 
 
@@ -198,12 +198,13 @@ def _evidence(entry: Entry) -> Evidence:
     return evidence
 
 
-def told(comparison: Comparison, form: str | None) -> str:
-    """The comparison in words, or as JSON. Raises UserError for another format."""
+def text(paths: Sequence[Path], mix: bool = False, form: str | None = None) -> str:
+    """The comparison in words, or as JSON. Raises UserError for another format, and as ``of``."""
+    if form not in (None, "json"):
+        raise UserError(f"--compare makes words or --format json, not '{form}'")
+    comparison = of(paths, mix)
     if form == "json":
         return json.dumps(_plain(comparison), indent=2) + "\n"
-    if form is not None:
-        raise UserError(f"--compare makes words or --format json, not '{form}'")
     return "".join(f"{printable(line)}\n" for line in _lines(comparison))
 
 

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from advbench.console import table_console
 from advbench.errors import UserError, did_you_mean
-from advbench.report.collection import varying
-from advbench.report.leaderboard import Board, Sheet, record
+from advbench.report.collection import NAMES, Group, Mean, varying
+from advbench.report.leaderboard import Board, Sheet, value_of
 
 SCHEMA = "advbench.report/1"
 SUFFIXES = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "latex"}
@@ -149,11 +149,41 @@ def latex_text(text: str) -> str:
 # --- CSV and JSON: what a program reads ---------------------------------------------------------
 
 
+def _record(group: Group, settings: Sequence[str]) -> dict[str, Any]:
+    """A row in full precision, flat. settings: keys to tell beside the names."""
+    first = group.first
+    conditions = first.conditions
+    inside = {k: v for k, v in conditions.items() if k.startswith("protocol.")}
+    version = inside.pop("protocol.version")
+    return {
+        **{key: conditions[key] for key in ("data", "data.split", "data.sha256", "n")},
+        **{key: conditions[key] for key in ("threat.norm", "threat.eps", "protocol")},
+        "protocol.version": version,
+        "protocol.parameters": json.dumps(inside),
+        **{key: value_of(first, key) for key in NAMES},
+        **{key: first.results.settings.get(key) for key in settings if key not in NAMES},
+        "runs": len(group.entries),
+        "seeds": ";".join(map(str, group.seeds)),
+        **_spread("clean", group.clean),
+        **_spread("robust", group.robust),
+        "verdict": group.verdict,
+        "missing": ";".join(first.results.missing),
+        "seconds": group.seconds,
+        "passes": group.passes,
+        "folders": ";".join(entry.folder.as_posix() for entry in group.entries),
+    }
+
+
+def _spread(name: str, mean: Mean) -> dict[str, Any]:
+    low, high = mean.ci95
+    return {name: mean.acc, f"{name}_sd": mean.sd, f"{name}_low": low, f"{name}_high": high}
+
+
 def _csv(boards: Sequence[Board]) -> str:
     """One flat table of all rows, in full precision; a sweep's rows stand in it once."""
     groups = list({id(group): group for board in boards for group in board.groups}.values())
     keys = varying(group.first for group in groups)
-    rows = [record(group, keys) for group in groups]
+    rows = [_record(group, keys) for group in groups]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -180,7 +210,7 @@ def _json(boards: Sequence[Board]) -> str:
             "swept": list(board.swept),
             "rows": [
                 {
-                    **record(group, keys),
+                    **_record(group, keys),
                     "evaluations": [
                         {"folder": entry.folder.as_posix(), **entry.results.to_json()}
                         for entry in group.entries

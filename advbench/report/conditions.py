@@ -1,0 +1,111 @@
+"""Under what conditions evaluations were made, which of them differ, and how to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from advbench.report.collection import UNKNOWN, Entry, Group
+
+STRONG = ("adaptive", "msa", "autoattack")
+"""Protocols that stand for themselves, the strongest first."""
+
+WEAK = ("pgd", "fgsm", "apgd", "fab", "square", "curve", "torchattacks")
+"""Protocols of one attack; those of the papers, ``paper/...``, are no stronger."""
+
+
+class Wording:
+    """Conditions in words, with as much as tells those of a report from each other."""
+
+    def __init__(self, found: Sequence[Group]) -> None:
+        self.among = [group.first.conditions for group in found]
+        self._inside: dict[str, list[str]] = {}
+        self._namesakes: set[str] = set()
+        for name in {each["protocol"] for each in self.among}:
+            alike = [each for each in self.among if each["protocol"] == name]
+            inside = [key for key in differences(alike) if key.startswith("protocol.")]
+            self._inside[name] = [key for key in inside if key != "protocol.version"]
+        for name in {each["data"] for each in self.among}:
+            if len({each["data.sha256"] for each in self.among if each["data"] == name}) > 1:
+                self._namesakes.add(name)
+        self._texts = [self.of(group.first) for group in found]
+
+    def told(self, differing: Iterable[str]) -> str:
+        """Why the evaluations are not ranked together."""
+        return f"not ranked together, for they differ in {self.differing(differing)}"
+
+    def differing(self, keys: Iterable[str]) -> str:
+        """The values of conditions that differ."""
+        parts = []
+        for column in columns_of(keys):
+            values = list(dict.fromkeys(text[column] for text in self._texts))
+            more = f" and {len(values) - 4} more" if len(values) > 5 else ""
+            parts.append(f"{column} ({', '.join(values[: 4 if more else None])}{more})")
+        return ", ".join(parts)
+
+    def of(self, entry: Entry) -> dict[str, str]:
+        """By column: data, n, threat and protocol."""
+        own = entry.conditions
+        data = f"{own['data']} {own['data.split'] or ''}".strip()
+        if own["data"] in self._namesakes:
+            data += f" {str(own['data.sha256'])[:8]}"
+        keys = self._inside[own["protocol"]]
+        inside = [f"{key.removeprefix('protocol.')} {text_of(own.get(key))}" for key in keys]
+        if is_weak(own["protocol"]):
+            inside = ["weak", *inside]
+        return {
+            "data": data,
+            "n": str(own["n"]),
+            "threat": entry.threat_name,
+            "protocol": entry.protocol + (f" ({', '.join(inside)})" if inside else ""),
+        }
+
+
+def differences(conditions: Iterable[Mapping[str, Any]], every: bool = False) -> list[str]:
+    """Keys that are not the same everywhere.
+
+    Without ``every``, parameters of other protocols and hashes of other data go without saying.
+    """
+    everywhere = list(conditions)
+    keys = dict.fromkeys(key for each in everywhere for key in each)
+    found = [key for key in keys if len({repr(each.get(key)) for each in everywhere}) > 1]
+    implied = () if every else tuple(f"{key}." for key in ("protocol", "data") if key in found)
+    return [key for key in found if not key.startswith(implied)]
+
+
+def place(group: Group) -> Any:
+    """Where its conditions stand among others: strong protocols first."""
+    conditions = group.first.conditions
+    name = conditions["protocol"]
+    strength = STRONG.index(name) if name in STRONG else len(STRONG)
+    rest = {key: order(value) for key, value in conditions.items() if key.startswith("protocol.")}
+    return (
+        [order(conditions[key]) for key in ("data", "data.split", "data.sha256", "n")],
+        [order(conditions[key]) for key in ("threat.norm", "threat.eps")],
+        (strength, str(name), sorted(rest.items())),
+    )
+
+
+def order(value: Any) -> tuple[int, float, str]:
+    """Numbers in order before words, and nothing first."""
+    if value is None:
+        return 0, 0.0, ""
+    return (1, float(value), "") if isinstance(value, int | float) else (2, 0.0, str(value))
+
+
+def columns_of(differing: Iterable[str]) -> list[str]:
+    """The columns that show these conditions, of data, n, threat and protocol."""
+    heads = {key.partition(".")[0] for key in differing}
+    return [column for column in ("data", "n", "threat", "protocol") if column in heads]
+
+
+def text_of(value: Any) -> str:
+    if value is None:
+        return UNKNOWN
+    text = str(value)
+    return f"{value:.6g}" if isinstance(value, float) and len(text) > 8 else text
+
+
+def is_weak(protocol: str) -> bool:
+    """Whether its numbers flatter; of a protocol that is not ours nobody knows."""
+    return protocol in WEAK or str(protocol).startswith("paper/")

@@ -1,0 +1,659 @@
+"""Reports: what may be ranked with what, intervals and tests against closed forms, every format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from advbench.cli import main
+from advbench.errors import UserError
+from advbench.evaluation.store import Records, Store
+from advbench.report import compare, formats, leaderboard
+from advbench.report.collection import Entry, Mean, find, groups, varying
+from advbench.results import Accuracy, Results, StageResult, wilson
+
+SETTINGS = {"backbone": "convnet", "defense": "none", "recipe": "pgd_at", "seed": 0}
+DATA = {"name": "digits", "split": "test", "n": 200, "sha256": "c0ffee00" * 8}
+THREAT = {"norm": "linf", "eps": 8 / 255}
+AUTOATTACK = {"name": "autoattack", "version": "1", "suite": "standard", "seed": 0}
+PGD = {"name": "pgd", "version": "1", "steps": 20, "seed": 0}
+
+
+def results(robust: int = 100, **changes: Any) -> Results:
+    """Results of a plausible evaluation, in which ``robust`` images held.
+
+    changes: of fields; those of a mapping are merged into it.
+    """
+    n = changes.get("data", {}).get("n", DATA["n"])
+    stage = StageResult("apgd-ce", "APGD", "model", "why", robust / n, n, n - robust, 1.5, 40, 30)
+    values: dict[str, Any] = {
+        "run": "a-run",
+        "settings": SETTINGS,
+        "data": DATA,
+        "threat": THREAT,
+        "protocol": AUTOATTACK,
+        "clean": Accuracy.of(max(n - 10, 0), n),
+        "robust": Accuracy.of(robust, n),
+        "stages": (stage,),
+        "provenance": {"seconds": 12.5, "model_sha256": None},
+    }
+    for key, value in changes.items():
+        whole = key in ("protocol",) or not isinstance(values.get(key), dict)
+        values[key] = value if whole else {**values[key], **value}
+    return Results(**values)
+
+
+def put(folder: Path, robust: int = 100, **changes: Any) -> Path:
+    """An evaluation directory with results and nothing else."""
+    folder.mkdir(parents=True)
+    results(robust, **changes).save(folder / "results.json")
+    return folder
+
+
+def jumps(folder: Path, values: Sequence[float], **changes: Any) -> None:
+    """A sweep of a retrofit, the more robust the smaller its rest by 7."""
+    for jump in values:
+        settings = {"defense": "jumprelu", "defense.jump": jump}
+        name = "-".join([str(jump), *map(str, changes)])
+        put(folder / name, 100 + int(10 * jump) % 7, settings=settings, **changes)
+
+
+def entries(*found: Results) -> list[Entry]:
+    return [Entry(Path(f"run{i}"), each) for i, each in enumerate(found)]
+
+
+# --- groups over seeds --------------------------------------------------------------------------
+
+
+def test_seeds_have_a_mean_a_deviation_and_the_interval_of_their_images() -> None:
+    mean = Mean.of([Accuracy.of(160, 200), Accuracy.of(180, 200)], 200)
+    assert (mean.acc, mean.count) == (pytest.approx(0.85), 2)
+    assert mean.sd == pytest.approx(0.1 / math.sqrt(2))
+    assert mean.ci95 == pytest.approx(wilson(170, 200))  # not that of 400 images
+    one = Accuracy.of(160, 200)
+    assert Mean.of([one], 200) == Mean(one.acc, None, 1, one.ci95)
+
+
+def seeds(*numbers: int | None, **changes: Any) -> list[Results]:
+    extra = changes.pop("settings", {})
+    return [results(settings={"seed": seed, **extra}, **changes) for seed in numbers]
+
+
+GROUPED: dict[str, tuple[list[Results], list[list[int | None]]]] = {
+    "seeds": (seeds(2, 0, 1), [[0, 1, 2]]),
+    "another learning rate": (
+        [*seeds(0, 1), *seeds(0, 1, settings={"optimizer.lr": 0.5})],
+        [[0, 1], [0, 1]],
+    ),
+    "another threat": ([*seeds(0, 1), *seeds(2, threat={"eps": 0.1})], [[0, 1], [2]]),
+    "attack seeds of their own": (
+        [*seeds(0, protocol={**PGD, "seed": 5}), *seeds(1, protocol={**PGD, "seed": 6})],
+        [[0, 1]],
+    ),
+    "attacked twice": (
+        [*seeds(0, 1), *seeds(0, 1, protocol={**AUTOATTACK, "seed": 1})],
+        [[0, 1], [0, 1]],
+    ),
+    "the same twice": (seeds(0, 0, 1), [[0], [0], [1]]),
+    "unfinished": ([*seeds(0, 1), *seeds(2, missing=("square",))], [[0, 1], [2]]),
+    "no training of ours": (seeds(None, None), [[None], [None]]),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_only_trainings_that_differ_in_the_seed_alone_are_averaged(case: str) -> None:
+    assert len(GROUPED) == 8
+    found, expected = GROUPED[case]
+    grouped = groups(entries(*found))
+    assert [[entry.seed for entry in group.entries] for group in grouped] == expected
+
+
+def test_what_varies_is_what_was_swept() -> None:
+    old = results(settings={"defense.jump": 0.5})
+    new = results(settings={"defense.jump": 1.0, "optimizer.lr": 0.1, "seed": 7})
+    assert varying(entries(old, new)) == ["defense.jump"]
+    assert varying(entries(old, results(settings={"recipe": "standard"}))) == ["recipe"]
+    none, some = results(settings={"trainer.ema": None}), results(settings={"trainer.ema": 0.9})
+    assert varying(entries(none, some)) == ["trainer.ema"]
+
+
+def test_names_tell_what_is_inside() -> None:
+    chain = {"defense": "chain", "defense.members": "sparta+hpm", "recipe": "awp"}
+    (entry,) = entries(results(settings={**chain, "recipe.of": "trades"}))
+    assert (entry.defense, entry.recipe) == ("chain(sparta+hpm)", "awp(trades)")
+    assert (entry.threat_name, str(entry.threat)) == ("linf 8/255", "linf 8/255")
+
+
+# --- what is ranked with what -------------------------------------------------------------------
+
+OTHER: dict[str, dict[str, Any]] = {
+    "radius": {"threat": {"eps": 0.1}},
+    "norm": {"threat": {"norm": "l2"}},
+    "images": {"data": {"sha256": "beef" * 16}},
+    "part": {"data": {"split": "val"}},
+    "data": {"data": {"name": "cifar10", "sha256": "beef" * 16}},
+    "number": {"data": {"n": 150}},
+    "version": {"protocol": {**AUTOATTACK, "version": "2"}},
+    "suite": {"protocol": {**AUTOATTACK, "suite": "plus"}},
+    "protocol": {"protocol": PGD},
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_conditions_are_another_table(case: str) -> None:
+    assert len(OTHER) == 9
+    settings = {"defense": "hpm"}
+    found = groups(entries(results(), results(settings=settings, **OTHER[case])))
+    boards = leaderboard.boards(found)
+    assert [len(board.groups) for board in boards] == [1, 1]
+    assert len({board.title for board in boards}) == 2  # a reader sees which is which
+    with pytest.raises(UserError, match="add --mix"):
+        leaderboard.sweep(found, ["defense"])
+    (mixed,) = leaderboard.boards(found, mix=True)
+    shown = mixed.sheet()
+    more = set(shown.headings) - set(boards[0].sheet().headings)
+    assert len(more) == 1 and more <= {"data", "n", "threat", "protocol"}
+    (column,) = (i for i, heading in enumerate(shown.headings) if heading in more)
+    assert len({row[column] for row in shown.rows}) == 2
+
+
+def test_the_most_robust_comes_first_and_the_unfinished_last() -> None:
+    found = [
+        results(120, settings={"defense": "a"}),
+        results(190, settings={"defense": "b"}, missing=("square",)),
+        results(150, settings={"defense": "c"}),
+        results(130, settings={"defense": "d"}),
+    ]
+    (board,) = leaderboard.boards(groups(entries(*found)))
+    sheet = board.sheet()
+    assert [row[0] for row in sheet.rows] == ["c", "d", "a", "b"]
+    verdict = sheet.headings.index("verdict")
+    assert [row[verdict] for row in sheet.rows] == ["-", "-", "-", "unfinished"]
+
+
+def test_a_weak_protocol_is_never_ranked_with_a_strong_one() -> None:
+    paper = {"name": "paper/hpm", "version": "1", "seed": 0}
+    adaptive = {"name": "adaptive", "version": "1", "seed": 0}
+    found = groups(
+        entries(
+            results(199, protocol=paper),
+            results(198, protocol=PGD),
+            results(100, protocol=AUTOATTACK),
+            results(90, protocol=AUTOATTACK, settings={"defense": "hpm"}),
+            results(80, protocol=adaptive),
+        )
+    )
+    titles = [board.title for board in leaderboard.boards(found)]
+    assert [title.rpartition(", ")[2] for title in titles] == [
+        "adaptive 1", "autoattack 1", "paper/hpm 1 (weak)", "pgd 1 (weak)",
+    ]  # fmt: skip
+    (mixed,) = leaderboard.boards(found, mix=True)
+    protocols = [group.first.protocol for group in mixed.groups]
+    assert protocols == ["adaptive 1", "autoattack 1", "autoattack 1", "paper/hpm 1", "pgd 1"]
+    assert leaderboard.READING_WEAK in mixed.sheet().notes
+
+
+def test_a_title_says_what_tells_tables_apart() -> None:
+    long = {**PGD, "steps": 100}
+    found = groups(entries(results(protocol=PGD), results(protocol=long)))
+    assert [board.title for board in leaderboard.boards(found)] == [
+        "digits test, n = 200, linf 8/255, pgd 1 (weak, steps 20)",
+        "digits test, n = 200, linf 8/255, pgd 1 (weak, steps 100)",
+    ]
+
+
+def test_a_sweep_stands_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    jumps(tmp_path, (10, 0.5, 2, 0))
+    (board,) = leaderboard.boards(groups(find([tmp_path])))
+    sheet = board.sheet()
+    column = sheet.headings.index("defense.jump")
+    assert [row[column] for row in sheet.rows] == ["0", "0.5", "2", "10"]
+    assert all(
+        "[" in row[sheet.headings.index(key)] for key in ("clean", "robust") for row in sheet.rows
+    )
+    put(tmp_path / "base", 150)
+    ranked, swept = leaderboard.boards(groups(find([tmp_path])))
+    assert len(ranked.groups) == 5 and ranked.sheet().rows[0][0] == "none"
+    assert [row[column] for row in swept.sheet().rows] == ["0", "0.5", "2", "10"]
+
+
+def test_those_that_look_alike_are_told_by_their_runs() -> None:
+    first, second = results(), results(run="another", provenance={"seconds": 1.0})
+    (board,) = leaderboard.boards(groups(entries(first, second)))
+    sheet = board.sheet()
+    assert {row[sheet.headings.index("run")] for row in sheet.rows} == {"a-run", "another"}
+    (foreign,) = leaderboard.boards(groups(entries(Results(**{**vars(first), "settings": {}}))))
+    assert foreign.sheet().headings[0] == "run" and foreign.sheet().rows[0][0] == "a-run"
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_two_threats_are_two_tables_and_mix_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jumps(tmp_path, (0, 1, 2))
+    jumps(tmp_path, (0, 1, 2), threat={"eps": 0.5})
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("robust   ") == 2
+    assert "linf 8/255, linf 0.5" in shown.err and "--mix" in shown.err
+    wanted = ["report", str(tmp_path), "--sweep", "defense.jump"]
+    assert main(wanted) == 2
+    refused = capsys.readouterr()
+    assert refused.out == "" and refused.err.count("\n") == 1
+    assert "threat (linf 8/255, linf 0.5)" in refused.err and "add --mix" in refused.err
+    assert main([*wanted, "--mix"]) == 0
+    assert capsys.readouterr().out.count("linf") == 6
+    assert main(["report", str(tmp_path), "--sweep", "threat.eps,defense.jump"]) == 0
+    swept = capsys.readouterr().out
+    assert swept.count("linf 8/255") == swept.count("linf 0.5") == 3
+    assert main(["report", str(tmp_path), "--mix", "--format", "md"]) == 0
+    mixed = capsys.readouterr()
+    assert mixed.out.count("###") == 1 and mixed.err == ""
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no folder": (["nowhere"], "there is no 'nowhere'"),
+    "no results": (["empty"], "there are no results in empty: make some with 'advbench eval'"),
+    "no key": (["good", "--sweep", "defence"], "did you mean 'defense'?"),
+    "no format": (["good", "--format", "markdown"], "there is: csv, json, latex, md"),
+    "no suffix": (["good", "--out", "table.txt"], "add --format md|csv|json|latex"),
+    "no option": (["good", "--frmat", "md"], "--frmat"),
+    "one": (["--compare", "good"], "--compare takes two evaluations"),
+    "none": (["--compare"], "--compare takes two evaluations"),
+    "many": (["--compare", "good", "."], "'.' holds 2 evaluations: name the directory of one"),
+    "both": (["--compare", "good", "good", "--sweep", "x"], "not allowed with"),
+    "as a table": (["--compare", "good", "other", "--format", "csv"], "--format json"),
+    "no records": (["--compare", "good", "other"], "has no samples.parquet"),
+    "no place": (["good", "--out", "no/where.md"], "can't use"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(MISTAKES) == 13
+    monkeypatch.chdir(tmp_path)
+    put(Path("good"))
+    put(Path("other"))
+    Path("empty").mkdir()
+    command, message = MISTAKES[case]
+    assert main(["report", *command]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith("advbench: ") and message in shown.err
+
+
+DAMAGED: dict[str, Any] = {
+    "schema": "advbench.results/9",
+    "robust": {"acc": 1.5, "ci95": [0.1, 0.2]},
+    "clean": {"acc": float("nan"), "ci95": [0.1, 0.2]},
+    "settings": {"defense": ["a", "list"]},
+    "data": {"name": "digits", "n": "many"},
+    "threat": {"norm": "linf"},
+    "protocol": {"name": ["autoattack"], "version": "1"},
+    "stages": [{"name": "apgd"}],
+    "verdict": [],
+    "measures": {"wra": "high"},
+    "missing": 3,
+    "provenance": {},
+}
+
+
+@pytest.mark.parametrize("key", DAMAGED)
+def test_a_damaged_file_hides_no_other(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(DAMAGED) == 12
+    put(tmp_path / "good")
+    bad = put(tmp_path / "bad") / "results.json"
+    bad.write_text(json.dumps({**json.loads(bad.read_text()), key: DAMAGED[key]}))
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "convnet" in shown.out
+    assert shown.err.startswith("left out: ") and shown.err.count("\n") == 1
+    assert main(["report", str(bad.parent)]) == 2
+
+
+def test_hundreds_are_read_quickly_and_without_torch(tmp_path: Path) -> None:
+    for i in range(500):
+        changes = {"settings": {"seed": i % 5, "defense.jump": i // 5}, "protocol": AUTOATTACK}
+        put(tmp_path / str(i), i % 200, **changes)
+    code = (
+        "import sys, time;"
+        f"from advbench.cli import main; main(['report', {str(tmp_path)!r}]);"
+        "assert not {'torch', 'pyarrow', 'matplotlib'} & set(sys.modules);"
+        "print(time.process_time())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("convnet") == 100
+    assert float(done.stdout.split()[-1]) < 3.0
+
+
+# --- formats ------------------------------------------------------------------------------------
+
+NASTY = "[red]a|b_*<b>&\\input{x}$%#~^\"'` \x1b[31m\r\n\ud800 =1+1 é→[/red]"
+
+
+def nasty() -> list[leaderboard.Board]:
+    found = [
+        results(101, run=NASTY, settings={"defense": NASTY, "backbone": "*x", "recipe": "=1+1"}),
+        results(77, settings={"defense": "=cmd()", "backbone": "[1ex]", "recipe": NASTY}),
+        *seeds(0, 1, settings={"defense": "hpm", "defense.momentum": 1 / 3}),
+        *seeds(0, settings={"defense": "hpm", "defense.momentum": 0.99, NASTY: NASTY}),
+    ]
+    return leaderboard.boards(groups(entries(*found)))
+
+
+def test_nothing_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    formats.show(nasty())
+    shown = capsys.readouterr().out
+    assert "[red]a|b" in shown and "\x1b" not in shown and "\r" not in shown
+    shown.encode()
+
+
+@pytest.mark.parametrize("form", formats.FORMATS)
+def test_every_format_is_text_of_whole_lines(form: str) -> None:
+    assert list(formats.FORMATS) == ["md", "csv", "json", "latex"]
+    text = formats.render(nasty(), form)
+    text.encode()
+    assert text.endswith("\n") and not {"\x1b", "\r"} & set(text)
+
+
+def test_markdown_has_as_many_cells_in_every_row() -> None:
+    text = formats.render(nasty(), "md")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [line.replace("\\\\", "").replace("\\|", "").count("|") for line in rows]
+    assert len(rows) == 2 + 4 and len(set(cells)) == 1
+    assert "<b>" not in text.replace("\\<b\\>", "")
+
+
+def test_csv_gives_back_the_same_numbers(tmp_path: Path) -> None:
+    boards = nasty()
+    rows = list(csv.DictReader(io.StringIO(formats.render(boards, "csv"))))
+    groups_shown = [group for board in boards for group in board.groups]
+    assert len(rows) == len(groups_shown) == 4
+    for row, group in zip(rows, groups_shown, strict=True):
+        for name, mean in (("clean", group.clean), ("robust", group.robust)):
+            assert float(row[name]) == mean.acc
+            assert (float(row[f"{name}_low"]), float(row[f"{name}_high"])) == mean.ci95
+            assert row[f"{name}_sd"] == ("" if mean.sd is None else repr(mean.sd))
+        assert float(row["threat.eps"]) == 8 / 255 and row["protocol.version"] == "1"
+    averaged = next(row for row in rows if row["runs"] == "2")
+    assert (averaged["seeds"], averaged["defense.momentum"]) == ("0;1", repr(1 / 3))
+    assert not any(value.startswith(("=", "@", "+")) for row in rows for value in row.values())
+    assert any(row["defense"] == "'=cmd()" for row in rows)
+
+
+def test_json_has_everything() -> None:
+    boards = nasty()
+    report = json.loads(formats.render(boards, "json"))
+    assert report["schema"] == "advbench.report/1"
+    (table,) = report["tables"]
+    assert table["conditions"]["threat.eps"] == 8 / 255
+    kept = [each for row in table["rows"] for each in row["evaluations"]]
+    assert len(kept) == 5 and kept[0]["stages"][0]["name"] == "apgd-ce"
+    known = [entry.results.to_json() for group in boards[0].groups for entry in group.entries]
+    assert [{k: v for k, v in each.items() if k != "folder"} for each in kept] == json.loads(
+        json.dumps(known)
+    )
+
+
+def test_latex_escapes_all_that_it_would_run() -> None:
+    text = formats.latex_text(NASTY)
+    bare = text
+    for sign in formats._LATEX.values():
+        bare = bare.replace(sign, "")
+    assert not set('\\{}$&#_%^~<>|"[]*') & set(bare) and bare.isascii()
+    assert formats.latex_text("é ± 1") == "e $\\pm$ 1"
+    body = formats.render(nasty(), "latex").replace("\\&", "").splitlines()
+    rows = [line for line in body if line.endswith("\\\\")]
+    assert len({line.count("&") for line in rows}) == 1 and len(rows) == 5
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles(tmp_path: Path) -> None:
+    table = formats.render(nasty(), "latex")
+    (tmp_path / "t.tex").write_text(
+        "\\documentclass[landscape]{article}\\usepackage{booktabs}\\begin{document}\n"
+        f"{table}\\end{{document}}\n"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Misplaced" not in done.stdout and (tmp_path / "t.pdf").stat().st_size > 1000
+
+
+def test_out_is_written_in_the_format_of_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "e")
+    for suffix, start in ((".md", "### "), (".csv", "data,"), (".json", "{"), (".tex", "% ")):
+        out = tmp_path / f"table{suffix}"
+        assert main(["report", str(tmp_path / "e"), "--out", str(out)]) == 0
+        assert out.read_text().startswith(start)
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.glob(".*"))
+
+
+# --- the statistics of pairs --------------------------------------------------------------------
+
+
+def test_mcnemar_is_a_binomial_test() -> None:
+    cases = 0
+    for a_only in range(0, 30, 3):
+        for b_only in range(0, 30, 2):
+            m = a_only + b_only
+            exact = stats.binomtest(a_only, m, 0.5).pvalue if m else 1.0
+            assert compare.mcnemar(a_only, b_only) == pytest.approx(exact, rel=1e-12)
+            cases += 1
+    assert cases == 150
+    assert compare.mcnemar(12, 2) == pytest.approx(
+        0.0129, abs=5e-5
+    )  # Armitage & Berry 1994, p. 127
+    assert compare.mcnemar(4000, 5000) == pytest.approx(
+        stats.binomtest(4000, 9000, 0.5).pvalue, rel=1e-9
+    )
+
+
+def test_tangos_interval_is_that_of_the_literature() -> None:
+    # Fagerland, Lydersen & Laake 2014, table VI: 1 and 7 of 21 children.
+    assert compare.tango(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    z2 = stats.norm.ppf(0.975) ** 2
+    for n in (10, 200):  # none differs: +- z^2 / (n + z^2)
+        assert compare.tango(0, 0, n) == pytest.approx((-z2 / (n + z2), z2 / (n + z2)), rel=1e-6)
+        low, high = compare.tango(n, 0, n)  # all do
+        assert (low, high) == (pytest.approx(1 - 2 * z2 / (n + z2), rel=1e-6), 1.0)
+
+
+def score(a_only: int, b_only: int, n: int, delta: float) -> float:
+    """The score statistic of a difference, with the nuisance parameter found by a search."""
+
+    def surprise(share: float) -> float:
+        chances = (share + delta, share, 1 - 2 * share - delta)
+        counts = (a_only, b_only, n - a_only - b_only)
+        return -sum(c * math.log(p) for c, p in zip(counts, chances, strict=True) if c)
+
+    low, high = max(0.0, -delta), (1 - delta) / 2
+    options: Any = {"xatol": 1e-13}
+    inside = (low + 1e-13, high - 1e-13)
+    found: Any = optimize.minimize_scalar(
+        surprise, bounds=inside, method="bounded", options=options
+    )
+    share = float(found.x)
+    return (a_only - b_only - n * delta) / math.sqrt(n * (2 * share + delta * (1 - delta)))
+
+
+def test_tangos_limits_are_where_the_score_test_turns() -> None:
+    z = float(stats.norm.ppf(0.975))
+    cases = ((12, 2, 50), (40, 20, 160), (3, 11, 200), (1, 1, 10), (100, 150, 1000))
+    for a_only, b_only, n in cases:
+        low, high = compare.tango(a_only, b_only, n)
+        assert score(a_only, b_only, n, low) == pytest.approx(z, abs=1e-4)
+        assert score(a_only, b_only, n, high) == pytest.approx(-z, abs=1e-4)
+        assert compare.tango(b_only, a_only, n) == pytest.approx((-high, -low), abs=1e-9)
+
+
+def test_tangos_interval_excludes_zero_where_mcnemars_score_rejects() -> None:
+    cases = rejected = 0
+    for a_only in range(0, 40, 3):
+        for b_only in range(1, 40, 3):
+            low, high = compare.tango(a_only, b_only, 100)
+            statistic = (a_only - b_only) ** 2 / (a_only + b_only)
+            assert (low > 0 or high < 0) == (statistic > stats.chi2.ppf(0.95, 1))
+            cases, rejected = cases + 1, rejected + (low > 0 or high < 0)
+    assert cases == 182 and 50 < rejected < 150
+
+
+# --- two evaluations, image by image ------------------------------------------------------------
+
+STAGES = ("clean", "apgd-ce", "square")
+
+
+def evaluated(
+    folder: Path, fell: Sequence[int], ids: Sequence[int] | None = None, **more: Any
+) -> Path:
+    """An evaluation with records. fell: index of the stage in which each image was lost, or -1."""
+    where, n = np.asarray(fell), len(fell)
+    sample = np.arange(n) if ids is None else np.asarray(ids)
+    more["data"] = {"n": n, **more.get("data", {})}
+    clean = Accuracy.of(int((where != 0).sum()), n)
+    put(folder, int((where < 0).sum()), clean=clean, **more)
+    store = Store(folder)
+    for stage, name in enumerate(STAGES):
+        there = (where < 0) | (where >= stage)  # a later stage sees the survivors
+        broken = (where == stage)[there]
+        zeros = np.zeros(len(broken))
+        store.append(
+            name,
+            Records(
+                **{
+                    key: np.asarray(value, Records.DTYPES[key])
+                    for key, value in {
+                        "sample": sample[there], "broken": broken, "label": zeros, "margin": zeros,
+                        "distance": zeros, "wrong": zeros, "alone": broken, "forwards": zeros,
+                        "backwards": zeros,
+                    }.items()
+                }
+            ),
+            0.0,
+        )  # fmt: skip
+    store.finish(list(STAGES))
+    store.clear_journal()
+    return folder
+
+
+A = [-1] * 150 + [0] * 10 + [1] * 30 + [2] * 10
+B = [-1] * 140 + [2] * 10 + [1] * 30 + [-1] * 5 + [0] * 5 + [0] * 10
+"""150 and 145 held, 140 by both; B lost 10 that A held, to square; A lost 5 that B held."""
+
+
+def test_pairs_are_counted_by_hand(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", A)
+    b = evaluated(tmp_path / "b", B, settings={"defense": "hpm"})
+    found = compare.of([a, b])
+    assert found.robust == compare.Paired(both=140, a_only=10, b_only=5, neither=45)
+    assert found.robust.difference == 0.025 and found.robust.n == 200
+    clean = [(x != 0, y != 0) for x, y in zip(A, B, strict=True)]
+    assert found.clean == compare.Paired(
+        clean.count((True, True)), clean.count((True, False)), clean.count((False, True)),
+        clean.count((False, False)),
+    )  # fmt: skip
+    assert found.a_lost == {"apgd-ce": 5} and found.b_lost == {"square": 10}
+    assert found.notes == ()
+    turned = compare.of([b, a])
+    assert turned.robust == compare.Paired(140, 5, 10, 45)
+    assert (turned.a_lost, turned.b_lost) == (found.b_lost, found.a_lost)
+
+
+def test_a_comparison_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = evaluated(tmp_path / "a", [-1] * 170 + [1] * 30)
+    b = evaluated(tmp_path / "b", [-1] * 140 + [1] * 60, settings={"defense": NASTY, "seed": 1})
+    assert main(["report", "--compare", str(a), str(b)]) == 0
+    said = capsys.readouterr().out
+    low, high = compare.tango(30, 0, 200)
+    interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
+    assert (
+        f"A is more robust than B by 15.0 points {interval}; 85.0 % and 70.0 %; p < 0.001" in said
+    )
+    assert "clean: no difference shown: A - B = +0.0 points" in said
+    assert "on the same 200 images: digits test, linf 8/255, autoattack 1" in said
+    assert "lost by B and held by A: 30 by apgd-ce" in said and "lost by A" not in said
+    assert "one training seed each" in said and "\x1b" not in said
+    assert main(["report", "--compare", str(b), str(a)]) == 0
+    assert f"A is less robust than B by 15.0 points {interval}" in capsys.readouterr().out
+    assert main(["report", "--compare", str(a), str(b), "--format", "json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["robust"]["ci95"] == [low, high] and plain["b_lost"] == {"apgd-ce": 30}
+
+
+def test_two_evaluations_of_one_model_are_called_that(tmp_path: Path) -> None:
+    provenance = {"seconds": 1.0, "model_sha256": "f" * 64}
+    a = evaluated(tmp_path / "a", A, provenance=provenance)
+    b = evaluated(tmp_path / "b", B, provenance=provenance)
+    said = compare.text([a, b])
+    assert "A and B are one model: the lower number is the closer bound" in said
+
+
+def test_images_in_common_are_compared_and_counted(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", [-1, -1, 1, 2], ids=[3, 5, 7, 9])
+    b = evaluated(tmp_path / "b", [-1, 1, -1, -1, -1, 0], ids=[1, 5, 7, 9, 11, 13])
+    found = compare.of([a, b])
+    assert found.robust == compare.Paired(both=0, a_only=1, b_only=2, neither=0)
+    assert found.a_lost == {"apgd-ce": 1, "square": 1}
+    assert found.notes == ("3 images are common to the 4 of A and 6 of B",)
+    c = evaluated(tmp_path / "c", [-1, -1], ids=[100, 101])
+    with pytest.raises(UserError, match="no image in common"):
+        compare.of([a, c])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "threat": ({"threat": {"eps": 0.1}}, "threat .linf 8/255, linf 0.1.: add --mix", True),
+    "protocol": ({"protocol": PGD}, "protocol .autoattack 1, pgd 1 .weak..: add --mix", True),
+    "parameters": ({"protocol": {**AUTOATTACK, "suite": "rand"}}, "suite rand.*add --mix", True),
+    "images": ({"data": {"sha256": "beef" * 16}}, "other images can't be paired", False),
+    "data": ({"data": {"name": "other"}}, "other images can't be paired", False),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_differs_is_refused_and_mix_allows_what_makes_sense(case: str, tmp_path: Path) -> None:
+    assert len(REFUSED) == 5
+    changes, message, allowed = REFUSED[case]
+    both = [evaluated(tmp_path / "a", A), evaluated(tmp_path / "b", B, **changes)]
+    with pytest.raises(UserError, match=message):
+        compare.of(both)
+    if allowed:
+        (note,) = compare.of(both, mix=True).notes
+        assert note.startswith("they differ in more than the model: ")
+    else:
+        with pytest.raises(UserError, match=message):
+            compare.of(both, mix=True)
+
+
+def test_records_that_are_not_those_of_the_results_are_refused(tmp_path: Path) -> None:
+    a, b = evaluated(tmp_path / "a", A), evaluated(tmp_path / "b", B)
+    shutil.copyfile(a / "samples.parquet", b / "samples.parquet")
+    with pytest.raises(UserError, match=r"is not that of results\.json"):
+        compare.of([a, b])
+    (b / "samples.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match="is damaged"):
+        compare.of([a, b])
+    (b / "samples.parquet").unlink()
+    results(missing=("square",)).save(b / "results.json")
+    with pytest.raises(UserError, match="it did not finish: go on with the same command"):
+        compare.of([a, b])

@@ -18,6 +18,7 @@ from torch import Tensor
 from advbench.cli import main
 from advbench.data import sources
 from advbench.data.archive import Archive
+from advbench.data.augment import Augment
 from advbench.data.base import Splits
 from advbench.data.extra import StoredSplit
 from advbench.errors import UserError
@@ -209,7 +210,7 @@ def test_the_content_is_part_of_the_identity(tmp_path: Path) -> None:
     assert sorted(prints) == ["extra", "train", "val"]
     path = tmp_path / "e.npz"
 
-    def now(**changes: np.ndarray) -> dict[str, str]:
+    def now(**changes: Any) -> dict[str, str]:
         return splits(tmp_path, file=write(path, **changes)).fingerprints()
 
     assert now() == prints
@@ -266,6 +267,27 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 def test_a_fraction_out_of_range_is_refused(fraction: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.extra_fraction=.*at least 0 and less than 1"):
         splits(tmp_path, fraction)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("room", [0.0, 0.25])
+def test_an_accelerator_gives_the_same_and_is_not_waited_for(
+    room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advbench.data.extra.ROOM", room)
+    data = splits(tmp_path, augment=Augment(crop=1, cutmix=0.5))
+    batches = Feed(data, 0, BATCH).batches(0, 0, "cuda")
+    got, generator = [next(batches)], torch.Generator("cuda").manual_seed(0)
+    data.augmented(*got[0], generator)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in batches:
+            got.append((x, y))
+            data.augmented(x, y, generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [read(x.cpu(), y.cpu()) for x, y in got] == fed(Feed(data, 0, BATCH), 0)
 
 
 # --- on the command line ---------------------------------------------------------------------

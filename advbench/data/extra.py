@@ -17,7 +17,7 @@ from advbench.data.arrays import as_labels, as_pixels, image_shape, one_label_ea
 from advbench.data.base import Device, Info, Split, to_unit
 from advbench.errors import UserError
 
-# The second pair is that of the generated sets of Gowal et al. 2021 and of Wang et al. 2023.
+# The second pair is that of the generated sets of Rebuffi et al. 2021 and of Wang et al. 2023.
 KEYS = (("x_train", "y_train"), ("image", "label"))
 ROOM = 0.25  # of the free memory of an accelerator: what images may take there; ours
 
@@ -35,34 +35,36 @@ class StoredSplit(Split):
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
         self.labels = labels
-        self._homes: dict[torch.device, Tensor] = {}
+        self._homes: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def _home(self, device: torch.device) -> Tensor:
-        """The images on the device, or on the CPU where it has no room for them."""
+    def _home(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and labels on the device, or on the CPU where it has no room for them."""
         if device not in self._homes:
             room = 0.0
             if device.type == "cuda":
                 room = ROOM * torch.cuda.mem_get_info(device)[0]
-            fits = self.images.nbytes <= room
-            self._homes[device] = self.images.to(device) if fits else self.images
+            home = device if self.images.nbytes <= room else torch.device("cpu")
+            self._homes[device] = self.images.to(home), self.labels.to(home)
         return self._homes[device]
 
     def batches(
         self, order: Tensor, batch_size: int, device: Device, seed: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for chunk in order.split(batch_size):
-            yield self.fetch(chunk, device)
+        there = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one place
+        # All at once: a copy to a device for each batch would wait for what the device does.
+        for chunk in order.to(self._home(there)[0].device).split(batch_size):
+            yield self.fetch(chunk, there)
 
     def fetch(self, index: Tensor, device: Device) -> tuple[Tensor, Tensor]:
-        device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one place
-        images, labels = self._home(device), self.labels.index_select(0, index.cpu())
-        rows = images.index_select(0, index.to(images.device))
-        if device.type == "cuda":
-            labels = labels.pin_memory()
-            rows = rows if rows.is_cuda else rows.pin_memory()
+        device = torch.empty(0, device=device).device
+        images, labels = self._home(device)
+        index = index.to(images.device)
+        rows, classes = images.index_select(0, index), labels.index_select(0, index)
+        if device.type == "cuda" and not images.is_cuda:
+            rows, classes = rows.pin_memory(), classes.pin_memory()
         # As uint8, a quarter of the bytes.
-        unit = to_unit(rows.to(device, non_blocking=True)).permute(0, 3, 1, 2)
-        return unit, labels.to(device, non_blocking=True)
+        unit = to_unit(rows.to(device, non_blocking=True))
+        return unit.permute(0, 3, 1, 2), classes.to(device, non_blocking=True)
 
     def sha256(self) -> str:
         digest = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)}".encode())

@@ -20,12 +20,13 @@ class Feed:
     batch_size: over all processes.  rank, ranks: which of how many processes this one is.
 
     Without extra data, an epoch is one pass over the training images, in whole batches. With them
-    it has as many steps, so that it costs the same and the learning rate takes the same course;
-    a fixed share of each batch is extra. That is the "CIFAR-10-equivalent epoch" of Gowal et al.
-    2021 (arXiv 2110.09468) and Wang et al. 2023 (arXiv 2302.04638), whose codes count 50,000
-    images to an epoch, whatever they are: ``steps_from_epochs`` in jax/experiment.py of the
-    former, ``num_batches`` in core/data/semisup.py of the latter. Original and extra images each
-    come in passes that go on across epochs: no image comes again before all of its kind did.
+    it has as many steps, so that it costs the same and the learning rate takes the same course; a
+    fixed share of each batch is extra (Gowal et al. 2021, arXiv 2110.09468). So do the codes of
+    Rebuffi et al. 2021 (arXiv 2103.01946; ``steps_from_epochs`` in google-deepmind/
+    deepmind-research, adversarial_robustness/jax/experiment.py) and of Wang et al. 2023 (arXiv
+    2302.04638; ``num_batches`` in wzekai99/DM-Improves-AT, core/data/semisup.py), which count
+    50,000 images to an epoch of CIFAR-10, whatever they are. Original and extra images each come
+    in passes that go on across epochs: no image comes again before all of its kind did.
 
     Raises UserError if the share leaves a process without original or without extra images.
     """

@@ -28,7 +28,7 @@ def endless(count: int, seed: int, purpose: str, start: int, length: int) -> Ten
 
     start, length: which stretch; every sample comes once in each pass, and no two calls need to
     know of each other. Returns (length,) int64 on the CPU. It makes the whole orders that the
-    stretch touches: 8 bytes for each of ``count``, and a second for 50 million.
+    stretch touches: 8 bytes for each of ``count``, and seconds for 50 million.
     """
     first, last = start // count, (start + length - 1) // count
     passes = [permutation(count, seed, number, purpose) for number in range(first, last + 1)]

@@ -6,7 +6,11 @@ They take images in [0, 1] and normalise them inside. Weights are fetched from G
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
+import types
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -79,11 +83,7 @@ def load(entry: Entry, folder: str = FOLDER, pretrained: bool = True) -> nn.Modu
     pretrained: False builds it with fresh weights and fetches nothing.
     Raises UserError without robustbench, for an unknown name, and where the weights can't be had.
     """
-    try:
-        from robustbench import model_zoo, utils
-        from robustbench.model_zoo import enums
-    except ImportError as error:
-        raise UserError("robustbench is not installed: pip install 'advbench[zoo]'") from error
+    model_zoo, enums, utils = _package()
     data, threat = enums.BenchmarkDataset(entry.data), enums.ThreatModel(entry.threat)
     known: Mapping[str, Mapping[str, Any]] = model_zoo.model_dicts[data][threat]
     if entry.name not in known:
@@ -104,6 +104,36 @@ def load(entry: Entry, folder: str = FOLDER, pretrained: bool = True) -> nn.Modu
             f"file at '{file}' by hand"
         ) from error
     return model.eval()
+
+
+def _package() -> tuple[Any, Any, Any]:
+    """RobustBench's zoo, its names, and what loads from it. Raises UserError without them.
+
+    The package itself imports its evaluation too, which needs ``pkg_resources`` and the
+    ``autoattack`` of another repository, and so fails as it comes from PyPI (1.1.1): only the parts
+    for models are imported.
+    """
+    spec = importlib.util.find_spec("robustbench")
+    if spec is None or spec.submodule_search_locations is None:
+        raise UserError("robustbench is not installed: pip install 'advbench[zoo]'")
+    parts = ("robustbench.model_zoo", "robustbench.model_zoo.enums", "robustbench.utils")
+    hollow = None
+    if "robustbench" not in sys.modules:
+        hollow = types.ModuleType("robustbench")
+        hollow.__path__ = list(spec.submodule_search_locations)
+        sys.modules["robustbench"] = hollow
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it imports names that timm has moved
+            zoo, enums, utils = (importlib.import_module(part) for part in parts)
+    except ImportError as error:
+        raise UserError(
+            f"robustbench does not import ({error}): pip install 'advbench[zoo]'"
+        ) from error
+    finally:
+        if hollow is not None:
+            del sys.modules["robustbench"]
+    return zoo, enums, utils
 
 
 def zoo(

@@ -136,6 +136,10 @@ class Bar:
             self._spoken = time.monotonic()
             self.screen.line("  ".join([f"{self.title} {done}/{total}", *parts]))
 
+    def rest(self) -> None:
+        """Something was said just now."""
+        self._spoken = time.monotonic()
+
     def end(self) -> None:
         """Take the bar away."""
         if self._progress is not None:
@@ -170,6 +174,8 @@ class TrainingView:
 
     def progress(self, done: int, total: int, text: str) -> None:
         self.meter.at(done)
+        if done == total:
+            return
         rate, parts = self.meter.rate, [text]
         if rate is not None:
             parts.append(f"{duration((total - done) / rate)} left")
@@ -186,6 +192,7 @@ class TrainingView:
         losses = losses if len(losses) > 2 else losses[:1]  # one term is the sum
         text = "  ".join([f"epoch {int(row['epoch']):3d}", *losses, *parts])
         self.screen.line(f"{text}  {row['seconds']:.1f} s")
+        self.bar.rest()
         values = [row[key] for key in ("val_clean", "val_robust") if row.get(key) is not None]
         self.last = f"val {' / '.join(f'{100 * value:.1f}' for value in values)} %"
 

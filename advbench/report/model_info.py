@@ -42,13 +42,13 @@ def model_info(results: Results, traits: dict[str, Any] | None = None) -> dict[s
     clean, robust = _percent(results.clean.acc), _percent(results.robust.acc)
     noisy = bool((traits or {}).get("stochastic"))
     low, high = results.robust.ci95
-    label = results.verdict["label"]
+    label, settings = results.verdict["label"], results.settings
     info: dict[str, Any] = {
         **dict.fromkeys(TO_FILL[:4], ""),
         "number_forward_passes": "" if noisy else 1,
         "dataset": results.data["name"],
         "venue": "",
-        "architecture": results.settings.get("backbone", ""),
+        "architecture": settings.get("backbone.name") or settings.get("backbone", ""),
         "eps": _budget(results.threat["norm"], results.threat["eps"]),
         "clean_acc": clean,
         "reported": "",

@@ -327,7 +327,7 @@ class AWNet(Defense):
         terms = {"router": self.router_weight * router}
         if "clean" in step.borrowed:
             assert step.clean is not None
-            terms["ce_clean"] = F.cross_entropy(step.clean.logits, step.y)
+            terms["ce_clean"] = F.cross_entropy(step.clean.logits, step.labels)
         return terms
 
     def surrogates(self, model: Any) -> Mapping[str, Surrogate]:

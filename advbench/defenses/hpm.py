@@ -277,7 +277,7 @@ class HPM(Defense):
 
     def loss_terms(self, model: Classifier, step: Step) -> dict[str, Tensor]:
         a = head_of(model).linear(_trained(step).features)
-        return {"fc": self.fc_weight * F.cross_entropy(a.float(), step.y)}
+        return {"fc": self.fc_weight * F.cross_entropy(a.float(), step.labels)}
 
     @torch.no_grad()
     def after_step(self, model: Classifier, step: Step) -> None:

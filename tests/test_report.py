@@ -24,6 +24,13 @@ from advbench.report import compare, formats, leaderboard
 from advbench.report.collection import Entry, Mean, find, groups, varying
 from advbench.results import Accuracy, Results, StageResult, wilson
 
+MODEL = """
+import torch
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+"""
 SETTINGS = {"backbone": "convnet", "defense": "none", "recipe": "pgd_at", "seed": 0}
 DATA = {"name": "digits", "split": "test", "n": 200, "sha256": "c0ffee00" * 8}
 THREAT = {"norm": "linf", "eps": 8 / 255}
@@ -109,12 +116,13 @@ GROUPED: dict[str, tuple[list[Results], list[list[int | None]]]] = {
     "the same twice": (seeds(0, 0, 1), [[0], [0], [1]]),
     "unfinished": ([*seeds(0, 1), *seeds(2, missing=("square",))], [[0, 1], [2]]),
     "no training of ours": (seeds(None, None), [[None], [None]]),
+    "one of ours": (seeds(None, 0), [[None], [0]]),
 }
 
 
 @pytest.mark.parametrize("case", GROUPED)
 def test_only_trainings_that_differ_in_the_seed_alone_are_averaged(case: str) -> None:
-    assert len(GROUPED) == 8
+    assert len(GROUPED) == 9
     found, expected = GROUPED[case]
     grouped = groups(entries(*found))
     assert [[entry.seed for entry in group.entries] for group in grouped] == expected
@@ -186,6 +194,7 @@ def test_the_most_robust_comes_first_and_the_unfinished_last() -> None:
 def test_a_weak_protocol_is_never_ranked_with_a_strong_one() -> None:
     paper = {"name": "paper/hpm", "version": "1", "seed": 0}
     adaptive = {"name": "adaptive", "version": "1", "seed": 0}
+    msa = {"name": "msa", "version": "1", "seed": 0}
     found = groups(
         entries(
             results(199, protocol=paper),
@@ -193,15 +202,18 @@ def test_a_weak_protocol_is_never_ranked_with_a_strong_one() -> None:
             results(100, protocol=AUTOATTACK),
             results(90, protocol=AUTOATTACK, settings={"defense": "hpm"}),
             results(80, protocol=adaptive),
+            results(85, protocol=msa),
         )
     )
     titles = [board.title for board in leaderboard.boards(found)]
     assert [title.rpartition(", ")[2] for title in titles] == [
-        "adaptive 1", "autoattack 1", "paper/hpm 1 (weak)", "pgd 1 (weak)",
+        "adaptive 1", "msa 1", "autoattack 1", "paper/hpm 1 (weak)", "pgd 1 (weak)",
     ]  # fmt: skip
     (mixed,) = leaderboard.boards(found, mix=True)
     protocols = [group.first.protocol for group in mixed.groups]
-    assert protocols == ["adaptive 1", "autoattack 1", "autoattack 1", "paper/hpm 1", "pgd 1"]
+    assert protocols == [
+        "adaptive 1", "msa 1", "autoattack 1", "autoattack 1", "paper/hpm 1", "pgd 1",
+    ]  # fmt: skip
     assert leaderboard.READING_WEAK in mixed.sheet().notes
 
 
@@ -308,7 +320,7 @@ DAMAGED: dict[str, Any] = {
     "protocol": {"name": ["autoattack"], "version": "1"},
     "stages": [{"name": "apgd"}],
     "verdict": [],
-    "measures": {"wra": "high"},
+    "measures": {"wra": float("nan")},
     "missing": 3,
     "provenance": {},
 }
@@ -342,6 +354,36 @@ def test_hundreds_are_read_quickly_and_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("convnet") == 100
     assert float(done.stdout.split()[-1]) < 3.0
+
+
+def test_real_runs_are_averaged_over_their_seeds_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(MODEL)
+    quick = ["recipe=standard", "trainer.epochs=1", "threat.eps=0.1"]
+    assert main(["train", "-m", "seed=1,2", *quick]) == 0
+    trained = sorted(str(path) for path in Path("outputs/train").glob("digits-*"))
+    attack = ["protocol=pgd", "protocol.steps=2", "n=40"]
+    assert main(["eval", "-m", f"run={','.join(trained)}", *attack]) == 0
+    own = ["eval", "model=m.py:build", "data=digits", "threat=linf_8", "threat.eps=0.1"]
+    assert main([*own, *attack]) == 0
+    found = groups(find([Path("outputs")]))
+    (ours,) = (group for group in found if len(group.entries) == 2)
+    (foreign,) = (group.first for group in found if group is not ours)
+    assert (ours.seeds, ours.first.data, ours.first.threat_name) == ([1, 2], "digits", "linf 0.1")
+    settings = ours.first.results.settings
+    known = ("training.data", "training.threat", "optimizer.lr", "init_from", "data.augment.flip")
+    assert [settings[key] for key in known] == ["digits", "linf 0.1", 0.1, None, False]
+    assert [entry.training for entry in ours.entries] == list(map(Path, trained))
+    assert (foreign.name("model"), foreign.seed, foreign.training) == ("m.py:build", None, None)
+    capsys.readouterr()
+    assert main(["report"]) == 0
+    table = capsys.readouterr().out
+    assert " ± " in table and "m.py:build" in table and table.count("digits test") == 1
+    two = [str(entry.folder) for entry in ours.entries]
+    assert main(["report", "--compare", *two]) == 0
+    assert "on the same 40 images: digits test, linf 0.1, pgd 1" in capsys.readouterr().out
 
 
 # --- formats ------------------------------------------------------------------------------------

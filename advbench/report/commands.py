@@ -6,6 +6,7 @@ import importlib.resources
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -44,6 +45,7 @@ def command(kept: Mapping[str, Any]) -> str:
     return " ".join(["advbench", verb, *(shlex.quote(word) for word in words)])
 
 
+@cache
 def _defaults(verb: str) -> dict[str, Any]:
     """The option of each group, and the values of the top level."""
     text = (importlib.resources.files("advbench.configs") / f"{verb}.yaml").read_text("utf-8")
@@ -54,6 +56,7 @@ def _defaults(verb: str) -> dict[str, Any]:
     return {**values, **options}
 
 
+@cache
 def _shipped(group: str, name: str) -> dict[str, Any]:
     """The option as a run keeps it; empty for one of the user's own."""
     try:

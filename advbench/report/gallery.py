@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ADVERSARIAL = "adversarial.safetensors"
 PICTURES = 6
+DARKER, BRIGHTER = (0, 114, 178), (194, 80, 10)
 LARGEST = 96
 """Longer side of an image in a page, in pixels; larger ones are reduced."""
 
@@ -114,8 +115,8 @@ class Picture:
 class Gallery:
     """Pictures of one evaluation.
 
-    factor: by which their perturbations are amplified where they are shown, around gray, the same
-    for all: the largest change of a pixel spans the range.
+    factor: by which their perturbations are amplified where they are shown, the same for all: the
+    largest change of a pixel spans the range.
     """
 
     pictures: tuple[Picture, ...]
@@ -123,8 +124,23 @@ class Gallery:
     norm: str
 
     def change(self, picture: Picture) -> np.ndarray:
-        """The amplified perturbation around gray, as an image in [0, 1]."""
-        return np.clip(0.5 + self.factor * picture.delta, 0, 1)
+        """The amplified perturbation as an image (H, W, 3) in [0, 1].
+
+        Of colour images around gray; of gray ones from DARKER over white to BRIGHTER.
+        """
+        change = np.clip(self.factor * picture.delta, -0.5, 0.5)
+        if change.shape[-1] > 1:
+            return 0.5 + change
+        white = np.ones(3)
+        ends = np.where(change < 0, np.array(DARKER), np.array(BRIGHTER)) / 255
+        return white + 2 * np.abs(change) * (ends - white)
+
+    @property
+    def legend(self) -> str:
+        """How ``change`` is to be read."""
+        gray = all(picture.delta.shape[-1] == 1 for picture in self.pictures)
+        how = "blue darker, orange brighter" if gray else "around gray"
+        return f"perturbation times {self.factor:.3g} ({how})"
 
 
 def gallery(entry: Entry, opened: Opened) -> Gallery | None:

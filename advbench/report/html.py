@@ -223,7 +223,13 @@ def _filters(entries: Sequence[Entry], rows: int) -> Markup:
         values = sorted({_facets(entry)[key] for entry in entries})
         if len(values) > 1:
             options = [el("option", "all", value=""), *(el("option", v, value=v) for v in values)]
-            choices.append(el("label", el("span", label), el("select", options, data_facet=key)))
+            choices.append(
+                el(
+                    "label",
+                    el("span", label),
+                    el("select", options, data_facet=key, aria_label=label),
+                )
+            )
     search = el(
         "label",
         el("span", "Search"),
@@ -475,7 +481,7 @@ def _gallery(shown: gallery.Gallery) -> Markup:
         )
         cards.append(el("figure", el("div", images, class_="triple"), label))
     caption = (
-        f"Clean image, perturbation times {shown.factor:.3g} around gray, adversarial image. "
+        f"Clean image, {shown.legend}, adversarial image. "
         f"Below: the class before and after, and the size of the perturbation in {shown.norm}, "
         "pixels in [0, 1]."
     )

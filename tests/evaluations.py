@@ -1,0 +1,128 @@
+"""Evaluations as files, made up in milliseconds: what tests of reports read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from safetensors.numpy import save_file
+
+from advbench import config
+from advbench.evaluation.samples import subset
+from advbench.evaluation.store import Records, Store
+from advbench.results import Accuracy, Results, StageResult
+
+N, WRONG, LOST = 40, 2, 10
+"""Images of digits; those misclassified at once, and those lost to each of two stages."""
+
+
+def records(sample: np.ndarray, **columns: np.ndarray) -> Records:
+    """Records of nothing broken, with the columns given."""
+    n = len(sample)
+    made: dict[str, np.ndarray] = {name: np.zeros(n, kind) for name, kind in Records.DTYPES.items()}
+    made |= {"sample": sample, "distance": np.full(n, np.nan, np.float32), **columns}
+    return Records(**{k: np.asarray(v).astype(Records.DTYPES[k]) for k, v in made.items()})
+
+
+def digits() -> Any:
+    """The data set."""
+    return config.build(config.shipped("data", "digits"), "data")
+
+
+def attacked() -> dict[str, Records]:
+    """Clean: the first WRONG of N images are taken for the next class. Then two stages break LOST
+    each, which are taken for the class after the next, at a distance of 0.1."""
+    splits = digits()
+    ids = subset(len(splits.test), N).numpy()
+    truth = splits.test.labels.numpy()[ids]
+    wrong = np.arange(N) < WRONG
+    clean = records(
+        ids,
+        broken=wrong,
+        label=np.where(wrong, (truth + 1) % 10, truth),
+        margin=np.where(wrong, -1.0, 4.0),
+        forwards=np.ones(N),
+    )
+    found, left = {"clean": clean}, np.arange(WRONG, N)
+    for name in ("first", "second"):
+        broken = np.arange(len(left)) < LOST
+        found[name] = records(
+            ids[left],
+            broken=broken,
+            alone=broken,
+            label=np.where(broken, (truth[left] + 2) % 10, truth[left]),
+            margin=np.where(broken, -0.5, 1.0),
+            distance=np.where(broken, 0.1, np.nan),
+            forwards=np.full(len(left), 10),
+        )
+        left = left[~broken]
+    return found
+
+
+def results(name: str = "net", **changes: Any) -> Results:
+    """What ``attacked`` amounts to."""
+    splits, correct, stages = digits(), N - WRONG, []
+    for stage in ("first", "second"):
+        attacked, correct = correct, correct - LOST
+        share = correct / N
+        stages.append(
+            StageResult(stage, "PGD", "model", "because", share, attacked, LOST, 1.5, 10, 5)
+        )
+    data = {"name": "digits", "split": "test", "n": N, "sha256": splits.test.sha256()}
+    plain = {
+        "run": name,
+        "data": data,
+        "threat": {"norm": "linf", "eps": 0.15},
+        "protocol": {"name": "pgd", "version": "1", "seed": 0},
+        "clean": Accuracy.of(N - WRONG, N),
+        "robust": Accuracy.of(correct, N),
+        "stages": tuple(stages),
+        "provenance": {"seconds": 3.0, "torch": "2.8", "seed": 0, "model_sha256": "ab" * 32},
+        "measures": {"wra": 0.7},
+        "settings": {"defense": "none", "backbone": "convnet", "recipe": "pgd_at", "seed": 0},
+    }
+    return Results(**{**plain, **changes})
+
+
+def curve(name: str, *robust: float, **changes: Any) -> Results:
+    """An evaluation over radii up to 0.15 with these accuracies."""
+    steps = 0.15 * (np.arange(len(robust)) + 1) / len(robust)
+    stages = tuple(
+        StageResult(f"eps-{eps:.6g}", "APGD", "model", "because", acc, N, 1, 1.0, 1, 1)
+        for eps, acc in zip(steps, robust, strict=True)
+    )
+    protocol = {"name": "curve", "version": "1", "points": len(robust), "seed": 0}
+    last = Accuracy.of(round(robust[-1] * N), N)
+    return results(name, stages=stages, robust=last, protocol=protocol, **changes)
+
+
+def write(folder: Path, found: Results, images: bool = False, bare: bool = False) -> Path:
+    """Leave an evaluation in a folder: with its records and its config, unless it is ``bare``.
+
+    images: keep adversarial images, which are the clean ones 0.1 brighter.
+    """
+    folder.mkdir(parents=True)
+    found.save(folder / "results.json")
+    if bare:
+        return folder
+    store, splits = Store(folder), digits()
+    made = attacked()
+    for name, part in made.items():
+        store.append(name, part, 1.0)
+    store.finish(list(made))
+    store.clear_journal()
+    if images:
+        ids = np.sort(np.concatenate([made[s].sample[made[s].alone] for s in ("first", "second")]))
+        clean = splits.test.images[ids].float().numpy()
+        content = {"sample": ids, "x": np.clip(clean + 0.1, 0, 1).astype(np.float32)}
+        save_file(content, folder / "adversarial.safetensors")
+    kept = {
+        **{"seed": 0, "run": "outputs/train/gone", "n": N, "adversarial": images},
+        "data": config.plain(config.shipped("data", "digits")),
+        "protocol": config.plain(config.shipped("protocol", "pgd")),
+        "choices": {"data": "digits", "protocol": "pgd", "threat": "run", "defense": "run"},
+    }
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(kept)))
+    return folder

@@ -30,7 +30,7 @@ from advbench.evaluation.samples import Samples, subset
 from advbench.files import hashes, model_sha256, short_hash, write_atomic
 from advbench.report import curves, outcome
 from advbench.results import Results
-from advbench.training import loggers
+from advbench.training import tracking
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
 
@@ -108,10 +108,10 @@ def train(
             screen.log = folder / "log.txt"
             state = "finished already" if runs.trained_to_end(folder) else "training"
             screen.line(f"{state}: {folder}")
-        run = loggers.Run(folder, config.plain(kept))
+        run = tracking.Run(folder, config.plain(kept))
         with (
             Bar(screen) as bar,
-            loggers.Tracked(
+            tracking.Tracked(
                 TrainingView(screen, bar, trainer.batch_size), logger, run, curves.draw
             ) as report,
         ):

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from filelock import FileLock, Timeout
+
 import advbench.messages as messages
 from advbench.errors import UserError
 from advbench.files import write_json
@@ -86,6 +88,8 @@ class Task:
         if away:
             os.chdir(self.place)
             _limit_threads(hydra_cfg.launcher)
+            if str(hydra_cfg.launcher.get("_target_")).endswith("JoblibLauncher"):
+                _take_gpu(self.word)
         with _labelled(label) if away else nullcontext(), _alone():
             status, score, text = self._run(cfg)
         if text and not _to_a_file(hydra_cfg.launcher):
@@ -209,6 +213,32 @@ def _limit_threads(launcher: Any) -> None:
         import torch
 
         torch.set_num_threads(launcher.cpus_per_task)
+
+
+def _take_gpu(place: Path | None) -> None:
+    """Of several GPUs, one that no other process of the sweep has, for all jobs of this process.
+
+    With more processes than GPUs they are shared. SLURM and Ray hand out GPUs themselves.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if place is None or count < 2 or _HELD:
+        return
+    said = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = said.split(",") if said else [str(i) for i in range(count)]
+    mine = names[os.getpid() % len(names)]
+    for name in names:
+        lock = FileLock(place / f"gpu-{name}.lock")
+        with suppress(Timeout):
+            _HELD.append(lock.acquire(timeout=0))
+            mine = name
+            break
+    os.environ["CUDA_VISIBLE_DEVICES"] = mine
+
+
+_HELD: list[Any] = []
+"""The lock of this process's GPU, which ends with it."""
 
 
 @contextmanager

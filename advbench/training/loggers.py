@@ -1,82 +1,22 @@
-"""Where the curves of a training go besides metrics.csv: TensorBoard, Weights & Biases, MLflow.
-
-A logger is told all rows of metrics.csv after each epoch and passes on those that it has not had.
-So a run that was interrupted goes on in the same place without a row twice, and the same command
-with another logger tells it everything. No failure of a logger ends a training.
-"""
+"""Where the curves of a training go besides metrics.csv: TensorBoard, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
 import secrets
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from advbench.errors import UserError
 from advbench.files import write_json
-from advbench.training.metrics import Row, read_table
-from advbench.training.summary import Report, Summary
-
-METRICS = "metrics.csv"
-PICTURE = "curves.png"
-REDRAW = 60.0
-"""Seconds between two pictures of a training that goes on."""
-
-Draw = Callable[[Path, int | None], None]
-"""Draws the curves of the run in a folder; which epoch is the best is known at the end."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The training that a logger hears of.
-
-    folder: of the run, where a logger keeps what it needs to go on.  config: resolved.
-    """
-
-    folder: Path
-    config: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-
-class Session(Protocol):
-    """A logger at work on one run. Every method may fail."""
-
-    def log(self, rows: Sequence[Row]) -> None:
-        """All rows so far; those that it has had are left out."""
-        ...
-
-    def close(self, summary: Mapping[str, Any] | None) -> None:
-        """The end of the training, or None for an interruption."""
-        ...
-
-
-@dataclass(frozen=True)
-class Logger:
-    """What to tell. Raises UserError where its package is missing."""
-
-    package: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        if importlib.util.find_spec(self.package) is None:
-            raise UserError(
-                f"logger={self.package} needs {self.package}: pip install 'advbench[track]'"
-            )
-
-    def start(self, run: Run) -> Session | None:
-        """Begin, or go on; None where the run is known to its end, or nothing is wanted."""
-        raise NotImplementedError
-
+from advbench.training.metrics import Row
+from advbench.training.tracking import Logger, Run, Session
 
 # --- TensorBoard ----------------------------------------------------------------------------------
 
@@ -100,6 +40,7 @@ class _Events:
         folder = run.folder / "tensorboard"
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
+        self.where = f"tensorboard --logdir {run.folder.parent}"
         self.writer = SummaryWriter(str(folder))
         self.writer.add_text("config", _block(run.config))
         self.began = (run.folder / "config.yaml").stat().st_mtime
@@ -147,9 +88,9 @@ class Wandb(Logger):
     def start(self, run: Run) -> Session | None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        file = run.folder / "wandb.json"
-        state = _read(file) or {"id": secrets.token_hex(4), "epochs": 0, "finished": False}
-        if state["finished"]:
+        state = _State(run.folder / "wandb.json", f"{self.entity or ''}/{self.project}")
+        known = state.value or {"id": secrets.token_hex(4), "epochs": 0, "finished": False}
+        if known["finished"]:
             return None
         there = wandb.init(
             project=self.project,
@@ -157,7 +98,7 @@ class Wandb(Logger):
             group=self.group,
             tags=self.tags,
             mode=self.mode,  # pyright: ignore[reportArgumentType]
-            id=state["id"],
+            id=known["id"],
             name=run.name,
             config=dict(run.config),
             resume="allow",
@@ -167,27 +108,28 @@ class Wandb(Logger):
         if there.disabled:  # and so has been told nothing
             there.finish()
             return None
-        return _WandbRun(there, file, state)
+        return _WandbRun(there, state, known)
 
 
 class _WandbRun:
-    def __init__(self, run: Any, file: Path, state: dict[str, Any]) -> None:
-        self.run, self.file, self.state = run, file, state
-        write_json(file, state)
+    def __init__(self, run: Any, state: _State, known: dict[str, Any]) -> None:
+        self.run, self.state, self.known = run, state, known
+        self.where = run.url or f"wandb sync {Path(run.dir).parent}"
+        state.keep(known)
 
     def log(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            if row["epoch"] > self.state["epochs"]:
+            if row["epoch"] > self.known["epochs"]:
                 self.run.log({"epoch": row["epoch"], **_values(row)}, step=int(row["epoch"]))
-                self.state["epochs"] = int(row["epoch"])
-        write_json(self.file, self.state)
+                self.known["epochs"] = int(row["epoch"])
+        self.state.keep(self.known)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
             self.run.summary.update(dict(summary))
         self.run.finish(exit_code=0 if summary is not None else 1)
-        self.state["finished"] = summary is not None
-        write_json(self.file, self.state)
+        self.known["finished"] = summary is not None
+        self.state.keep(self.known)
 
 
 # --- MLflow ---------------------------------------------------------------------------------------
@@ -219,13 +161,11 @@ class MLflow(Logger):
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri=uri)
-        file = run.folder / "mlflow.json"
-        state = _read(file)
-        if state is None or state["tracking_uri"] != client.tracking_uri:
+        state = _State(run.folder / "mlflow.json", f"{client.tracking_uri} {self.experiment}")
+        if state.value is None:
             made = client.create_run(self._experiment(client), run_name=run.name)
-            state = {"tracking_uri": client.tracking_uri, "run_id": made.info.run_id}
-            write_json(file, state)
-        there = client.get_run(state["run_id"])
+            state.keep(made.info.run_id)
+        there = client.get_run(state.value)
         if there.info.status == "FINISHED":
             return None
         params = [Param(key, str(value)[:500]) for key, value in _flat(run.config).items()]
@@ -247,6 +187,7 @@ class _MLflowRun:
 
     def __init__(self, client: Any, run: Any) -> None:
         self.client, self.id = client, run.info.run_id
+        self.where = f"{client.tracking_uri}, run {self.id}"
         client.update_run(self.id, status="RUNNING")
         self.known = {
             name: max(metric.step for metric in client.get_metric_history(self.id, name))
@@ -277,96 +218,28 @@ class _MLflowRun:
         self.client.set_terminated(self.id, "FINISHED")
 
 
-# --- what all have in common ----------------------------------------------------------------------
+# --- what they share -----------------------------------------------------------------------------
 
 
-class Tracked:
-    """A report that passes everything on, tells a logger as well and draws the curves.
+class _State:
+    """What a logger keeps in the run's directory, for each place where it logs."""
 
-    The logger begins with the first step: a mistake that is found before leaves nothing behind.
-    """
+    def __init__(self, file: Path, place: str) -> None:
+        self.file, self.place = file, place
 
-    def __init__(self, report: Report, logger: Logger | None, run: Run, draw: Draw) -> None:
-        self.report, self.logger, self.run, self.draw = report, logger, run, draw
-        self.session: Session | None = None
-        self._begun = False
-        self._drawn = time.monotonic()
+    @property
+    def value(self) -> Any:
+        """None where nothing is kept."""
+        return self._all().get(self.place)
 
-    def __enter__(self) -> Tracked:
-        return self
+    def keep(self, value: Any) -> None:
+        write_json(self.file, {**self._all(), self.place: value})
 
-    def __exit__(self, *_: object) -> None:
-        self._close(None)
-
-    def note(self, text: str) -> None:
-        self.report.note(text)
-
-    def progress(self, done: int, total: int, text: str) -> None:
-        self._begin()
-        self.report.progress(done, total, text)
-
-    def epoch(self, row: Mapping[str, float]) -> None:
-        self._begin()
-        self.report.epoch(row)
-        self._log()
-        if time.monotonic() - self._drawn > REDRAW:
-            self._draw(None)
-
-    def finish(self, summary: Summary) -> None:
-        """After the last epoch, or for a run that was finished before."""
-        if self._begun or not (self.run.folder / PICTURE).exists():
-            self._draw(summary.best_epoch)
-        self._begin()
-        self._log()
-        self._close({k: v for k, v in asdict(summary).items() if k != "identity"})
-
-    def _begin(self) -> None:
-        if self.logger is not None and not self._begun:
-            logger = self.logger
-            self.session = self._try(lambda: logger.start(self.run))
-        self._begun = True
-
-    def _log(self) -> None:
-        if (session := self.session) is not None:
-            self._try(lambda: session.log(read_table(self.run.folder / METRICS)))
-
-    def _close(self, summary: Mapping[str, Any] | None) -> None:
-        if (session := self.session) is not None:
-            self._try(lambda: session.close(summary))
-            self.session = None
-
-    def _try(self, call: Callable[[], Any]) -> Any:
+    def _all(self) -> dict[str, Any]:
         try:
-            with _unwarned():
-                return call()
-        except Exception as problem:
-            self.session = None
-            name = "" if self.logger is None else self.logger.package
-            self.note(
-                f"logger={name} failed and is left out from here on; metrics.csv has it all, and "
-                f"the same command tells it again ({_in_a_line(problem)})"
-            )
-            return None
-
-    def _draw(self, best: int | None) -> None:
-        self._drawn = time.monotonic()
-        try:
-            with _unwarned():
-                self.draw(self.run.folder, best)
-        except Exception as problem:
-            self.note(f"no {PICTURE}: {_in_a_line(problem)}")
-
-
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Without the warnings of other libraries, which are not for the user to mend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _in_a_line(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split()):.200}"
+            return dict(json.loads(self.file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
 
 def _values(row: Row) -> Row:
@@ -387,11 +260,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """What a logger kept; None where there is nothing, or nothing of use."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

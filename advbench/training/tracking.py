@@ -1,0 +1,169 @@
+"""A training as others follow it: loggers, and the curves as a picture.
+
+A logger is told all rows of metrics.csv after each epoch and passes on those that it has not had.
+So a run that was interrupted goes on in the same place without a row twice, and the same command
+with another logger tells it everything. No failure of a logger ends a training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from advbench.errors import UserError
+from advbench.training.metrics import Row, read_table
+from advbench.training.summary import Report, Summary
+
+METRICS = "metrics.csv"
+PICTURE = "curves.png"
+REDRAW = 60.0
+"""Seconds between two pictures of a training that goes on."""
+
+Draw = Callable[[Path, int | None], None]
+"""Draws the curves of the run in a folder; which epoch is the best is known at the end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The training that a logger hears of.
+
+    folder: of the run, where a logger keeps what it needs to go on.  config: resolved.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+class Session(Protocol):
+    """A logger at work on one run. Every method may fail.
+
+    where: the user finds it.
+    """
+
+    where: str
+
+    def log(self, rows: Sequence[Row]) -> None:
+        """All rows so far; those that it has had are left out."""
+        ...
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        """The end of the training, or None for an interruption."""
+        ...
+
+
+@dataclass(frozen=True)
+class Logger:
+    """What to tell. Raises UserError where its package is missing."""
+
+    package: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec(self.package) is None:
+            raise UserError(
+                f"logger={self.package} needs {self.package}: pip install 'advbench[track]'"
+            )
+
+    def start(self, run: Run) -> Session | None:
+        """Begin, or go on; None where the run is known to its end, or nothing is wanted."""
+        raise NotImplementedError
+
+
+class Tracked:
+    """A report that passes everything on, tells a logger as well and draws the curves.
+
+    The logger begins with the first step: a mistake that is found before leaves nothing behind.
+    """
+
+    def __init__(self, report: Report, logger: Logger | None, run: Run, draw: Draw) -> None:
+        self.report, self.logger, self.run, self.draw = report, logger, run, draw
+        self.session: Session | None = None
+        self._begun = False
+        self._drawn = time.monotonic()
+
+    def __enter__(self) -> Tracked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close(None)
+
+    def note(self, text: str) -> None:
+        self.report.note(text)
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        self._begin()
+        self.report.progress(done, total, text)
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        self._begin()
+        self.report.epoch(row)
+        self._log()
+        if time.monotonic() - self._drawn > REDRAW:
+            self._draw(None)
+
+    def finish(self, summary: Summary) -> None:
+        """After the last epoch, or for a run that was finished before."""
+        if self._begun or not (self.run.folder / PICTURE).exists():
+            self._draw(summary.best_epoch)
+        self._begin()
+        self._log()
+        self._close({k: v for k, v in asdict(summary).items() if k != "identity"})
+
+    def _begin(self) -> None:
+        if self.logger is not None and not self._begun:
+            logger = self.logger
+            self.session = self._try(lambda: logger.start(self.run))
+            if self.session is not None:
+                self.note(f"logger={logger.package}: {self.session.where}")
+        self._begun = True
+
+    def _log(self) -> None:
+        if (session := self.session) is not None:
+            self._try(lambda: session.log(read_table(self.run.folder / METRICS)))
+
+    def _close(self, summary: Mapping[str, Any] | None) -> None:
+        if (session := self.session) is not None:
+            self._try(lambda: session.close(summary))
+            self.session = None
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            with _unwarned():
+                return call()
+        except Exception as problem:
+            self.session = None
+            name = "" if self.logger is None else self.logger.package
+            self.note(
+                f"logger={name} failed and is left out from here on; metrics.csv has it all, and "
+                f"the same command tells it again ({_in_a_line(problem)})"
+            )
+            return None
+
+    def _draw(self, best: int | None) -> None:
+        self._drawn = time.monotonic()
+        try:
+            with _unwarned():
+                self.draw(self.run.folder, best)
+        except Exception as problem:
+            self.note(f"no {PICTURE}: {_in_a_line(problem)}")
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without the warnings of other libraries, which are not for the user to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _in_a_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split()):.200}"

@@ -99,7 +99,9 @@ def train(
     }
     names = [kept.choices.get(group, "own") for group in ("data", "backbone", "defense", "recipe")]
     folder = home.of("-".join([*names, f"s{cfg.seed}"]), identity)
-    first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    # As torchrun, Fabric and srun tell it, before Fabric is asked.
+    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
+    first = int(next((rank for rank in ranks if rank), "0")) == 0
     with runs.occupied(folder) if first else nullcontext():
         if first:
             runs.keep_config(folder, kept, compare=True)

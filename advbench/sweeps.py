@@ -231,13 +231,14 @@ def _take_gpu(place: Path | None) -> None:
     for name in names:
         lock = FileLock(place / f"gpu-{name}.lock")
         with suppress(Timeout):
-            _HELD.append(lock.acquire(timeout=0))
+            lock.acquire(timeout=0)
+            _HELD.append(lock)
             mine = name
             break
     os.environ["CUDA_VISIBLE_DEVICES"] = mine
 
 
-_HELD: list[Any] = []
+_HELD: list[FileLock] = []
 """The lock of this process's GPU, which ends with it."""
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import optimize, stats
 
 from advbench.cli import main
 from advbench.errors import UserError
 from advbench.evaluation.store import Records, Store
-from advbench.report import compare, formats, leaderboard
+from advbench.report import compare, formats, leaderboard, terminal
 from advbench.report.collection import Entry, Mean, find, groups, varying
 from advbench.results import Accuracy, Results, StageResult, wilson
 
@@ -402,10 +403,28 @@ def nasty() -> list[leaderboard.Board]:
 
 
 def test_nothing_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    formats.show(nasty())
+    terminal.show(nasty())
     shown = capsys.readouterr().out
     assert "[red]a|b" in shown and "\x1b" not in shown and "\r" not in shown
     shown.encode()
+
+
+@pytest.mark.parametrize("width", (200, 100, 80))
+def test_numbers_stay_whole_in_a_narrow_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(width=width, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(terminal, "table_console", lambda: console)
+    found = [
+        *seeds(0, 1, settings={"defense": "hpm", "defense.momentum": 0.25}),
+        results(77, run="a-name-that-is-rather-long-" * 3, settings={"defense": "sparta"}),
+    ]
+    terminal.show(leaderboard.boards(groups(entries(*found))))
+    shown = capsys.readouterr().out
+    for whole in ("38.5", "[32.0, 45.4]", "50.0 ± 0.0", "[43.1, 56.9]", "12 s", "hpm", "sparta"):
+        assert whole in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert "convnet" in shown and ("recipe" in shown) == (width == 200)
 
 
 @pytest.mark.parametrize("form", formats.FORMATS)

@@ -1,4 +1,4 @@
-"""Tables for a terminal, and as Markdown, CSV, JSON and LaTeX.
+"""Tables as Markdown, CSV, JSON and LaTeX.
 
 All text may come from somebody else's results.json, so each format escapes all of it.
 """
@@ -13,11 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
-from advbench.console import table_console
 from advbench.errors import UserError, did_you_mean
 from advbench.report.collection import NAMES, Group, Mean, varying
 from advbench.report.leaderboard import Board, Sheet, value_of
@@ -47,28 +42,6 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def show(boards: Sequence[Board]) -> None:
-    """Print the tables for a person."""
-    console = table_console()
-    sheets = [board.sheet() for board in boards]
-    for sheet in sheets:
-        table = Table(
-            title=_rich(sheet.title),
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for heading, right in zip(sheet.headings, sheet.right, strict=True):
-            table.add_column(_rich(heading), justify="right" if right else "left", overflow="fold")
-        for row in sheet.rows:
-            table.add_row(*map(_rich, row))
-        console.print(table)
-        console.print()
-    for note in _notes(sheets):
-        console.print(_rich(note), style="dim")
-
-
 def render(boards: Sequence[Board], form: str) -> str:
     """The tables as text of one of FORMATS. Raises UserError for another format."""
     if form not in FORMATS:
@@ -76,13 +49,9 @@ def render(boards: Sequence[Board], form: str) -> str:
     return FORMATS[form](boards)
 
 
-def _notes(sheets: Sequence[Sheet]) -> list[str]:
+def notes_of(sheets: Sequence[Sheet]) -> list[str]:
     """Each note once."""
     return list(dict.fromkeys(note for sheet in sheets for note in sheet.notes))
-
-
-def _rich(text: str) -> str:
-    return escape(printable(text))
 
 
 # --- Markdown and LaTeX: what a person reads ----------------------------------------------------
@@ -90,7 +59,7 @@ def _rich(text: str) -> str:
 
 def _markdown(boards: Sequence[Board]) -> str:
     sheets = [board.sheet() for board in boards]
-    notes = [f"- {note}" for note in _markdown_text(_notes(sheets))]
+    notes = [f"- {note}" for note in _markdown_text(notes_of(sheets))]
     return "\n".join([*map(_markdown_sheet, sheets), *notes, ""])
 
 

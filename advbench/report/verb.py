@@ -8,7 +8,7 @@ from pathlib import Path
 
 from advbench.errors import UserError
 from advbench.files import write_text
-from advbench.report import compare, formats, leaderboard
+from advbench.report import compare, formats, leaderboard, terminal
 from advbench.report.collection import find, groups
 
 OUTPUTS = Path("outputs")
@@ -50,7 +50,7 @@ def run(given: argparse.Namespace) -> None:
     else:
         boards = leaderboard.boards(found, given.mix)
     if form is None:
-        formats.show(boards)
+        terminal.show(boards)
     else:
         _put(formats.render(boards, form), given.out)
     apart = leaderboard.apart(boards)

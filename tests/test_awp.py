@@ -163,7 +163,7 @@ def test_a_loss_without_a_slope_displaces_nothing():
 
 def test_frozen_weights_and_those_that_the_loss_does_not_see_stay():
     model = net(plain=True)
-    model.trunk[0].weight.requires_grad_(False)
+    dict(model.named_parameters())["trunk.0.weight"].requires_grad_(False)
     model.spare = nn.Linear(3, 3)
     before = state(model)
     recipe = AWP(of=Standard(), gamma=0.1)

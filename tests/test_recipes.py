@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +19,21 @@ from torch import Tensor, nn
 
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
+from advbench.cli import main
 from advbench.config import options
-from advbench.defenses.base import Part, Step
+from advbench.defenses.base import Defense, Part, Step
 from advbench.errors import UserError
+from advbench.recipes.awp import AWP
 from advbench.recipes.base import Recipe, frozen
+from advbench.recipes.fgsm_rs import FGSMRS
+from advbench.recipes.mart import MART
+from advbench.recipes.mixed import Mixed
+from advbench.recipes.mtard import MTARD
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.recipes.trades import NOISE, TRADES, divergence
+from advbench.results import Results
+from advbench.training.step import TrainingStep
 
 LINF = Threat("linf", 0.1)
 L2 = Threat("l2", 0.5)
@@ -217,7 +231,17 @@ class Mode(nn.Module):
 
 
 @pytest.mark.parametrize("threat", [LINF, L2])
-@pytest.mark.parametrize(("kind", "passes"), [(PGDAT, 10), (TRADES, 11)])
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [
+        (PGDAT, 10),
+        (TRADES, 11),
+        (FGSMRS, 1),
+        (MART, 10),
+        (Mixed, 1),
+        (lambda threat: AWP(of=TRADES(threat=threat)), 11),
+    ],
+)
 def test_the_attack_leaves_the_model_as_it_was(kind, passes, threat):
     mode = Mode()
     trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), mode, nn.Flatten())
@@ -257,6 +281,50 @@ def test_parts():
     assert TRADES(threat=LINF).parts == ("clean", "adversarial")
 
 
+def every_recipe(student: Classifier) -> dict[str, Recipe]:
+    """One of each, with teachers of the student's size."""
+    size, generator = (student.num_classes, student.num_features), torch.Generator().manual_seed(4)
+    teachers: dict[str, Any] = {
+        f"{name}_teacher": linear(torch.randn(size, generator=generator))
+        for name in ("robust", "standard")
+    }
+    mtard = MTARD(threat=LINF, **teachers)
+    made: dict[str, Recipe] = {
+        "standard": Standard(threat=LINF),
+        "pgd_at": PGDAT(threat=LINF),
+        "fgsm_rs": FGSMRS(threat=LINF),
+        "trades": TRADES(threat=LINF),
+        "mart": MART(threat=LINF),
+        "mixed": Mixed(threat=LINF),
+        "mtard": mtard,
+        "awp": AWP(of=mtard),
+    }
+    assert made.keys() == options("recipe").keys()
+    return made
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 0.0])
+def test_losses_and_gradients_are_finite_whatever_the_logits(problem, scale):
+    """Also of a model that is as sure as float32 allows, or of none."""
+    model, x, y = problem
+    weight = next(model.head.parameters())
+    weight.data *= scale
+    seen = 0
+    for name, recipe in every_recipe(model).items():
+        parts: dict[Any, Tensor] = {"clean": x}
+        if "adversarial" in recipe.parts:
+            parts["adversarial"] = recipe.perturb(model, x, y)
+            assert parts["adversarial"].isfinite().all(), name
+            assert LINF.contains(parts["adversarial"], x).all()
+        terms = TrainingStep(model, recipe, Defense())(parts, y, 0, 0)
+        assert all(term.isfinite() and term >= 0 for term in terms.values()), (name, terms)
+        (gradient,) = torch.autograd.grad(sum(terms.values(), torch.zeros(())), weight)
+        assert gradient.isfinite().all(), name
+        assert gradient.any() or scale == 1e4, name
+        seen += 1
+    assert seen == 8
+
+
 MISTAKES = [
     (lambda: PGDAT(), "threat=linf_8"),
     (lambda: PGDAT(threat=Threat("l1", 12)), "not defined for l1"),
@@ -280,17 +348,110 @@ def test_mistakes_are_user_errors():
     assert len(MISTAKES) == 12
 
 
-def test_shipped_recipes_write_out_every_field():
-    shipped = options("recipe")
-    assert {"standard", "pgd_at", "trades"} <= shipped.keys()
-    for name in ("standard", "pgd_at", "trades"):
+def test_shipped_recipes_write_out_every_field(problem):
+    shipped, seen = options("recipe"), 0
+    made = every_recipe(problem[0])
+    for name in shipped.keys() - {"mtard"}:  # which has a test of its own, with teachers
         text = shipped[name].read_text()
         node = {str(key): value for key, value in OmegaConf.create(text).items()}
         module, _, attribute = node.pop("_target_").rpartition(".")
         component = getattr(import_module(module), attribute)
-        assert issubclass(component, Recipe)
+        assert component is type(made[name])
         # The threat is its own group; the caller hands it in.
         assert node.keys() == {field.name for field in fields(component)} - {"threat"}
-        values = {**node, "threat": LINF}
-        assert component(**values) == component(threat=LINF), "the file gives the defaults"
-        assert text.startswith(f"# advbench train recipe={name}\n# ")
+        inside: dict[str, Any] = {"of": PGDAT(threat=LINF)} if node.get("of") == "pgd_at" else {}
+        values = {**node, "threat": LINF, **inside}
+        assert component(**values) == component(threat=LINF, **inside), "it gives the defaults"
+        assert text.startswith(f"# advbench train recipe={name}") and text.count("\n# ") >= 2
+        assert name == "standard" or "forward and" in text, "what a step costs"
+        seen += 1
+    assert seen == 7
+
+
+# From the command line
+
+
+FAST = ["trainer.epochs=1", "trainer.val_steps=1", "trainer.batch_size=400"]
+TEACHERS = {"robust_teacher": "pgd_at", "standard_teacher": "standard"}
+COMMANDS = {
+    "standard": ([], ["ce"]),
+    "pgd_at": (["recipe.steps=1"], ["ce"]),
+    "fgsm_rs": (["optimizer.schedule=cyclic"], ["ce"]),
+    "trades": (["recipe.steps=1"], ["ce", "kl"]),
+    "mart": (["recipe.steps=1"], ["ce", "runner_up", "kl"]),
+    "mixed": (["recipe.fraction=0.5"], ["ce"]),
+    "mtard": (
+        ["recipe.steps=1", *(f"recipe.{key}={run}" for key, run in TEACHERS.items())],
+        ["kl_adversarial", "kl_clean"],
+    ),
+    "awp": (
+        ["recipe.of={mtard: {steps: 1, robust_teacher: pgd_at, standard_teacher: standard}}"],
+        ["kl_adversarial", "kl_clean"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with runs to learn from."""
+    folder, before = tmp_path_factory.mktemp("runs"), Path.cwd()
+    os.chdir(folder)
+    for name in TEACHERS.values():
+        command = ["train", f"recipe={name}", f"hydra.run.dir={name}"]
+        assert main([*command, *FAST, *COMMANDS[name][0]]) == 0
+    yield folder
+    os.chdir(before)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_recipe_trains_from_the_command_line(runs: Path, name: str):
+    settings, terms = COMMANDS[name]
+    assert main(["train", f"recipe={name}", f"hydra.run.dir={name}", *FAST, *settings]) == 0
+    summary = json.loads((runs / name / "summary.json").read_text())
+    assert (summary["epochs"], summary["steps"]) == (1, 3)
+    chosen = "clean" if name == "standard" else "robust"
+    assert summary["selected_by"].startswith(chosen)
+    with (runs / name / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert [key for key in row if key.startswith("loss")] == ["loss", *(f"loss_{t}" for t in terms)]
+    assert float(row["loss"]) == pytest.approx(
+        sum(float(row[f"loss_{term}"]) for term in terms), rel=1e-4
+    )
+    assert COMMANDS.keys() == options("recipe").keys() and len(COMMANDS) == 8
+
+
+def test_a_run_keeps_the_recipe_inside_and_goes_by_it(runs: Path, capsys):
+    settings, _ = COMMANDS["awp"]
+    command = ["train", "recipe=awp", "hydra.run.dir=kept", *FAST]
+    assert main([*command, *settings]) == 0
+    kept: Any = OmegaConf.load(runs / "kept" / "config.yaml")
+    assert kept.recipe.of._target_ == "advbench.recipes.mtard.MTARD"
+    assert kept.recipe.of.robust_teacher == "pgd_at" and kept.recipe.of.steps == 1
+    identity = json.loads((runs / "kept" / "summary.json").read_text())["identity"]
+    assert identity["teachers"].keys() == TEACHERS.keys()
+    capsys.readouterr()
+    assert main([*command, *settings]) == 0
+    assert "finished already" in "".join(capsys.readouterr())
+    assert main([*command, "recipe.of=trades"]) == 2, "another recipe inside is another run"
+    assert main(["eval", "run=kept", "protocol=fgsm", "n=8", "hydra.run.dir=judged"]) == 0
+    settings = Results.load(runs / "judged" / "results.json").settings
+    assert settings["recipe"] == "awp" and settings["recipe.of"] == "mtard"
+    assert settings["recipe.mtard.steps"] == 1
+
+
+WRONG = {
+    "recipe.of=trads": "did you mean 'trades'?",
+    "recipe.of.beta=3": "give 'recipe.of={NAME: {beta: VALUE}}'",
+    "recipe.of={trades: {bta: 3}}": "did you mean 'beta'?",
+    "recipe.of=mtard": "needs two teachers",
+    "recipe.of={mtard: {robust_teacher: no, standard_teacher: no}}": "there is no run",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_a_mistake_is_one_line(runs: Path, capsys, setting: str):
+    before = set(runs.iterdir())
+    assert main(["train", "recipe=awp", setting]) == 2
+    told = capsys.readouterr().err
+    assert WRONG[setting] in told and told.count("\n") == 1
+    assert set(runs.iterdir()) == before and len(WRONG) == 5

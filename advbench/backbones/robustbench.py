@@ -157,22 +157,37 @@ def zoo(
     not end in one linear layer, such as ensembles, or whose activations can't be split.
     """
     entry = Entry(dataset, threat_model, name)
-    model = load(entry, folder, pretrained)
     title = f"RobustBench's {name}"
+    if input_shape[0] not in (1, 3):
+        raise UserError(f"{title} takes images of 1 or 3 channels, these have {input_shape[0]}")
+    model = load(entry, folder, pretrained)
     x = probe_images([3, *input_shape[1:]])
     try:
         with torch.no_grad():
             before = model(x)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"{title} fails on images of {input_shape}: {error}") from error
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     last = linears[-1] if linears else None
-    classifier = as_classifier(
-        title, model, last, num_classes=num_classes, input_shape=input_shape, mean=None, std=None
+    whole = UserError(
+        f"{title} is no trunk with one linear layer at its end, so it can't be trained here; to "
+        f"evaluate it as it is: advbench eval model={PREFIX}{dataset}/{threat_model}/{name}"
     )
-    if last is not None and last.out_features == num_classes and input_shape[0] == 3:
+    try:
+        classifier = as_classifier(
+            title,
+            model,
+            last,
+            num_classes=num_classes,
+            input_shape=input_shape,
+            mean=None,
+            std=None,
+        )
+    except UserError as error:  # it took the images before it was taken apart
+        raise whole from error
+    if last is not None and last.out_features == num_classes:
         with torch.no_grad():
             after = classifier.eval()(x)
         if not torch.allclose(before, after, atol=1e-4, rtol=1e-4):
-            raise UserError(f"{title} does not end in one linear layer, and so has no features")
+            raise whole
     return classifier

@@ -76,7 +76,7 @@ def test_one_evaluation(tmp_path: Path) -> None:
     found = page(tmp_path)
     for words in (
         "1 evaluation of 1 model",
-        "digits 40 images, linf 0.15 , pgd 1",
+        "digits test 40 images, linf 0.15 , pgd 1 (weak)",
         f"{100 * (N - WRONG) / N:.1f}",
         "What each stage left",
         "Accuracy by class",
@@ -234,6 +234,16 @@ def test_like_with_like(tmp_path: Path) -> None:
     assert len(bodies) == 2 and len(rows) == 2
     assert "seeds 0, 1, 2" in found.text and "±2.5" in found.text
     assert {row["data-threat"] for row in rows} == {"linf 0.15", "l2 0.5"}
+
+
+def test_what_differs_is_in_the_heading(tmp_path: Path) -> None:
+    for steps in (10, 50):
+        protocol = {"name": "pgd", "version": "1", "steps": steps, "restarts": 1, "seed": 0}
+        write(tmp_path / f"p{steps}", results(protocol=protocol), bare=True)
+    write(tmp_path / "aa", results(protocol={"name": "autoattack", "version": "1"}), bare=True)
+    text = page(tmp_path).text
+    headings = re.findall(r"digits test 40 images, linf 0.15 , (.*?\d\)?) net", text)
+    assert headings == ["autoattack 1", "pgd 1 (weak, steps 10)", "pgd 1 (weak, steps 50)"]
 
 
 def test_curves_and_sweeps(tmp_path: Path) -> None:

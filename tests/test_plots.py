@@ -16,6 +16,7 @@ from advbench.errors import UserError
 from advbench.report import dossier, figures, plots, svg
 from advbench.report.collection import Entry
 from advbench.report.evidence import UNKNOWN, Evidence
+from advbench.report.gallery import BRIGHTER, DARKER, Gallery, Picture
 from advbench.report.style import CLEAN, style
 from advbench.results import Accuracy
 
@@ -178,6 +179,28 @@ def test_labels_of_a_sweep_do_not_collide() -> None:
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 5
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_perturbations_in_colour() -> None:
+    """Of gray images darker is blue and brighter orange, of others the change is around gray."""
+    delta = np.array([[-0.1, 0.0, 0.05]])
+
+    def shown(channels: int) -> np.ndarray:
+        clean = np.full((1, 3, channels), 0.5)
+        picture = Picture(0, clean, clean + delta[..., None], "a", "b", 0.1)
+        return Gallery((picture,), 5.0, "linf").change(picture)
+
+    gray = shown(1) * 255
+    assert np.allclose(gray[0, 0], DARKER) and np.allclose(gray[0, 1], 255)
+    assert np.allclose(gray[0, 2], (np.array(BRIGHTER) + 255) / 2)
+    assert np.allclose(shown(3)[0, :, 0], [0, 0.5, 0.75])
+
+
+def test_pictures_in_print() -> None:
+    clean = np.zeros((2, 2, 3))
+    picture = Picture(7, clean, clean + 0.1, "cat", "dog", 0.1)
+    figure = plots.pictures(Gallery((picture,), 5.0, "linf"))
+    assert [axes.get_title() for axes in figure.axes] == ["cat", "linf 0.1, times 5", "dog"]
 
 
 def test_svg_takes_the_theme() -> None:

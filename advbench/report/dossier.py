@@ -16,6 +16,7 @@ from advbench import runs
 from advbench.errors import UserError
 from advbench.report import plots
 from advbench.report.collection import NAMES, SEED, Entry, Group, groups, varying
+from advbench.report.conditions import place
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
 from advbench.results import Results
@@ -178,15 +179,13 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 # --- several evaluations ------------------------------------------------------------------------
 
 
-def conditions(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Evaluations that may be ranked together, in order of data, threat and protocol."""
+def ranked(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Evaluations under the same conditions together, the most robust first; strong protocols
+    before weak ones."""
     alike: dict[str, list[Entry]] = {}
-    for entry in entries:
+    for entry in sorted(entries, key=lambda e: -e.results.robust.acc):
         alike.setdefault(repr(sorted(entry.conditions.items())), []).append(entry)
-    return sorted(
-        alike.values(),
-        key=lambda same: (same[0].data, same[0].threat_name, same[0].protocol, same[0].n),
-    )
+    return sorted(alike.values(), key=lambda same: place(Group((same[0],))))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def save(paths: Sequence[Path], folder: Path) -> None:
 def _together(entries: Sequence[Entry]) -> Iterator[Plate]:
     """Figures over evaluations that may be ranked together, with their conditions in the name."""
     taken = set[str]()
-    for same in dossier.conditions(entries):
+    for same in dossier.ranked(entries):
         first = same[0]
         about = slug(f"{first.data}-{first.threat_name}-{first.results.protocol['name']}")
         found = [dossier.board_plate(same), dossier.curves_plate(same)]

@@ -22,6 +22,7 @@ from advbench.errors import UserError
 from advbench.files import write_text
 from advbench.report import collection, commands, dossier, gallery, svg
 from advbench.report.collection import Entry, Group, Mean
+from advbench.report.conditions import Wording
 from advbench.report.dossier import Dossier, Plate
 from advbench.report.markup import Child, Markup, el
 from advbench.report.outcome import MEASURES
@@ -47,9 +48,7 @@ def write(paths: Sequence[Path], target: Path) -> None:
 
 def page(entries: Sequence[Entry]) -> str:
     """The page as text."""
-    ranked = [
-        sorted(same, key=lambda e: -e.results.robust.acc) for same in dossier.conditions(entries)
-    ]
+    ranked = dossier.ranked(entries)
     ordered = [entry for same in ranked for entry in same]
     varied = {id(entry): collection.varying(same) for same in ranked for entry in same}
     anchors = {id(entry): f"run-{i}" for i, entry in enumerate(ordered, 1)}
@@ -161,19 +160,19 @@ FILTERS = (
 
 def _leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -> Markup:
     bodies, rows = [], 0
+    wording = Wording([Group((same[0],)) for same in ranked])
     for same in ranked:
         varied = collection.varying(same)
         best = sorted(collection.groups(same), key=lambda g: -g.robust.acc)
-        first = same[0]
-        images = _count(first.n, "image")
+        words = wording.of(same[0])
         head = el(
             "tr",
             el(
                 "th",
-                el("b", first.data),
-                f" {images}, ",
-                el("b", first.threat_name),
-                f", {first.protocol}",
+                el("b", words["data"]),
+                f" {_count(same[0].n, 'image')}, ",
+                el("b", words["threat"]),
+                f", {words['protocol']}",
                 colspan=len(COLUMNS),
                 scope="rowgroup",
             ),

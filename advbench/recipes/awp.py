@@ -113,7 +113,7 @@ class AWP(Recipe):
 def _gradients(
     model: nn.Module, weights: list[nn.Parameter], loss: Callable[[], Tensor]
 ) -> list[Tensor]:
-    """The gradient of the loss in each weight, the mean over all processes; zero where it has none.
+    """The gradient of the loss in each weight, summed over processes; zero where it has none.
 
     Leaves no trace: buffers, gradients and random generators are as before, so that the pass that
     follows draws the same noise.
@@ -125,7 +125,6 @@ def _gradients(
     if not in_company():
         return list(found)
     flat = torch.cat([gradient.flatten() for gradient in found])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
+    distributed.all_reduce(flat)  # a sum will do: only the direction counts
     parts = flat.split([weight.numel() for weight in weights])
     return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]

@@ -135,11 +135,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.modules.update(kept)
 
 
+@pytest.fixture(scope="module")
+def seen(place: Path) -> Path:
+    """The evaluation of a zoo model."""
+    command = ["eval", "model=robustbench:cifar10/Linf/Me2026Net", *DATA, *FGSM]
+    assert main([*command, "hydra.run.dir=seen"]) == 0
+    return place / "seen"
+
+
 def test_names() -> None:
     assert Entry.of("robustbench:Carmon2019Unlabeled") == Entry(
         "cifar10", "Linf", "Carmon2019Unlabeled"
     )
-    assert Entry.of("robustbench:imagenet/L2/A").budget == 3.0
+    assert Entry.of("robustbench:cifar10/L2/A").budget == 0.5
     assert not robustbench.is_named("my_model.py:build") and not robustbench.is_named(None)
     for spec, told in (
         ("robustbench:cifar10/Linf", "is not robustbench:DATA/THREAT/NAME"),
@@ -159,12 +167,8 @@ def test_the_leaderboard_decides_data_and_threat() -> None:
     assert models.origin("my_model.py:build") is None
 
 
-def test_a_zoo_model_is_evaluated_as_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["eval", "model=robustbench:cifar10/Linf/Me2026Net", *DATA, *FGSM]
-    assert main([*command, "hydra.run.dir=seen"]) == 0
-    said = capsys.readouterr()
-    assert "Downloading" in said.err and "Downloading" not in said.out
-    results = Results.load(Path("seen/results.json"))
+def test_a_zoo_model_is_evaluated_as_it_is(seen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results.load(seen / "results.json")
     assert results.run == "Me2026Net" and results.threat == {"norm": "linf", "eps": 8 / 255}
     # The same weights in a model of one's own give the same numbers.
     Path("own.py").write_text(
@@ -177,7 +181,10 @@ def test_a_zoo_model_is_evaluated_as_it_is(place: Path, capsys: pytest.CaptureFi
     assert main(own) == 0
     other = Results.load(Path("own/results.json"))
     assert (results.clean, results.robust) == (other.clean, other.robust)
+    command = ["eval", "model=robustbench:cifar10/Linf/Me2026Net", *DATA, *FGSM]
     assert main([*command, "threat.eps=2/255", "hydra.run.dir=less"]) == 0
+    said = capsys.readouterr()
+    assert "Downloading" in said.err and "Downloading" not in said.out
     assert Results.load(Path("less/results.json")).threat["eps"] == 2 / 255
     assert main(["eval", "resume=seen", "model=robustbench:cifar10/Linf/Me2026Net"]) == 0
     assert "finished already" in capsys.readouterr().out
@@ -252,11 +259,13 @@ def test_a_real_model() -> None:
 # --- advbench export -----------------------------------------------------------------------------
 
 
-def results(place: Path) -> Results:
-    seen = Results.load(place / "seen/results.json")
-    seen = replace(seen, protocol={**seen.protocol, "name": "autoattack"})
-    seen = replace(seen, data={**seen.data, "name": "cifar10", "n": 1000})
-    return replace(seen, clean=Accuracy.of(897, 1000), robust=Accuracy.of(595, 1000))
+@pytest.fixture
+def results(seen: Path) -> Results:
+    """A result of CIFAR-10 that is worth an entry."""
+    found = Results.load(seen / "results.json")
+    found = replace(found, protocol={**found.protocol, "name": "autoattack"})
+    found = replace(found, data={**found.data, "name": "cifar10", "n": 1000})
+    return replace(found, clean=Accuracy.of(897, 1000), robust=Accuracy.of(595, 1000))
 
 
 FIELDS = [
@@ -266,36 +275,36 @@ FIELDS = [
 """Of the entries in RobustBench's repository, in their order."""
 
 
-def test_an_entry_has_the_fields_of_robustbench(place: Path) -> None:
-    info = model_info(results(place))
+def test_an_entry_has_the_fields_of_robustbench(results: Results) -> None:
+    info = model_info(results)
     assert list(info) == FIELDS
     assert (info["clean_acc"], info["autoattack_acc"], info["eps"]) == ("89.70", "59.50", "8/255")
     assert info["dataset"] == "cifar10" and info["number_forward_passes"] == 1
     assert info["link"] == info["authors"] == info["unreliable"] == ""
     assert "n = 1000" in info["footnote"] and "[56.43, 62.50]" in info["footnote"]
-    judged = replace(results(place), verdict={"label": "unreliable", "indicators": []})
+    judged = replace(results, verdict={"label": "unreliable", "indicators": []})
     assert model_info(judged)["unreliable"] is True
-    wider = replace(results(place), protocol={"name": "msa", "version": 1})
+    wider = replace(results, protocol={"name": "msa", "version": 1})
     assert model_info(wider)["external"] == "59.50" and model_info(wider)["autoattack_acc"] == ""
-    l2 = replace(results(place), threat={"norm": "l2", "eps": 0.5})
+    l2 = replace(results, threat={"norm": "l2", "eps": 0.5})
     assert model_info(l2)["eps"] == "0.5"
-    assert model_info(results(place), {"stochastic": True})["number_forward_passes"] == ""
+    assert model_info(results, {"stochastic": True})["number_forward_passes"] == ""
 
 
-def test_what_has_no_place_there(place: Path) -> None:
+def test_what_has_no_place_there(results: Results) -> None:
     for changes, told in (
         ({"missing": ("fab-t",)}, "unfinished"),
         ({"threat": {"norm": "l1", "eps": 12.0}}, "no leaderboard for l1"),
         ({"protocol": {"name": "pgd", "version": 1}}, "weaker than what RobustBench reports"),
     ):
         with pytest.raises(UserError, match=told):
-            model_info(replace(results(place), **changes))
+            model_info(replace(results, **changes))
 
 
-def test_the_verb(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path("board")
     folder.mkdir()
-    results(place).save(folder / "results.json")
+    results.save(folder / "results.json")
     capsys.readouterr()
     assert main(["export", "board"]) == 0
     said = capsys.readouterr()

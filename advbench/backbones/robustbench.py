@@ -32,7 +32,6 @@ BUDGETS = {
     ("cifar10", "L2"): 0.5,
     ("cifar100", "Linf"): 8 / 255,
     ("imagenet", "Linf"): 4 / 255,
-    ("imagenet", "L2"): 3.0,
 }
 """Budgets of the leaderboards, in pixel units; those of corruptions have none."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_training import THREAT, fit
+from small import THREAT, fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_training import THREAT, fit, net, splits
+from small import THREAT, fit, net, splits
 from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_training import Stripes, assert_same_result, fit, net, run_script, splits
+from small import Stripes, assert_same_result, fit, net, run_script, splits
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -441,12 +441,12 @@ from advbench.data.augment import Augment
 from advbench.defenses.hpm import HPM
 from advbench.recipes.pgd_at import PGDAT
 from advbench.training.trainer import Trainer
-import test_training
-from test_training import THREAT, fit, net
+import small
+from small import THREAT, fit, net
 
 devices, folder = int(sys.argv[1]), Path(sys.argv[2])
-whole = test_training.splits
-test_training.splits = lambda: whole(Augment())
+whole = small.splits
+small.splits = lambda: whole(Augment())
 # With batch prototypes each device would have those of its own rows.
 hpm = HPM(mix=1.0, momentum=0.5, eval_batch=8)
 recipe = PGDAT(threat=THREAT, steps=1, random_start=False)

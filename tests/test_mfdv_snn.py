@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_training import THREAT, fit, net
+from small import THREAT, fit, net
 from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier

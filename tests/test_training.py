@@ -1,158 +1,56 @@
-"""The training loop on small nets and data: what it computes, and that nothing interrupts it."""
+"""The training loop on small nets and data: what it computes and what it leaves."""
 
 from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 from lightning_fabric import Fabric
 from omegaconf import OmegaConf
+from small import (
+    STEPS,
+    THREAT,
+    Planted,
+    assert_same_result,
+    assert_same_weights,
+    fit,
+    net,
+    read_weights,
+    state,
+    table,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.config import options
-from advbench.data.augment import Augment
-from advbench.data.base import ArraySplit, Source, Split, Splits
+from advbench.data.base import ArraySplit
 from advbench.defenses.base import Defense, Step
 from advbench.errors import UserError
 from advbench.models import load_weights
-from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.training import loop, schedules
 from advbench.training.checkpoint import (
-    load_resume,
     remove_leftovers,
-    save_resume,
     save_weights,
 )
-from advbench.training.metrics import write_table
-from advbench.training.optimizers import SGD, AdamW, Optimizer
+from advbench.training.guards import Divergence
+from advbench.training.learner import Learner
+from advbench.training.metrics import Means, write_table
+from advbench.training.optimizers import SGD, AdamW
 from advbench.training.randomness import deal, derive, permutation
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
 from advbench.training.validation import accuracies
-
-THREAT = Threat("linf", 0.1)
-STEPS = 6  # per epoch, at batch size 16
-
-
-class Stripes(Source):
-    """Three classes of noisy 4x4 images; the test part must not be opened."""
-
-    name = "stripes"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return 1, 4, 4
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return "top", "left", "even"
-
-    def open(self, part: str) -> Split:
-        assert part == "train", "training opened the test split"
-        generator = torch.Generator().manual_seed(0)
-        y = torch.arange(126) % 3
-        patterns = torch.zeros(3, 4, 4)
-        patterns[0, :2], patterns[1, :, :2], patterns[2] = 1, 1, 0.5
-        x = 0.6 * patterns[y] + 0.4 * torch.rand(126, 4, 4, generator=generator)
-        return ArraySplit(x[:, None], y)
-
-
-def splits(augment: Augment | None = None) -> Splits:
-    """102 images to train on, 24 to validate."""
-    augment = Augment(crop=1, flip=True) if augment is None else augment
-    return Splits(Stripes(), val=24, split_seed=0, mean=[0.5], std=[0.3], augment=augment)
-
-
-def net(*, plain: bool = False) -> Classifier:
-    """A small net with batch norm and dropout, or without both."""
-    torch.manual_seed(1)
-    inside = [] if plain else [nn.BatchNorm2d(4), nn.Dropout(0.2)]
-    trunk = nn.Sequential(nn.Conv2d(1, 4, 3), *inside, nn.ReLU(), nn.Flatten())
-    return Classifier(
-        trunk, num_features=16, num_classes=3, input_shape=(1, 4, 4), mean=[0.5], std=[0.3]
-    )
-
-
-def fit(
-    folder: Path,
-    trainer: Trainer | None = None,
-    *,
-    model: Classifier | None = None,
-    recipe: Recipe | None = None,
-    defense: Defense | None = None,
-    optimizer: Optimizer | None = None,
-    threat: Threat | None = THREAT,
-    seed: int = 0,
-    identity: Mapping[str, object] | None = None,
-    **report,
-) -> Summary:
-    folder.mkdir(exist_ok=True)
-    return (trainer or Trainer(epochs=3, batch_size=16, val_steps=2)).fit(
-        net() if model is None else model,
-        splits(),
-        PGDAT(threat=THREAT, steps=2) if recipe is None else recipe,
-        Defense() if defense is None else defense,
-        SGD() if optimizer is None else optimizer,
-        threat=threat,
-        seed=seed,
-        folder=folder,
-        identity=identity or {"run": "a"},
-        **report,
-    )
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without the column that differs between equal runs."""
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        assert float(row.pop("seconds")) > 0
-    return rows
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    model = net()
-    load_weights(model, path)
-    return model.state_dict()
-
-
-def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
-    values = other.state_dict()
-    assert values.keys() == one.state_dict().keys()
-    assert all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
-
-
-def assert_same_result(one: Path, other: Path) -> None:
-    for name in ("model.safetensors", "last.safetensors"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    assert table(one) == table(other)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    for summary in summaries:
-        assert summary.pop("seconds") > 0
-    assert summaries[0] == summaries[1]
-
 
 # Schedules and optimizers
 
@@ -303,14 +201,17 @@ class Recorder(Defense):
 
 def test_average_of_the_weights_by_hand(tmp_path):
     recorder = Recorder()
-    trainer = Trainer(epochs=1, batch_size=16, ema=0.8, val_steps=1)
-    fit(tmp_path, trainer, defense=recorder)
+    trainer = Trainer(epochs=1, batch_size=16, ema=0.3, val_steps=1)
+    model = net()
+    start = state(model)
+    fit(tmp_path, trainer, model=model, defense=recorder)
     assert len(recorder.weights) == STEPS
-    average = dict(recorder.weights[0])
-    for weights in recorder.weights[1:]:
+    average = start
+    for t, weights in enumerate(recorder.weights):
+        decay = min(0.3, (1 + t) / (10 + t))
         for name, value in weights.items():
             if value.is_floating_point():
-                average[name] = 0.8 * average[name] + 0.2 * value
+                average[name] = decay * average[name] + (1 - decay) * value
     kept = read_weights(tmp_path / "last.safetensors")
     floats = [name for name, value in kept.items() if value.is_floating_point()]
     assert "trunk.1.running_mean" in floats and len(floats) == 8
@@ -353,28 +254,6 @@ def test_every_epoch_has_its_order(tmp_path, monkeypatch):
     assert all(torch.equal(order, torch.arange(24)) for order in orders[1::2])
 
 
-@dataclass(frozen=True)
-class Planted(Defense):
-    """A loss term of its own, not a number from one step on; raises after another."""
-
-    name: str = "planted"
-    bad_from: int = 10**9
-    stop_at: int = -1
-    prepared: list[bool] = field(default_factory=list)
-
-    def prepare(self, model: Classifier, data: Splits) -> None:
-        self.prepared.append(model.training)
-
-    def loss_terms(self, model: Classifier, step: Step) -> dict[str, Tensor]:
-        value = math.inf if step.step >= self.bad_from else 2.0 + step.step
-        return {self.name: next(iter(step.parts.values())).logits.sum() * 0 + value}
-
-    def after_step(self, model: Classifier, step: Step) -> None:
-        assert not any(part.features.requires_grad for part in step.parts.values())
-        if step.step == self.stop_at:
-            raise KeyboardInterrupt
-
-
 def test_terms_of_the_defense_are_added_and_logged(tmp_path):
     fit(tmp_path, defense=Planted())
     for epoch, row in enumerate(table(tmp_path)):
@@ -388,25 +267,9 @@ def test_two_terms_of_one_name_raise(tmp_path):
         fit(tmp_path, defense=Planted(name="ce"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    for bad_from, place, save_every, kept in (
-        (8, "epoch 2, step 3 of 6", 60, (1, 0)),
-        (2, "epoch 1, step 3 of 6", 0, (0, 2)),
-    ):
-        folder = tmp_path / str(bad_from)
-        trainer = Trainer(epochs=3, batch_size=16, val_steps=1, save_every=save_every)
-        with pytest.raises(UserError, match=rf"{place}.*lower optimizer\.lr") as caught:
-            fit(folder, trainer, defense=Planted(bad_from=bad_from))
-        assert "\n" not in str(caught.value)
-        assert not (folder / "summary.json").exists()
-        saved = load_resume(folder / "resume.pt", {"run": "a"})
-        assert saved is not None, "what was saved before is kept"
-        assert (saved["position"]["epoch"], saved["position"]["batch"]) == kept
-
-
 def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
     """Reading a value, or a shape that depends on one, would make a GPU's host wait."""
-    waits, steps = [], []
+    waits, calls = [], Counter()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -416,17 +279,22 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
                 waits.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    step = loop.Fit._train_step
+    def watch(kind: type, name: str) -> None:
+        method = getattr(kind, name)
 
-    def watched(self, x: Tensor, y: Tensor) -> None:
-        steps.append(self.step)
-        with Watch():
-            step(self, x, y)
+        def watched(*args):
+            calls[name] += 1
+            with Watch():
+                return method(*args)
 
-    monkeypatch.setattr(loop.Fit, "_train_step", watched)
-    trainer = Trainer(epochs=1, batch_size=16, clip_grad=1.0, val_steps=1)
+        monkeypatch.setattr(kind, name, watched)
+
+    # All that the loop does from one step to the next.
+    for kind, name in ((Learner, "step"), (Divergence, "watch"), (Means, "add")):
+        watch(kind, name)
+    trainer = Trainer(epochs=1, batch_size=16, clip_grad=1.0, val_steps=1, ema=0.9)
     fit(tmp_path, trainer, defense=Planted())
-    assert len(steps) == STEPS and waits == []
+    assert calls == {"step": STEPS, "watch": STEPS, "add": STEPS} and waits == []
     with Watch():
         float(torch.ones(1))
     assert waits, "the watch sees such a read"
@@ -526,213 +394,6 @@ def test_what_is_wrong_from_the_start_is_not_robust():
     fabric = Fabric(accelerator="cpu", devices=1)
     result = accuracies(OffGrid(), split, THREAT, steps=1, seed=0, batch_size=4, fabric=fabric)
     assert result == (0, 0)
-
-
-# Interruption
-
-
-@pytest.mark.parametrize(
-    ("trainer", "optimizer"),
-    [
-        (Trainer(epochs=3, batch_size=16, val_steps=1, save_every=0), SGD(warmup=0.5)),
-        (
-            Trainer(epochs=3, batch_size=16, val_steps=1, save_every=0, ema=0.9, clip_grad=0.5),
-            AdamW(lr=0.01),
-        ),
-    ],
-)
-def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, trainer, optimizer):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    prepared: list[bool] = []
-    fit(whole, trainer, optimizer=optimizer, defense=Planted())
-    for stop_at in (3, 6, 11, 15):
-        with pytest.raises(KeyboardInterrupt):
-            defense = Planted(stop_at=stop_at, prepared=prepared)
-            fit(parts, trainer, optimizer=optimizer, defense=defense)
-        saved = load_resume(parts / "resume.pt", {"run": "a"})
-        assert saved is not None
-        position = saved["position"]
-        assert position["epoch"] * STEPS + position["batch"] == stop_at
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "accuracies", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-        fit(parts, trainer, optimizer=optimizer, defense=Planted(prepared=prepared))
-    notes: list[str] = []
-
-    class Notes:
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-        def progress(self, done: int, total: int, text: str) -> None: ...
-        def epoch(self, row: Mapping[str, float]) -> None: ...
-
-    defense = Planted(prepared=prepared)
-    fit(parts, trainer, optimizer=optimizer, defense=defense, report=Notes())
-    assert_same_result(whole, parts)
-    assert prepared == [False], "prepared once, in eval mode"
-    assert notes == ["going on at epoch 3 of 3, step 6 of 6"]
-    assert not (parts / "resume.pt").exists()
-
-
-def test_a_finished_training_is_not_repeated(tmp_path):
-    summary = fit(tmp_path)
-    (tmp_path / "resume.pt").write_bytes(b"killed before it was removed")
-    assert fit(tmp_path, defense=Planted(bad_from=0)) == summary
-    assert not (tmp_path / "resume.pt").exists()
-    with pytest.raises(UserError, match=r"another run: take another hydra\.run\.dir"):
-        fit(tmp_path, identity={"run": "b"})
-
-
-def test_another_identity_or_number_of_devices_does_not_go_on(tmp_path):
-    trainer = Trainer(epochs=1, batch_size=16, save_every=0)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, trainer, defense=Planted(stop_at=3))
-    with pytest.raises(UserError, match="another run"):
-        fit(tmp_path, trainer, identity={"run": "b"})
-    saved = load_resume(tmp_path / "resume.pt", {"run": "a"})
-    assert saved is not None
-    save_resume(tmp_path / "resume.pt", {**saved, "devices": 2}, {"run": "a"})
-    with pytest.raises(UserError, match=r"trainer\.devices=2"):
-        fit(tmp_path, trainer)
-    (tmp_path / "resume.pt").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="remove it to start again"):
-        fit(tmp_path, trainer)
-
-
-class Global:
-    """What a pickle could smuggle in."""
-
-
-def test_resume_runs_no_code(tmp_path):
-    torch.save({"identity": "{}", "state": {"planted": Global()}}, tmp_path / "resume.pt")
-    with pytest.raises(UserError, match="cannot read"):
-        load_resume(tmp_path / "resume.pt", {})
-    assert load_resume(tmp_path / "missing.pt", {}) is None
-
-
-HELPERS = Path(__file__).parent
-
-KILLED = """
-import os, random, signal, sys, time
-from dataclasses import dataclass
-from pathlib import Path
-import torch
-from advbench.defenses.base import Defense
-from advbench.training.checkpoint import load_resume
-from advbench.training.trainer import Trainer
-from test_training import fit
-
-@dataclass(frozen=True)
-class Slow(Defense):
-    def after_step(self, model, step):
-        time.sleep(0.01)
-
-def start(folder):
-    child = os.fork()  # before the first computation: no threads yet, and nothing to import again
-    if child == 0:
-        trainer = Trainer(epochs=10, batch_size=16, val_steps=1, save_every=0, ema=0.9)
-        fit(folder, trainer, defense=Slow())
-        os._exit(0)
-    return child
-
-def position(folder):
-    saved = load_resume(folder / "resume.pt", {"run": "a"})
-    return saved and (saved["position"]["epoch"], saved["position"]["batch"])
-
-whole, parts = (Path(name) for name in sys.argv[1:])
-os.waitpid(start(whole), 0)
-assert (whole / "summary.json").exists()
-moments, inside = random.Random(0), 0
-for kills in range(5):
-    before, child = position(parts), start(parts)
-    while position(parts) == before:
-        time.sleep(0.005)
-    time.sleep(moments.uniform(0, 0.2))
-    assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
-    os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    inside += position(parts)[1] > 0
-print("inside an epoch:", inside)
-os.waitpid(start(parts), 0)
-"""
-
-
-def run_script(script: str, *arguments: str, folder: Path) -> str:
-    """Run Python text in a process of its own, which finds this module; returns its output."""
-    path = folder / "script.py"
-    path.write_text(textwrap.dedent(script))
-    env = {
-        **os.environ,
-        "PYTHONPATH": f"{HELPERS.parent}{os.pathsep}{HELPERS}",
-        "OMP_NUM_THREADS": "1",
-    }
-    result = subprocess.run(
-        [sys.executable, str(path), *arguments],
-        env=env, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks to save the imports")
-def test_a_training_that_is_killed_five_times_ends_the_same(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    output = run_script(KILLED, str(whole), str(parts), folder=tmp_path)
-    assert int(output.rpartition(":")[2]) >= 2, "some kills were inside an epoch"
-    assert_same_result(whole, parts)
-    assert len(list(parts.iterdir())) == 4, "no temporary file is left"
-
-
-DEVICES = """
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-import torch
-from advbench.defenses.base import Defense
-from advbench.recipes.pgd_at import PGDAT
-from advbench.training.trainer import Trainer
-from test_training import THREAT, fit, net
-import test_training
-from advbench.data.augment import Augment
-
-@dataclass(frozen=True)
-class Seen(Defense):
-    def after_step(self, model, step):
-        model.seen.copy_(next(iter(step.parts.values())).x.mean())
-
-devices, folder = int(sys.argv[1]), Path(sys.argv[2])
-whole = test_training.splits
-test_training.splits = lambda: whole(Augment())
-model = net(plain=True)
-model.register_buffer("seen", torch.zeros(()))
-recipe = PGDAT(threat=THREAT, steps=2, random_start=False)
-trainer = Trainer(epochs=2, batch_size=16, devices=devices, accelerator="cpu", val_steps=2)
-fit(folder, trainer, model=model, recipe=recipe, defense=Seen())
-rank = torch.distributed.get_rank() if devices > 1 else 0
-(folder / f"seen{rank}").write_text(str(float(model.seen)))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does(tmp_path):
-    tables, weights = [], []
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        run_script(DEVICES, str(devices), str(folder), folder=tmp_path)
-        tables.append(table(folder))
-        model = net(plain=True)
-        model.register_buffer("seen", torch.zeros(()))
-        load_weights(model, folder / "last.safetensors")
-        weights.append(state(model))
-        assert Summary.load(folder / "summary.json").devices == devices
-    assert len(weights[0]) == 5
-    for name in weights[0].keys() - {"seen"}:
-        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6)
-    for one, two in zip(*tables, strict=True):
-        assert {k: float(v) for k, v in one.items()} == pytest.approx(
-            {k: float(v) for k, v in two.items()}, rel=1e-3
-        )
-    seen = [(tmp_path / "2" / f"seen{rank}").read_text() for rank in (0, 1)]
-    assert seen[0] == seen[1], "all processes have the buffers of the first"
 
 
 # Files

@@ -1,4 +1,4 @@
-"""Files of a training: weights as safetensors, and ``resume.pt`` to go on after an interruption."""
+"""Files of a training: weights as safetensors, and what it goes on from after an interruption."""
 
 from __future__ import annotations
 
@@ -47,6 +47,52 @@ def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
         ) from problem
     require_identity(saved, identity, path.parent)
     return state
+
+
+class Progress:
+    """The two files that a training goes on from.
+
+    ``epoch.pt`` is the state at the start of the epoch that runs, which a diverged epoch goes back
+    to; ``resume.pt``, where it is there, a state inside that epoch. A state has a ``position``.
+
+    writes: whether this process does; all of them read.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], writes: bool) -> None:
+        self._start, self._inside = folder / "epoch.pt", folder / "resume.pt"
+        self._identity = identity
+        self._writes = writes
+
+    def newest(self) -> dict[str, Any] | None:
+        """Where to go on; None where nothing was begun. Raises UserError as ``load_resume``."""
+        start = load_resume(self._start, self._identity)
+        inside = load_resume(self._inside, self._identity)
+        if start is None or inside is None:
+            return start
+        # Killed before it was removed, the one inside is of the epoch before, or of the attempt.
+        same = all(start["position"][key] == inside["position"][key] for key in ("epoch", "guards"))
+        return inside if same else start
+
+    def start(self) -> dict[str, Any]:
+        """The state at the start of the epoch that runs."""
+        state = load_resume(self._start, self._identity)
+        assert state is not None, "it was written before the epoch began"
+        return state
+
+    def save_start(self, state: Mapping[str, Any]) -> None:
+        if self._writes:
+            save_resume(self._start, state, self._identity)
+            self._inside.unlink(missing_ok=True)
+
+    def save_inside(self, state: Mapping[str, Any]) -> None:
+        if self._writes:
+            save_resume(self._inside, state, self._identity)
+
+
+def remove_progress(folder: Path) -> None:
+    """Removes what a finished training needs no more."""
+    for name in ("resume.pt", "epoch.pt"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

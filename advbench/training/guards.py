@@ -1,35 +1,152 @@
-"""What stops a training that has gone wrong."""
+"""What a training watches itself for: divergence, and two ways of overfitting."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
-from advbench.errors import UserError
 from advbench.training.processes import gather
 
+EXPLODED = 1000.0
+"""Times the loss of a guess: see ``Divergence``."""
+SLOWER = 0.1
+"""What the learning rate is multiplied by after a divergence; ours."""
+Rows = Sequence[Mapping[str, float]]
 
-class FiniteLoss:
-    """Notes on the device the first step whose loss is not finite; nothing waits for the device.
+
+class Diverged(Exception):
+    """Training went wrong, for the reason that is its text; in every process alike."""
+
+
+class Divergence:
+    """Notes on the device the first step whose loss is lost; nothing waits for the device.
+
+    A loss is lost if it is NaN, infinite, or more than 1000 times ln K, the cross-entropy of a
+    model that guesses among K classes. Cross-entropy is at most the margin by which a row is wrong,
+    so that means that the mean row is wrong by 1000 ln K: 2300 logits where K = 10. A loss that
+    trains stays far away from it: a first epoch at too high a rate reaches some ten times ln K, and
+    the weight of a second term (beta = 6 of TRADES and MART) makes it tens of ln K. What diverges
+    passes it within a few steps (on digits at lr 100: 12, 1,900 and 33,000 times ln K at steps 2,
+    3 and 4). A step's verdict depends on its loss alone, so it is the same whenever it is read.
 
     steps_per_epoch: to tell the epoch of a step.
     """
 
-    def __init__(self, device: torch.device, steps_per_epoch: int) -> None:
-        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, steps_per_epoch: int, num_classes: int) -> None:
+        self._device = device
         self._steps_per_epoch = steps_per_epoch
+        self._limit = EXPLODED * math.log(max(2, num_classes))
+        self.forget()
+
+    def forget(self) -> None:
+        """Watch from the beginning, after going back."""
+        self._first = torch.full((), -1, dtype=torch.int64, device=self._device)
+        self._loss = torch.zeros((), device=self._device)
 
     def watch(self, loss: Tensor, step: int) -> None:
         """loss: a scalar.  step: from 0, over all epochs."""
-        self._first = torch.where((self._first < 0) & ~loss.isfinite(), step, self._first)
+        loss = loss.detach()
+        new = (self._first < 0) & ~((loss <= self._limit) & loss.isfinite())
+        self._first = torch.where(new, step, self._first)
+        self._loss = torch.where(new, loss.float(), self._loss)
 
     def check(self, fabric: Fabric) -> None:
-        """Raises UserError, in every process alike, if a loss was not finite in any of them."""
-        first = [step for step in gather(self._first, fabric).tolist() if step >= 0]
-        if first:
-            epoch, batch = divmod(min(first), self._steps_per_epoch)
-            raise UserError(
-                f"the loss is not a finite number at epoch {epoch + 1}, step {batch + 1} of "
-                f"{self._steps_per_epoch}; try a lower optimizer.lr"
+        """Raises Diverged, in every process alike, if a loss was lost in any of them."""
+        steps, losses = (gather(seen, fabric).tolist() for seen in (self._first, self._loss))
+        lost = sorted(found for found in zip(steps, losses, strict=True) if found[0] >= 0)
+        if lost:
+            (step, loss), last = lost[0], self._steps_per_epoch
+            epoch, batch = divmod(step, last)
+            what = (
+                f"{loss:.3g}, over {EXPLODED:g} times that of a guess,"
+                if math.isfinite(loss)
+                else "not a finite number"
             )
+            raise Diverged(f"the loss is {what} at epoch {epoch + 1}, step {batch + 1} of {last}")
+
+    def check_weights(self, fabric: Fabric, epoch: int, *models: nn.Module) -> None:
+        """Raises Diverged, in every process alike, if a parameter or a buffer is not finite.
+
+        epoch: finished ones. The loss does not tell of the last step of an epoch, nor of running
+        statistics, which act in evaluation mode only.
+        """
+        values = [value for model in models for value in model.state_dict().values()]
+        sound = torch.stack([value.isfinite().all() for value in values]).all()
+        if not gather(sound.int(), fabric).all():
+            raise Diverged(f"the weights are not finite numbers after epoch {epoch}")
+
+
+def clearly_less(share: float, other: float, n: int, errors: float) -> bool:
+    """Whether one accuracy of n samples is below another by so many standard errors.
+
+    That of the difference of two independent shares; two models agree on most samples, so it is
+    too large, which makes the test strict.
+    """
+    mean = (share + other) / 2
+    return other - share > errors * math.sqrt(2 * mean * (1 - mean) / n)
+
+
+def catastrophic_overfitting(rows: Rows, n: int) -> dict[str, float] | None:
+    """Whether training collapsed in the last epoch: weak attacks fail, and PGD breaks everything.
+
+    Single-step training may lose all robustness within an epoch while its own, single-step accuracy
+    goes up (Wong et al. 2020, arXiv 2001.03994, sec. 5.4; Andriushchenko & Flammarion 2020, arXiv
+    2007.02617). Measured against the epoch of the best PGD accuracy before, all of:
+
+    - PGD accuracy is less than half, and not by luck (3 standard errors);
+    - as a share of the clean accuracy it is less than half as well: the model still classifies, and
+      did not just have a bad epoch;
+    - the accuracy on the recipe's own adversarial images did not fall.
+
+    Multi-step training does not meet them: where it overfits, PGD accuracy falls by a fifth (from
+    53 % to 44 % in Rice et al. 2020, arXiv 2002.11569); where it stumbles, the accuracy on
+    adversarial training images, or on clean ones, stumbles too.
+
+    rows: of metrics.csv, up to this epoch.  n: validation samples.
+    Returns what was seen, or None.
+    """
+    now = rows[-1]
+    if "train_adversarial" not in now or "val_robust" not in now:
+        return None
+    best = max(rows, key=lambda row: row["val_robust"])
+    before, robust = best["val_robust"], now["val_robust"]
+    kept = min(1.0, now["val_clean"] / max(best["val_clean"], 1e-12))
+    collapsed = (
+        robust < before / 2 * kept
+        and clearly_less(robust, before, n, errors=3)
+        and now["train_adversarial"] >= best["train_adversarial"]
+    )
+    if not collapsed:
+        return None
+    return {
+        "epoch": now["epoch"],
+        "train_adversarial": now["train_adversarial"],
+        "val_robust": robust,
+        "best_epoch": best["epoch"],
+        "best_val_robust": before,
+    }
+
+
+def robust_overfitting(best: float, last: float, n: int) -> bool:
+    """Whether the last epoch is clearly less robust than the best one (Rice et al. 2020, arXiv
+    2002.11569): by two standard errors of the difference.
+
+    best, last: PGD accuracy on the n validation samples.
+    """
+    return clearly_less(last, best, n, errors=2)
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """A catastrophic overfitting in one line."""
+    return (
+        f"catastrophic overfitting at epoch {found['epoch']}: accuracy on the recipe's own "
+        f"adversarial images is {100 * found['train_adversarial']:.1f} %, and under PGD it fell "
+        f"from {100 * found['best_val_robust']:.1f} % (epoch {found['best_epoch']}) to "
+        f"{100 * found['val_robust']:.1f} %. Training stops here, and the best epoch is kept; "
+        "try a smaller recipe.step_size, more recipe.steps, or recipe=pgd_at"
+    )

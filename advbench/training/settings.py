@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from advbench.data.base import Splits
 from advbench.errors import UserError, did_you_mean
 
 # float16 is not here: small input gradients vanish in it, and an attack sees their sign alone.
@@ -21,7 +22,7 @@ class Settings:
         number, "auto", or a list such as "0,1".
     precision: 32-true or bf16-mixed; validation is always in float32.
     save_every: seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end
-        saves as well.
+        saves ``epoch.pt``.
     clip_grad: largest l2 norm of the gradient of all parameters; None is off.
     ema: decay in (0, 1) of a moving average of the weights, which then is what is validated and
         kept; None is off.
@@ -53,6 +54,21 @@ class Settings:
         if self.precision not in PRECISIONS:
             hint = did_you_mean(self.precision, PRECISIONS)
             raise UserError(f"no precision '{self.precision}'{hint} (trainer.precision=32-true)")
+
+    def check(self, splits: Splits, devices: int) -> None:
+        """Raises UserError unless the data can be dealt over so many devices."""
+        if self.batch_size > len(splits.train):
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} is more than the {len(splits.train)} "
+                "training samples"
+            )
+        if self.batch_size % devices:
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} cannot be dealt evenly over {devices} "
+                f"devices; take {self.batch_size // devices * devices or devices}"
+            )
+        if len(splits.val) < devices:
+            raise UserError("the validation split is empty: give data.val=0.1")
 
     def _require(self, name: str, holds: bool, range_: str) -> None:
         if not holds:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from advbench.attacks.threat import Threat
 from advbench.errors import UserError
 from advbench.files import write_json
 
@@ -52,6 +53,13 @@ class Summary:
     val: of that epoch: ``n`` samples, ``clean`` and ``robust`` accuracy in [0, 1], and the
         ``attack``; the last two are None where there is no threat, or it is l1. Chosen as the best
         of all epochs, and so on the high side.
+    last: the same of the last epoch, whose weights are ``last.safetensors``.
+    guards: what the guards found, {} for a sound training. ``diverged``: the ``epoch`` whose start
+        the training went back to, ``why``, and the factor of the learning ``rate`` from there on.
+        ``catastrophic_overfitting``: the epoch after which it was stopped, and the accuracies that
+        say so. ``robust_overfitting``: the fall of the robust accuracy, from the ``best`` epoch to
+        the ``last``.
+    epochs, steps: of this training, which may have been stopped.
     seconds: over all sessions.  parameters: how many numbers are in them.  devices: processes.
     """
 
@@ -61,6 +69,8 @@ class Summary:
     best_epoch: int
     selected_by: str
     val: Mapping[str, Any]
+    last: Mapping[str, Any]
+    guards: Mapping[str, Any]
     seconds: float
     parameters: int
     torch: str
@@ -83,3 +93,12 @@ class Summary:
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"{path} is not the summary of a training: {problem}") from problem
+
+
+def measured(row: Mapping[str, float], n: int, steps: int, threat: Threat | None) -> dict[str, Any]:
+    """What a row of metrics.csv says of the validation samples, n of them, under PGD of ``steps``
+    steps where robust accuracy was measured.
+    """
+    robust = row.get("val_robust")
+    attack = None if robust is None else f"PGD-{steps}, {threat}"
+    return {"n": n, "clean": row["val_clean"], "robust": robust, "attack": attack}

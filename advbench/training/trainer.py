@@ -20,7 +20,11 @@ from advbench.defenses.base import Defense
 from advbench.devices import asking_for
 from advbench.files import canonical
 from advbench.recipes.base import Recipe
-from advbench.training.checkpoint import remove_leftovers, require_identity
+from advbench.training.checkpoint import (
+    remove_leftovers,
+    remove_progress,
+    require_identity,
+)
 from advbench.training.loop import Fit
 from advbench.training.optimizers import Optimizer
 from advbench.training.settings import Settings
@@ -51,7 +55,7 @@ class Trainer(Settings):
         threat: of the robust validation accuracy; None measures the clean one alone.
         folder: exists. Gets ``model.safetensors`` (the best epoch), ``last.safetensors``,
             ``metrics.csv``, ``summary.json`` (written last: the training is finished exactly if it
-            is there) and, until then, ``resume.pt``.
+            is there) and, until then, ``epoch.pt`` and ``resume.pt`` to go on from.
         identity: JSON-like; what makes this run this run. Only an equal one goes on with it.
 
         The best epoch is the one of the highest robust validation accuracy, then the highest
@@ -63,8 +67,13 @@ class Trainer(Settings):
         bit for bit, on the same machine and number of threads.
 
         With several devices every process runs this; the first one alone writes and reports, and
-        its ``folder`` counts. Raises UserError for a mistake of the user, and when the loss is
-        not finite.
+        its ``folder`` counts.
+
+        A training that diverges goes back to the start of the epoch and on at a tenth of the
+        learning rate, once; one that overfits catastrophically ends (``advbench.training.guards``).
+
+        Raises UserError for a mistake of the user, and when the training diverges again; its last
+        good weights are then in ``last.safetensors``.
         """
         identity = json.loads(canonical(identity))
         fabric = self._fabric()
@@ -76,7 +85,7 @@ class Trainer(Settings):
         if (folder / "summary.json").exists():
             summary = Summary.load(folder / "summary.json")
             require_identity(canonical(summary.identity), identity, folder)
-            (folder / "resume.pt").unlink(missing_ok=True)
+            remove_progress(folder)
             return summary
         with _kernels(self.deterministic):
             return Fit(

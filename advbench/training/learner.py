@@ -1,0 +1,141 @@
+"""What learns: the model, its optimizer, the average of its weights, and one step of all three."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from advbench.backbones.base import Classifier
+from advbench.data.base import Splits
+from advbench.defenses.base import Defense
+from advbench.errors import UserError
+from advbench.recipes.base import Recipe
+from advbench.training.averaging import Average
+from advbench.training.optimizers import Optimizer
+from advbench.training.processes import share_buffers
+from advbench.training.randomness import derive
+from advbench.training.settings import Settings
+from advbench.training.step import TrainingStep
+
+
+class Learner:
+    """All that changes in a step, on its device.
+
+    fresh: the training begins, so the defense is prepared. Otherwise ``restore`` comes next.
+    kept: the model that is validated and kept: the average of the weights, where there is one.
+
+    Raises UserError if nothing of the model can be trained.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        fabric: Fabric,
+        model: Classifier,
+        splits: Splits,
+        recipe: Recipe,
+        defense: Defense,
+        schedule: Optimizer,
+        seed: int,
+        fresh: bool,
+    ) -> None:
+        self.settings, self.fabric, self.seed = settings, fabric, seed
+        self.model, self.splits, self.recipe, self.defense = model, splits, recipe, defense
+        # Saves a CPU 5 to 25 % of a step, as measured; made for tensor cores; not proven elsewhere.
+        known = fabric.device.type in ("cpu", "cuda")
+        self.layout = torch.channels_last if known else torch.contiguous_format
+        model.to(fabric.device)
+        model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
+        if fresh:
+            torch.manual_seed(derive(seed, "prepare"))
+            model.eval()
+            defense.prepare(model, splits)
+        self.average = Average(model, settings.ema) if settings.ema else None
+        self.kept = self.average.module if self.average else model
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if not trainable:
+            raise UserError("nothing to train: every parameter of the model is frozen")
+        self.optimizer = schedule.build(trainable)
+        self.training_step = TrainingStep(model, recipe, defense)
+        self.forward, self.stepper = fabric.setup(self.training_step, self.optimizer)
+        self.generator = torch.Generator(fabric.device)
+        self.mixed = settings.precision == "bf16-mixed"
+
+    def step(self, x: Tensor, y: Tensor, epoch: int, step: int, lr: float) -> dict[str, Tensor]:
+        """One step; the model is in training mode. Nothing in it waits for the device.
+
+        x, y: the images and classes of this process.  epoch, step: both from 0, over all epochs.
+        Returns the loss, its terms, and the accuracy on each part of the batch.
+        """
+        fabric = self.fabric
+        torch.manual_seed(derive(self.seed, "step", fabric.global_rank, step))
+        self.generator.manual_seed(derive(self.seed, "augment", fabric.global_rank, step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        x, y, targets = self.splits.augmented(x, y, self.generator)
+        x = x.contiguous(memory_format=self.layout)
+        inputs = {"clean": x}
+        cast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=self.mixed)
+        with cast:
+            if "adversarial" in self.recipe.parts:
+                inputs["adversarial"] = self.recipe.perturb(self.model, x, y)
+        given = inputs, y, epoch, step, targets
+
+        def here() -> Tensor:
+            with cast:
+                return _total(self.training_step(*given))
+
+        self.stepper.zero_grad()
+        with self.recipe.displaced(self.model, here, epoch):
+            with cast:
+                terms: dict[str, Tensor] = self.forward(*given)
+            loss = _total(terms)
+            fabric.backward(loss)
+        if self.settings.clip_grad is not None:
+            fabric.clip_gradients(
+                self.forward,
+                self.stepper,
+                max_norm=self.settings.clip_grad,
+                error_if_nonfinite=False,  # it would wait for the device; the guard finds it
+            )
+        self.stepper.step()
+
+        record = self.training_step.record
+        with torch.no_grad():
+            self.recipe.after_step(self.model, record)
+            self.defense.after_step(self.model, record)
+        share_buffers(self.training_step, fabric)
+        if self.average is not None:
+            self.average.update(self.model, step)
+        accuracy = {
+            f"train_{name}": (part.logits.argmax(1) == y).float().mean()
+            for name, part in record.parts.items()
+        }
+        return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}, **accuracy}
+
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs to go on with the same bits."""
+        memory = self.training_step.memory
+        return {
+            "model": self.model.state_dict(),
+            "memory": memory.state_dict() if memory else None,
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.module.state_dict() if self.average else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.training_step.memory is not None:
+            self.training_step.memory.load_state_dict(state["memory"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+
+
+def _total(terms: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()

@@ -196,6 +196,16 @@ def test_a_config_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_other_configs_are_not_shown(tmp_path: Path) -> None:
+    """What an evaluation calls its training may be a place of something else."""
+    folder = write(tmp_path / "in/a", results())
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/config.yaml").write_text("password: hunter2")
+    kept = config.plain(config.read(folder / "config.yaml")) | {"run": str(tmp_path / "private")}
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(kept)))
+    assert "hunter2" not in page(tmp_path / "in").text
+
+
 def test_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "a", results(), images=True)

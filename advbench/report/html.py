@@ -482,7 +482,7 @@ def _gallery(shown: gallery.Gallery) -> Markup:
     caption = (
         f"Clean image, {shown.legend}, adversarial image. "
         f"Below: the class before and after, and the size of the perturbation in {shown.norm}, "
-        "pixels in [0, 1]."
+        "pixels in [0,\u00a01]."
     )
     return el("section", el("h3", "Images"), el("p", caption), el("div", cards, class_="gallery"))
 
@@ -565,11 +565,15 @@ def _reproduce(entry: Entry, drawn: bool) -> Markup:
 
 
 def _trained(entry: Entry) -> Mapping[str, Any]:
+    """The config of the training; empty if there is none, or the place holds something else."""
+    if entry.training is None:
+        return {}
     try:
-        kept = None if entry.training is None else config.read(entry.training / collection.CONFIG)
-        return {} if kept is None else config.plain(kept)
+        kept = config.plain(config.read(entry.training / collection.CONFIG))
     except UserError:
         return {}
+    # A downloaded evaluation may name any place: other people's settings are not for this page.
+    return kept if "recipe" in kept and "choices" in kept else {}
 
 
 def _copyable(label: str | None, text: str) -> Markup:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from advbench import config, experiments
 from advbench.cli import main
 from advbench.errors import UserError
-from advbench.report import commands, gallery, html
+from advbench.report import commands, gallery, html, sheet
 from advbench.report.collection import Entry, find
 from advbench.report.markup import Markup, el
 from advbench.results import Accuracy, Results
@@ -290,7 +290,7 @@ def test_hundreds(tmp_path: Path) -> None:
 
 
 def test_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html, "BUDGET", 1000)
+    monkeypatch.setattr(sheet, "BUDGET", 1000)
     for name in ("a", "b", "c"):
         write(tmp_path / name, results(name), bare=True)
     assert "Figures of the first 1 only" in page(tmp_path).text

@@ -1,0 +1,173 @@
+"""The leaderboard of the page: what may be compared together, with its intervals as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from advbench.console import duration
+from advbench.report import collection
+from advbench.report.bits import chip, chips, count, joined, percent, plain, verdict
+from advbench.report.collection import Entry, Group, Mean
+from advbench.report.conditions import Wording
+from advbench.report.markup import Markup, el
+
+COLUMNS = (
+    ("model", "Model", "text"),
+    ("clean", "Clean", "number"),
+    ("robust", "Robust", "number"),
+    (None, "0 to 100 %", None),
+    ("verdict", "Verdict", "text"),
+    ("seconds", "Time", "number"),
+)
+FILTERS = (
+    ("data", "Data"),
+    ("threat", "Threat"),
+    ("protocol", "Protocol"),
+    ("defense", "Defense"),
+)
+
+
+def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -> Markup:
+    """The table with its filters: a body for what may be compared, a row for each model.
+
+    ranked: evaluations by conditions.  anchors: ids in the page, by ``id`` of the entry.
+    """
+    bodies, rows = [], 0
+    wording = Wording([Group((same[0],)) for same in ranked])
+    for same in ranked:
+        varied = collection.varying(same)
+        best = sorted(collection.groups(same), key=lambda g: -g.robust.acc)
+        words = wording.of(same[0])
+        head = el(
+            "tr",
+            el(
+                "th",
+                el("b", words["data"]),
+                f" {count(same[0].n, 'image')}, ",
+                el("b", words["threat"]),
+                f", {words['protocol']}",
+                colspan=len(COLUMNS),
+                scope="rowgroup",
+            ),
+            class_="group",
+        )
+        lines = [_row(group, varied, anchors) for group in best]
+        rows += len(lines)
+        bodies.append(el("tbody", head, lines))
+    headings = [
+        el(
+            "th",
+            el("button", label, type="button", data_key=key, data_kind=kind) if key else label,
+            scope="col",
+            class_=f"c-{key or 'track'}",
+            aria_sort="descending" if key == "robust" else "none" if key else None,
+        )
+        for key, label, kind in COLUMNS
+    ]
+    table = el(
+        "table",
+        el("caption", "Models by robust accuracy, apart for what may not be compared"),
+        el("thead", el("tr", headings)),
+        bodies,
+        id="board",
+    )
+    return el(
+        "section",
+        el("h2", "Leaderboard"),
+        _filters([entry for same in ranked for entry in same], rows),
+        table,
+        id="leaderboard",
+    )
+
+
+def _facets(entry: Entry) -> dict[str, str]:
+    return {
+        "data": entry.data,
+        "threat": entry.threat_name,
+        "protocol": entry.protocol,
+        "defense": entry.defense,
+    }
+
+
+def _filters(entries: Sequence[Entry], rows: int) -> Markup:
+    choices = []
+    for key, label in FILTERS:
+        values = sorted({_facets(entry)[key] for entry in entries})
+        if len(values) > 1:
+            options = [el("option", "all", value=""), *(el("option", v, value=v) for v in values)]
+            choices.append(
+                el(
+                    "label",
+                    el("span", label),
+                    el("select", options, data_facet=key, aria_label=label),
+                )
+            )
+    search = el(
+        "label",
+        el("span", "Search"),
+        el("input", type="search", id="search", placeholder="model, setting, ..."),
+    )
+    shown = el("output", f"{rows} of {rows}", id="shown", aria_live="polite")
+    return el("form", search, choices, shown, id="filters", role="search")
+
+
+def _row(group: Group, varied: Sequence[str], anchors: Mapping[int, str]) -> Markup:
+    first, facets = group.first, _facets(group.first)
+    told = chips(first, varied)
+    if len(group.entries) > 1:
+        told.append(chip("seeds", ", ".join(map(str, group.seeds))))
+    links = [
+        el("a", e.results.run if i == 0 else f"seed {e.seed}", href=f"#{anchors[id(e)]}")
+        for i, e in enumerate(group.entries)
+    ]
+    model = [el("div", joined(links), class_="name"), el("div", joined(told), class_="chips")]
+    label = group.verdict or "-"
+    values = [f"{k} {plain(v)}" for k, v in first.results.settings.items() if k in varied]
+    words = " ".join([first.results.run, *values, *facets.values()])
+    cells = [
+        el("td", model, class_="c-model", data_sort=first.results.run),
+        _accuracy("clean", group.clean),
+        _accuracy("robust", group.robust),
+        el("td", _track(group.clean, group.robust), class_="c-track"),
+        el("td", verdict(group.verdict), class_="c-verdict", data_sort=label),
+        el("td", duration(group.seconds), class_="c-seconds", data_sort=group.seconds),
+    ]
+    return el(
+        "tr",
+        cells,
+        class_="run",
+        data_words=words.lower(),
+        **{f"data_{key}": value for key, value in facets.items()},
+    )
+
+
+def _interval(mean: Mean) -> str:
+    return f"{percent(mean.ci95[0])}\u2013{percent(mean.ci95[1])}"
+
+
+def _accuracy(name: str, mean: Mean) -> Markup:
+    spread = None if mean.sd is None else el("span", f"±{percent(mean.sd)}", class_="sd")
+    return el(
+        "td",
+        el("span", name, class_="tag"),
+        el("span", percent(mean.acc), class_="value"),
+        spread,
+        el("span", _interval(mean), class_="ci"),
+        class_=f"c-{name}",
+        data_sort=mean.acc,
+    )
+
+
+def _track(clean: Mean, robust: Mean) -> Markup:
+    """Both accuracies with their intervals on a line from 0 to 100 %."""
+    marks = []
+    for name, mean in (("clean", clean), ("robust", robust)):
+        low, high = mean.ci95
+        band = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
+        marks.append(el("i", class_=f"band {name}", style=band))
+        marks.append(el("i", class_=f"dot {name}", style=f"left:{100 * mean.acc:.2f}%"))
+    said = (
+        f"clean {percent(clean.acc)} %, {_interval(clean)}; "
+        f"robust {percent(robust.acc)} %, {_interval(robust)}"
+    )
+    return el("div", marks, class_="track", role="img", aria_label=said)

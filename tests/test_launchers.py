@@ -67,7 +67,7 @@ def advbench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep as it is without a launcher."""
     folder = tmp_path_factory.mktemp("alone")
-    assert advbench("train", "-m", "seed=1,2", *FAST, cwd=folder).returncode == 0
+    assert advbench("train", "-m", "trainer.batch_size=128,64", *FAST, cwd=folder).returncode == 0
     return folder
 
 
@@ -89,17 +89,14 @@ def weights(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_a_launcher_makes_the_same_runs(launcher: str, alone: Path, tmp_path: Path) -> None:
-    """Two runs and two mistakes, in four jobs; what is relative is relative to the user."""
-    (tmp_path / "p.py").write_text("")
-    sweep = ["seed=1,2", "trainer.batch_size=128,100000", "plugins=[p.py]"]
-    chosen = f"hydra/launcher={launcher}"
-    done = advbench("train", "-m", chosen, *sweep[:2], *FAST, cwd=tmp_path)
+    """Two runs and a mistake."""
+    sweep = [f"hydra/launcher={launcher}", "trainer.batch_size=128,64,100000"]
+    done = advbench("train", "-m", *sweep, *FAST, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(weights(alone)) == 2 and weights(tmp_path) == weights(alone)
     said = done.stdout + done.stderr
-    mistakes = re.findall(r"\[(\d) seed=\d trainer.batch_size=100000\] advbench: (.*)", said)
-    assert [number for number, _ in sorted(mistakes)] == ["1", "3"], said
-    assert all("is more than the" in text for _, text in mistakes)
+    (mistake,) = re.findall(r"\[2 trainer.batch_size=100000\] advbench: (.*)", said)
+    assert "is more than the" in mistake
     assert "Traceback" not in said
     assert not list(tmp_path.glob(".advbench-*"))
 

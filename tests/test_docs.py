@@ -1,0 +1,169 @@
+"""The documentation: every command is run, every quoted error is provoked, every link leads on.
+
+A page is run from top to bottom in a directory of its own. The words after a fence's language:
+
+    {file=NAME}   the block is a file that the page tells to write
+    {fails}       the command is a mistake: exit code 2, and the ``text`` block below is its words
+    {slow}        run only with the slow tests; nothing below may rest on it
+    {needs=WHAT}  needs hardware or a network: its commands are composed and not run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from advbench.cli import main
+from advbench.report.outcome import MEASURES
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = {
+    "index": 3,
+    "tutorial": 11,
+    "your-own-model": 7,
+    "adding": 6,
+    "reading-a-result": 4,
+    "reproducing-a-paper": 13,
+    "troubleshooting": 11,
+}
+"""How many commands each page has; those of its ``text`` blocks are no commands."""
+
+FENCE = re.compile(r"^```(\w+)(?: \{([^}]*)\})?\n(.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    mark: str
+    text: str
+
+    def commands(self) -> list[list[str]]:
+        """The words of each command, comments left out."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def blocks(page: str) -> list[Block]:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return [Block(*(part or "" for part in found)) for found in FENCE.findall(text)]
+
+
+@pytest.fixture
+def page_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory for a page; the modules that it made are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    yield tmp_path
+    sys.path[:] = before
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def run(words: list[str]) -> int:
+    if words[0] == "advbench":
+        try:
+            return main(words[1:])
+        except SystemExit as end:  # of --help
+            return int(end.code or 0)
+    assert words[0] == "python", f"no test knows how to run '{words[0]}'"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words[1:]], env=environment, check=False).returncode
+
+
+def composes(words: list[str]) -> bool:
+    """Whether the settings of a command that can't be run here are ones that there are."""
+    if words[0] != "advbench":
+        return words[0] == "pip"
+    return main([*words[1:], "--cfg", "job"]) == 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_true(
+    page: str, page_place: Path, capsys: pytest.CaptureFixture[str], slow: bool = False
+) -> None:
+    everything = blocks(page)
+    for block in everything:
+        if block.mark.startswith("file="):
+            file = Path(block.mark.removeprefix("file="))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text)
+    seen = 0
+    for block, below in zip(everything, [*everything[1:], None], strict=True):
+        if block.language != "bash":
+            continue
+        for words in block.commands():
+            seen += 1
+            capsys.readouterr()
+            said = " ".join(words)
+            if block.mark.startswith("needs="):
+                assert composes(words), said
+            elif block.mark == "fails":
+                assert run(words) == 2, said
+                assert below is not None and below.language == "text"
+                assert capsys.readouterr().err == below.text, said
+            elif block.mark != "slow" or slow:
+                assert block.mark in ("", "slow"), f"{page}: unknown mark {block.mark}"
+                assert run(words) == 0, f"{said}\n{capsys.readouterr().err}"
+    assert seen == PAGES[page]
+
+
+@pytest.mark.slow
+def test_the_tutorial_to_the_end(page_place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test_a_page_is_true("tutorial", page_place, capsys, slow=True)
+    results = json.loads(Path("outputs/eval/first-aa/results.json").read_text())
+    assert results["missing"] == []
+
+
+def test_every_page_is_tried() -> None:
+    """Of the pages about machines that are not here, the launchers' tests run the commands."""
+    elsewhere = {"running-on-slurm-and-ray"}
+    assert {path.stem for path in DOCS.glob("*.md")} == {*PAGES, *elsewhere}
+    assert sum(PAGES.values()) > 45
+    fences = [block for page in PAGES for block in blocks(page)]
+    assert {block.language for block in fences} == {"bash", "python", "text", "yaml"}
+    for block in fences:  # what is code is a file that a command uses
+        assert block.language in ("bash", "text") or block.mark.startswith("file=")
+
+
+def test_links_lead_somewhere() -> None:
+    links = 0
+    for page in DOCS.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (DOCS / target).exists(), f"{page.name}: {target}"
+                links += 1
+    assert links >= 10
+
+
+def test_every_key_of_a_result_is_explained(
+    page_place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (DOCS / "reading-a-result.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `([\w./]+)` \|", text, re.M)
+    command = ["train", "recipe=standard", "trainer.epochs=1", "hydra.run.dir=t"]
+    assert main(command) == 0
+    assert main(["eval", "run=t", "protocol=fgsm", "n=10", "hydra.run.dir=e"]) == 0
+    keys = set(json.loads(Path("e/results.json").read_text()))
+    assert len(keys) >= 13 and keys <= set(explained), keys - set(explained)
+    assert set(MEASURES) <= set(explained)
+    files = {path.name for path in Path("e").iterdir()} - {".lock"}
+    assert files <= set(explained), files - set(explained)
+
+
+def test_what_is_said_about_intervals() -> None:
+    """'About 20 points wide with n = 100, about 2 with n = 10000.'"""
+    from advbench.results import wilson
+
+    for n, width in ((100, 0.2), (10_000, 0.02)):
+        low, high = wilson(n // 2, n)
+        assert high - low == pytest.approx(width, rel=0.1)

@@ -10,6 +10,7 @@ A page is run from top to bottom in a directory of its own. The words after a fe
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from advbench.cli import main
 from advbench.report.outcome import MEASURES
@@ -115,6 +117,28 @@ def test_a_page_is_true(
                 assert block.mark in ("", "slow"), f"{page}: unknown mark {block.mark}"
                 assert run(words) == 0, f"{said}\n{capsys.readouterr().err}"
     assert seen == PAGES[page]
+
+
+def test_errors_that_no_command_of_the_page_provokes(
+    page_place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = blocks("troubleshooting")
+    before = [None, *everything]
+    quoted = [
+        block.text
+        for block, above in zip(everything, before, strict=False)
+        if block.language == "text" and (above is None or above.mark != "fails")
+    ]
+    command = ["train", "recipe=standard", "trainer.epochs=1", "hydra.run.dir=good"]
+    Path("good").mkdir()
+    with FileLock("good/.lock"):
+        assert main(command) == 2
+    said = [capsys.readouterr().err]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    model = ["model=robustbench:cifar10/Linf/Carmon2019Unlabeled", "data=digits"]
+    assert main(["eval", *model]) == 2
+    said.append(capsys.readouterr().err)
+    assert said == quoted
 
 
 @pytest.mark.slow

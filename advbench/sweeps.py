@@ -223,7 +223,7 @@ def _take_gpu(place: Path | None) -> None:
     import torch
 
     count = torch.cuda.device_count()
-    if place is None or count < 2 or _HELD:
+    if place is None or count < 2:
         return
     said = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = said.split(",") if said else [str(i) for i in range(count)]

@@ -23,9 +23,12 @@ class Settings:
     precision: 32-true or bf16-mixed; validation is always in float32.
     save_every: seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end
         saves ``epoch.pt``.
+    sync_batchnorm: with several devices, batch norm over the rows of all of them, as if they were
+        one. Without it each normalises its own rows, and all keep the running statistics of the
+        first: a smaller batch for batch norm, and so another training.
     clip_grad: largest l2 norm of the gradient of all parameters; None is off.
     ema: decay in (0, 1) of a moving average of the weights, which then is what is validated and
-        kept; None is off.
+        kept (``advbench.training.averaging``); None is off.
     val_steps: PGD steps of the robust validation accuracy.
     deterministic: on a GPU, the same bits in every run, at some cost; a CPU gives them anyway.
 
@@ -40,6 +43,7 @@ class Settings:
     num_nodes: int = 1
     precision: str = "32-true"
     save_every: float = 60.0
+    sync_batchnorm: bool = False
     clip_grad: float | None = None
     ema: float | None = None
     val_steps: int = 10

@@ -25,7 +25,7 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 """Exists exactly if a training run is finished; it is written last."""
 
-WITHOUT_WORK = {".lock", "log.txt", "plan.json", "base.safetensors", CONFIG}
+WITHOUT_WORK = {".lock", "log.txt", "plan.json", "base.safetensors", "epoch.pt", CONFIG}
 """Files that a run has before it has done anything."""
 
 

@@ -72,7 +72,9 @@ def _refuse(problem: Exception) -> int:
     message = messages.of(problem)
     if message is None:
         raise problem
-    print(f"advbench: {message}", file=sys.stderr)
+    from advbench.console import printable
+
+    print(f"advbench: {printable(message)}", file=sys.stderr)
     return 2
 
 

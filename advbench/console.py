@@ -26,6 +26,11 @@ def table_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
+def printable(text: str) -> str:
+    """One line without control characters, which could steer a terminal."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 class Screen:
     """Lines for a person, kept in ``log.txt`` as well once the run has a directory.
 

@@ -61,8 +61,20 @@ class Accuracy:
         return f"{100 * self.acc:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+MOST = 2**63
+"""No number of a result is as large."""
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
+
+
+def _number(text: str) -> int | float:
+    """A number of a file. Raises ValueError for one that no computation could have left there."""
+    value = float(text) if any(sign in text for sign in ".eE") else int(text)
+    if not -MOST < value < MOST:
+        raise ValueError(f"{text[:20]} is out of range")
+    return value
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ class Results:
         for name, values, kind in (
             ("run", [self.run], str),
             ("settings", self.settings.values(), plain),
-            ("settings.seed", [self.settings.get("seed")], int | None),
+            ("seed", [self.settings.get("seed"), protocol.get("seed")], int | None),
             ("data", [data["name"]], str),
             ("data", [data.get("split"), data.get("sha256")], str | None),
             ("data.n", [data["n"]], int),
@@ -148,12 +160,14 @@ class Results:
             ("measures", self.measures.values(), number),
             ("verdict.label", [self.verdict.get("label")], str | None),
             ("provenance.seconds", [self.provenance["seconds"]], number),
+            ("provenance", [self.provenance.get("model_sha256")], str | None),
             ("stages", [getattr(s, key) for s in self.stages for key in counts], int),
             ("stages", [v for s in self.stages for v in (s.seconds, s.robust_acc)], number),
-            ("stages", [v for s in self.stages for v in (s.name, s.target, s.why)], str),
+            ("stages", [v for s in self.stages for v in (s.name, s.attack, s.target, s.why)], str),
         ):
             for value in values:
-                if not isinstance(value, kind):
+                truth = isinstance(value, bool) and kind is not plain  # which is an int in Python
+                if truth or not isinstance(value, kind):
                     raise TypeError(f"{name} has {value!r}")
         if data["n"] < 1 or threat["eps"] < 0:
             raise ValueError("n or eps is out of range")
@@ -162,7 +176,12 @@ class Results:
     def load(cls, path: Path) -> Results:
         """Read a results.json. Raises UserError for a file of another kind."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+            values = json.loads(
+                path.read_text(encoding="utf-8"),
+                parse_constant=_refuse,
+                parse_float=_number,
+                parse_int=_number,
+            )
             if values["schema"] != SCHEMA:
                 raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
             accuracy = {

@@ -298,11 +298,14 @@ def test_the_states_of_runs(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     short = copied(seen, "short")
     results = json.loads((short / "results.json").read_text())
     (short / "results.json").write_text(json.dumps({**results, "missing": ["pgd-ce"]}))
+    for name, content in (("wrong", '{"robust": 1}'), ("odd", '"\\u001b"')):
+        (copied(seen, name) / "results.json").write_text(content)
+    (copied(good, "strange") / "summary.json").write_text('{"val": [3]}')
     Path("other").mkdir()
     Path("other/config.yaml").write_text("just: a file\n")
     with FileLock("busy/.lock"):
         found = {str(run.folder): run for run in inventory.find([Path(".")])}
-    assert set(found) == {"done", "cut", "busy", "sick", "measured", "short"}
+    assert len(found) == 9
     states = {name: (run.kind, run.state) for name, run in found.items()}
     assert states == {
         "done": ("train", "finished"),
@@ -311,7 +314,11 @@ def test_the_states_of_runs(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "sick": ("train", "failed"),
         "measured": ("eval", "finished"),
         "short": ("eval", "interrupted"),
+        "wrong": ("eval", "damaged"),
+        "odd": ("eval", "damaged"),
+        "strange": ("train", "damaged"),
     }
+    assert "wrong/results.json is not a result of advbench" in found["wrong"].where
     assert found["sick"].where == "the loss is not finite"
     assert found["cut"].where == "after epoch 1 of 1"
     assert found["cut"].resume == "advbench train resume=cut"

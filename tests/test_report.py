@@ -311,34 +311,44 @@ def test_a_mistake_is_one_line(
     assert shown.err.startswith("advbench: ") and message in shown.err
 
 
-DAMAGED: dict[str, Any] = {
-    "schema": "advbench.results/9",
-    "robust": {"acc": 1.5, "ci95": [0.1, 0.2]},
-    "clean": {"acc": float("nan"), "ci95": [0.1, 0.2]},
-    "settings": {"defense": ["a", "list"]},
-    "data": {"name": "digits", "n": "many"},
-    "threat": {"norm": "linf"},
-    "protocol": {"name": ["autoattack"], "version": "1"},
-    "stages": [{"name": "apgd"}],
-    "verdict": [],
-    "measures": {"wra": float("nan")},
-    "missing": 3,
-    "provenance": {},
-}
+DAMAGED: list[tuple[str, Any]] = [
+    ("schema", "advbench.results/9"),
+    ("schema", "\x1b[31m\n"),
+    ("robust", {"acc": 1.5, "ci95": [0.1, 0.2]}),
+    ("clean", {"acc": float("nan"), "ci95": [0.1, 0.2]}),
+    ("settings", {"defense": ["a", "list"]}),
+    ("settings", {"defense.jump": 1e999}),
+    ("data", {"name": "digits", "n": "many"}),
+    ("data", {"name": "digits", "n": True}),
+    ("data", {"name": "digits", "n": 10**30}),
+    ("threat", {"norm": "linf"}),
+    ("threat", {"norm": "linf", "eps": 10**400}),
+    ("protocol", {"name": ["autoattack"], "version": "1"}),
+    ("protocol", {"name": "pgd", "version": "1", "seed": []}),
+    ("stages", [{"name": "apgd"}]),
+    ("verdict", []),
+    ("measures", {"wra": float("nan")}),
+    ("missing", 3),
+    ("provenance", {}),
+    ("provenance", {"seconds": 1, "model_sha256": 5}),
+]
 
 
-@pytest.mark.parametrize("key", DAMAGED)
+@pytest.mark.parametrize("case", range(len(DAMAGED)))
 def test_a_damaged_file_hides_no_other(
-    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(DAMAGED) == 12
+    assert len(DAMAGED) == 19
+    key, value = DAMAGED[case]
     put(tmp_path / "good")
     bad = put(tmp_path / "bad") / "results.json"
-    bad.write_text(json.dumps({**json.loads(bad.read_text()), key: DAMAGED[key]}))
+    text = json.dumps({**json.loads(bad.read_text()), key: value})
+    bad.write_text(text.replace("Infinity", "1e999"))
     assert main(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr()
     assert "convnet" in shown.out
     assert shown.err.startswith("left out: ") and shown.err.count("\n") == 1
+    assert "\x1b" not in shown.err
     assert main(["report", str(bad.parent)]) == 2
 
 
@@ -409,7 +419,7 @@ def test_nothing_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     shown.encode()
 
 
-@pytest.mark.parametrize("width", (200, 100, 80))
+@pytest.mark.parametrize("width", (200, 100, 80, 60))
 def test_numbers_stay_whole_in_a_narrow_terminal(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,10 +431,22 @@ def test_numbers_stay_whole_in_a_narrow_terminal(
     ]
     terminal.show(leaderboard.boards(groups(entries(*found))))
     shown = capsys.readouterr().out
-    for whole in ("38.5", "[32.0, 45.4]", "50.0 ± 0.0", "[43.1, 56.9]", "12 s", "hpm", "sparta"):
+    for whole in ("38.5", "[32.0, 45.4]", "50.0 ± 0.0", "[43.1, 56.9]", "hpm", "sparta"):
         assert whole in shown
+    assert ("12 s" in shown) == (width > 60)
     assert max(map(len, shown.splitlines())) <= width
     assert "convnet" in shown and ("recipe" in shown) == (width == 200)
+
+
+def test_no_number_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing else helps, it goes on in the next line."""
+    console = Console(width=24, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(terminal, "table_console", lambda: console)
+    terminal.show(leaderboard.boards(groups(entries(results(77)))))
+    shown = capsys.readouterr().out
+    assert "…" not in shown and "45.4]" in shown
 
 
 @pytest.mark.parametrize("form", formats.FORMATS)

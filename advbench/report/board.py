@@ -9,6 +9,7 @@ from advbench.report import collection
 from advbench.report.bits import chip, chips, count, joined, percent, plain, verdict
 from advbench.report.collection import Entry, Group, Mean
 from advbench.report.conditions import Wording
+from advbench.report.leaderboard import rank
 from advbench.report.markup import Markup, el
 
 COLUMNS = (
@@ -36,7 +37,7 @@ def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -
     wording = Wording([Group((same[0],)) for same in ranked])
     for same in ranked:
         varied = collection.varying(same)
-        best = sorted(collection.groups(same), key=lambda g: -g.robust.acc)
+        best = sorted(collection.groups(same), key=rank)
         words = wording.of(same[0])
         head = el(
             "tr",
@@ -136,6 +137,7 @@ def _row(group: Group, varied: Sequence[str], anchors: Mapping[int, str]) -> Mar
         "tr",
         cells,
         class_="run",
+        data_open=bool(first.results.missing),
         data_words=words.lower(),
         **{f"data_{key}": value for key, value in facets.items()},
     )

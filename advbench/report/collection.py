@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advbench.console import printable
 from advbench.errors import UserError
 from advbench.results import Accuracy, Results, threat_name, wilson
 
@@ -185,7 +186,7 @@ def find(paths: Sequence[Path]) -> list[Entry]:
         except UserError as problem:
             if len(files) == 1:
                 raise
-            print(f"left out: {problem}", file=sys.stderr)
+            print(printable(f"left out: {problem}"), file=sys.stderr)
     if not entries:
         raise UserError("none of the results can be read")
     return entries

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advbench.console import printable
 from advbench.errors import UserError
 from advbench.report.collection import NAMES, UNKNOWN, Entry, Group, find
 from advbench.report.conditions import Wording, differences
-from advbench.report.formats import printable
 from advbench.results import Z95
 
 if TYPE_CHECKING:  # records are read with torch, which takes seconds to import

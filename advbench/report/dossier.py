@@ -19,6 +19,7 @@ from advbench.report.collection import NAMES, SEED, Entry, Group, groups, varyin
 from advbench.report.conditions import place
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
+from advbench.report.leaderboard import rank
 from advbench.results import Results
 
 if TYPE_CHECKING:
@@ -180,10 +181,10 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 
 
 def ranked(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Evaluations under the same conditions together, the most robust first; strong protocols
-    before weak ones."""
+    """Evaluations under the same conditions together, the most robust first and what did not
+    finish last; strong protocols before weak ones."""
     alike: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda e: -e.results.robust.acc):
+    for entry in sorted(entries, key=lambda e: (bool(e.results.missing), -e.results.robust.acc)):
         alike.setdefault(repr(sorted(entry.conditions.items())), []).append(entry)
     return sorted(alike.values(), key=lambda same: place(Group((same[0],))))
 
@@ -234,10 +235,12 @@ def board_plate(same: Sequence[Entry]) -> Plate:
     """The leaderboard, for print."""
     rows: dict[str, tuple[plots.Share, plots.Share]] = {}
     varied = varying(same)
-    for group in sorted(groups(same), key=lambda g: -g.robust.acc):
+    for group in sorted(groups(same), key=rank):
         settings = group.first.results.settings
         told = [f"{k.rpartition('.')[2]} {settings[k]}" for k in varied if k in settings]
         name = ", ".join(told) or group.first.results.run
+        if group.first.results.missing:
+            name = f"unfinished: {name}"
         while name in rows:
             name += "'"
         rows[name] = (group.clean, group.robust)

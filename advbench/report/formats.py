@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from advbench.console import printable
 from advbench.errors import UserError, did_you_mean
 from advbench.report.collection import NAMES, Group, Mean, varying
 from advbench.report.leaderboard import Board, Sheet, value_of
@@ -35,11 +36,6 @@ _LATEX = {
     "]": "{]}",
     "*": "{*}",
 }
-
-
-def printable(text: str) -> str:
-    """One line without control characters, which could steer a terminal."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def render(boards: Sequence[Board], form: str) -> str:

@@ -19,11 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from advbench import runs
-from advbench.console import FAILED, table_console
+from advbench.console import FAILED, printable, table_console
 from advbench.errors import UserError
+from advbench.results import Results
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
-STYLES = {"finished": "green", "at work": "cyan", "failed": "red"}
+STYLES = {"finished": "green", "at work": "cyan", "failed": "red", "damaged": "red"}
 STAMP = len("2026-01-01 00:00:00 ")  # before each line of a log
 
 
@@ -31,8 +32,8 @@ STAMP = len("2026-01-01 00:00:00 ")  # before each line of a log
 class Run:
     """A run directory as a list shows it.
 
-    kind: train or eval.  state: finished, at work, failed or interrupted.  where: how far it came,
-    or why it failed.  robust: its robust accuracy in words.  changed: when it last was.
+    kind: train or eval.  state: finished, at work, failed, interrupted or damaged.  where: how far
+    it came, or what is wrong.  robust: its robust accuracy in words.  changed: when it last was.
     resume: what goes on with it; empty where there is nothing to do.
     """
 
@@ -74,9 +75,14 @@ def look(folder: Path) -> Run | None:
         return None
     if not isinstance(cfg, dict) or not isinstance(cfg.get("choices"), dict):
         return None
-    if "recipe" in cfg:
-        return _training(folder, cfg)
-    return _evaluation(folder, cfg) if "protocol" in cfg else None
+    kind = "train" if "recipe" in cfg else "eval" if "protocol" in cfg else None
+    if kind is None:
+        return None
+    try:
+        return _training(folder, cfg) if kind == "train" else _evaluation(folder, cfg)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        why = str(problem) if isinstance(problem, UserError) else "its files are not of one run"
+        return Run(folder, kind, "damaged", why, "", "-", folder.stat().st_mtime, "")
 
 
 def show(paths: Sequence[Path]) -> None:
@@ -89,15 +95,16 @@ def show(paths: Sequence[Path]) -> None:
     for run in everything:
         state = Text(run.state, STYLES.get(run.state, "yellow"))
         if run.where:
-            state.append(f" {run.where}", "dim")
+            state.append(f" {printable(run.where)}", "dim")
         when = datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M")
-        table.add_row(state, run.kind, Text(str(run.folder)), Text(run.what), run.robust, when)
+        words = (Text(printable(text)) for text in (str(run.folder), run.what, run.robust))
+        table.add_row(state, run.kind, *words, when)
     console.print(table)
     open_runs = [run for run in everything if run.resume]
     if open_runs:
         console.print("\nto go on:", style="dim")
         for run in open_runs:
-            console.print(f"  {run.resume}", markup=False, soft_wrap=True)
+            console.print(f"  {printable(run.resume)}", markup=False, soft_wrap=True)
 
 
 def _folders(path: Path) -> Iterator[Path]:
@@ -131,13 +138,13 @@ def _training(folder: Path, cfg: Mapping[str, Any]) -> Run:
 
 
 def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
-    results = _json(folder / "results.json")
-    finished = results is not None and not results.get("missing")
-    robust, n = "-", "?"
-    if results is not None:
-        low, high = (100 * end for end in results["robust"]["ci95"])
-        robust = f"{100 * results['robust']['acc']:.1f} [{low:.1f}, {high:.1f}]"
-        n = results["data"]["n"]
+    results, robust, n = None, "-", ""
+    if (folder / "results.json").is_file():
+        results = Results.load(folder / "results.json")
+        low, high = (100 * end for end in results.robust.ci95)
+        robust = f"{100 * results.robust.acc:.1f} [{low:.1f}, {high:.1f}]"
+        n = f", n = {results.data['n']}"
+    finished = results is not None and not results.missing
     of = cfg.get("run") or cfg.get("model") or "?"
     return _run(
         folder,
@@ -145,7 +152,7 @@ def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
         kind="eval",
         finished=finished,
         where="" if finished else _stage(folder),
-        what=f"{_choice(cfg, 'protocol')} of {of}" + (f", n = {n}" if n != "?" else ""),
+        what=f"{_choice(cfg, 'protocol')} of {of}{n}",
         robust=robust if finished or results is None else f"<= {robust}",
         files=("results.json", "journal", "plan.json", runs.CONFIG),
     )

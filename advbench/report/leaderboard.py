@@ -23,10 +23,14 @@ from advbench.report.conditions import (
 FEWEST = 3
 """Rows of one model that make a table of their own beside a leaderboard."""
 
+COSTS = ("time", "passes")
+"""Columns that say what an evaluation took."""
+
 READING = "robust: an upper bound, what the attacks left; [Wilson 95 %]; passes per image"
 READING_SEEDS = (
     "± sd over training seeds; the interval is that of the images, which all seeds share"
 )
+READING_VERDICT = f"verdict {UNKNOWN}: not computed"
 READING_WEAK = "weak: the protocol flatters; compare with nothing that another protocol found"
 
 
@@ -101,7 +105,12 @@ class Board:
         columns["passes"] = [f"{group.passes:,.0f}" for group in groups]
         numbers = {"n", "seeds", "clean", "robust", "time", "passes", *self.swept} - set(NAMES)
         weak = any(is_weak(group.first.conditions["protocol"]) for group in groups)
-        notes = READING, READING_SEEDS if several else "", READING_WEAK if weak else ""
+        notes = (
+            READING,
+            READING_SEEDS if several else "",
+            READING_VERDICT if UNKNOWN in columns["verdict"] else "",
+            READING_WEAK if weak else "",
+        )
         return Sheet(
             self.title,
             tuple(columns),
@@ -118,7 +127,7 @@ def boards(found: Sequence[Group], mix: bool = False) -> list[Board]:
     """
     wording = Wording(found)
     tables: dict[str, list[Group]] = {}
-    for group in sorted(found, key=_rank):
+    for group in sorted(found, key=rank):
         tables.setdefault("" if mix else repr(group.first.conditions), []).append(group)
     shown = []
     for members in tables.values():
@@ -189,12 +198,12 @@ def _in_order(found: Iterable[Group], keys: Sequence[str]) -> tuple[Group, ...]:
 
     def where(group: Group) -> Any:
         names = [group.first.name(key) for key in NAMES if key not in keys]
-        return names, [order(value_of(group.first, key)) for key in keys], _rank(group)
+        return names, [order(value_of(group.first, key)) for key in keys], rank(group)
 
     return tuple(sorted(found, key=where))
 
 
-def _rank(group: Group) -> Any:
+def rank(group: Group) -> Any:
     """The most robust first among equals; what did not finish comes last."""
     names = [group.first.name(key) for key in NAMES]
     best = -group.robust.acc, -group.clean.acc

@@ -12,8 +12,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from advbench.console import printable
 from advbench.errors import UserError
 from advbench.files import write_json
+from advbench.report.collection import UNKNOWN
 from advbench.results import Results
 
 TO_FILL = ("link", "name", "authors", "additional_data", "venue", "reported")
@@ -42,7 +44,7 @@ def model_info(results: Results, traits: dict[str, Any] | None = None) -> dict[s
     clean, robust = _percent(results.clean.acc), _percent(results.robust.acc)
     noisy = bool((traits or {}).get("stochastic"))
     low, high = results.robust.ci95
-    label, settings = results.verdict["label"], results.settings
+    label, settings = results.verdict.get("label"), results.settings
     info: dict[str, Any] = {
         **dict.fromkeys(TO_FILL[:4], ""),
         "number_forward_passes": "" if noisy else 1,
@@ -56,11 +58,12 @@ def model_info(results: Results, traits: dict[str, Any] | None = None) -> dict[s
     }
     if name in WIDER:
         info["external"] = robust
+    told = results.provenance
     info["footnote"] = (
-        f"advbench {results.provenance['advbench']}, protocol {name} "
+        f"advbench {told.get('advbench') or UNKNOWN}, protocol {name} "
         f"{results.protocol['version']}, n = {results.data['n']} test images, "
         f"95 % interval [{_percent(low)}, {_percent(high)}]; "
-        f"model sha256 {results.provenance['model_sha256'][:16]}"
+        f"model sha256 {(told.get('model_sha256') or UNKNOWN)[:16]}"
     )
     info["unreliable"] = "" if label is None else label == "unreliable"
     return info
@@ -92,7 +95,7 @@ def export(run: Path, out: Path | None) -> None:
         print(out)
     empty = [key for key, value in info.items() if value == ""]
     place = f"model_info/{info['dataset']}/{THREATS[results.threat['norm']]}/NAME.json"
-    print(f"for {place}; to be filled in: {', '.join(empty)}", file=sys.stderr)
+    print(printable(f"for {place}; to be filled in: {', '.join(empty)}"), file=sys.stderr)
 
 
 def _percent(share: float) -> str:

@@ -9,10 +9,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from advbench.console import table_console
+from advbench.console import printable, table_console
 from advbench.report.collection import UNKNOWN
-from advbench.report.formats import notes_of, printable
-from advbench.report.leaderboard import Board, Sheet
+from advbench.report.formats import notes_of
+from advbench.report.leaderboard import COSTS, Board, Sheet
 
 GAP = 3
 """Blanks between two columns."""
@@ -23,7 +23,8 @@ def show(boards: Sequence[Board]) -> None:
     console = table_console()
     sheets = [board.sheet() for board in boards]
     for sheet in sheets:
-        console.print(_table(_fitted(sheet, console.width)))
+        fitted = _fitted(sheet, console.width)
+        console.print(_table(fitted, whole=_width(fitted) <= console.width))
         console.print()
     for note in notes_of(sheets):
         console.print(_rich(note), style="dim")
@@ -33,7 +34,8 @@ def _rich(text: str) -> str:
     return "\n".join(escape(printable(line)) for line in text.split("\n"))
 
 
-def _table(sheet: Sheet) -> Table:
+def _table(sheet: Sheet, whole: bool) -> Table:
+    """whole: it fits. Where it does not, numbers are folded, for a number cut off is another."""
     table = Table(
         title=_rich(sheet.title),
         title_justify="left",
@@ -43,7 +45,7 @@ def _table(sheet: Sheet) -> Table:
     )
     for heading, right in zip(sheet.headings, sheet.right, strict=True):
         side = "right" if right else "left"
-        table.add_column(_rich(heading), justify=side, overflow="fold", no_wrap=right)
+        table.add_column(_rich(heading), justify=side, overflow="fold", no_wrap=right and whole)
     for row in sheet.rows:
         table.add_row(*map(_rich, row))
     return table
@@ -51,7 +53,12 @@ def _table(sheet: Sheet) -> Table:
 
 def _fitted(sheet: Sheet, width: int) -> Sheet:
     """The sheet, made narrower step by step as long as it is too wide."""
-    steps: tuple[Callable[[Sheet], Sheet], ...] = (_common_words_up, _intervals_below, _one_model)
+    steps: tuple[Callable[[Sheet], Sheet], ...] = (
+        _common_words_up,
+        _intervals_below,
+        _one_model,
+        _without_costs,
+    )
     for step in steps:
         if _width(sheet) > width:
             sheet = step(sheet)
@@ -70,13 +77,17 @@ def _common_words_up(sheet: Sheet) -> Sheet:
     columns = list(zip(*sheet.rows, strict=True))
     common = [not right and len(set(c)) == 1 for c, right in zip(columns, sheet.right, strict=True)]
     words = [c[0] for c, out in zip(columns, common, strict=True) if out and c[0] != UNKNOWN]
-    kept = [i for i, out in enumerate(common) if not out]
-    return Sheet(
-        ", ".join([sheet.title, *words]),
-        tuple(sheet.headings[i] for i in kept),
-        tuple(sheet.right[i] for i in kept),
-        tuple(tuple(row[i] for i in kept) for row in sheet.rows),
-        sheet.notes,
+    kept = _columns(sheet, [i for i, out in enumerate(common) if not out])
+    return replace(kept, title=", ".join([sheet.title, *words]))
+
+
+def _columns(sheet: Sheet, kept: Sequence[int]) -> Sheet:
+    """Some of the columns."""
+    return replace(
+        sheet,
+        headings=tuple(sheet.headings[i] for i in kept),
+        right=tuple(sheet.right[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in sheet.rows),
     )
 
 
@@ -103,3 +114,8 @@ def _one_model(sheet: Sheet) -> Sheet:
     return Sheet(
         sheet.title, ("model", *headings), (False, *(True for _ in headings)), rows, sheet.notes
     )
+
+
+def _without_costs(sheet: Sheet) -> Sheet:
+    """Without what the evaluations cost."""
+    return _columns(sheet, [i for i, word in enumerate(sheet.headings) if word not in COSTS])

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from advbench.console import printable
 from advbench.errors import UserError
 from advbench.files import write_text
 from advbench.report import compare, formats, leaderboard, terminal
@@ -40,10 +41,11 @@ def run(given: argparse.Namespace) -> None:
     if given.html is not None or given.plots is not None:
         _draw(paths, given)
         return
-    form = formats.form_of(given.format, given.out)
     if given.compare:
-        _put(compare.text(paths, given.mix, form), given.out)
+        named = given.out and formats.SUFFIXES.get(given.out.suffix)  # words need none
+        _put(compare.text(paths, given.mix, given.format or named), given.out)
         return
+    form = formats.form_of(given.format, given.out)
     found = groups(find(paths))
     if given.sweep is not None:
         boards = [leaderboard.sweep(found, given.sweep.split(","), given.mix)]
@@ -55,7 +57,7 @@ def run(given: argparse.Namespace) -> None:
         _put(formats.render(boards, form), given.out)
     apart = leaderboard.apart(boards)
     if apart and form in (None, "md", "latex"):
-        print(f"{apart}: --mix puts them into one table", file=sys.stderr)
+        print(printable(f"{apart}: --mix puts them into one table"), file=sys.stderr)
 
 
 def _draw(paths: list[Path], given: argparse.Namespace) -> None:

@@ -36,7 +36,8 @@
       : cell(a, key).localeCompare(cell(b, key), undefined, { numeric: true });
     for (const body of bodies) {
       const rows = all("tr.run", body);
-      rows.sort((a, b) => sign * order(a, b));
+      const open = (row) => Number("open" in row.dataset); // unfinished: last either way
+      rows.sort((a, b) => open(a) - open(b) || sign * order(a, b));
       body.append(...rows);
     }
     for (const other of buttons) other.closest("th").setAttribute("aria-sort", "none");

@@ -306,7 +306,10 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch):
     class Watched(PGDAT):
         def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             seen.append(("attack", torch.is_autocast_enabled("cpu")))
-            return super().perturb(model, x, y)
+            point = super().perturb(model, x, y)
+            assert point.dtype == torch.float32 and THREAT.contains(point, x).all()
+            assert 0 <= point.min() and point.max() <= 1
+            return point
 
         def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
             assert step.adversarial is not None and step.adversarial.x.dtype == torch.float32

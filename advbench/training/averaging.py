@@ -30,4 +30,6 @@ class Average:
         moving = [name for name, value in ours.items() if value.is_floating_point()]
         for name in ours.keys() - moving:
             ours[name].copy_(theirs[name])
-        torch._foreach_lerp_([ours[n] for n in moving], [theirs[n] for n in moving], 1 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            [ours[n] for n in moving], [theirs[n] for n in moving], 1 - decay
+        )

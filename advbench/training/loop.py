@@ -96,6 +96,8 @@ class Fit:
             self.seed,
             fresh=saved is None,
         )
+        if self.learner.note:
+            self.report.note(self.learner.note)
         self.guard = Divergence(fabric.device, self.steps_per_epoch, self.model.num_classes)
         self.means = Means()
         self.position = Position()
@@ -166,15 +168,16 @@ class Fit:
             self.defense.after_epoch(self.learner.kept.eval(), self.splits)
         # Before anything is written: no file is to hold a NaN.
         self.guard.check_weights(fabric, position.epoch + 1, self.model, self.learner.kept)
-        clean, robust = accuracies(
-            self.learner.kept,
-            self.splits.val,
-            self.threat,
-            steps=self.settings.val_steps,
-            seed=self.seed,
-            batch_size=self.share,
-            fabric=fabric,
-        )
+        with torch.compiler.set_stance("force_eager"):  # its batches have another shape
+            clean, robust = accuracies(
+                self.learner.kept,
+                self.splits.val,
+                self.threat,
+                steps=self.settings.val_steps,
+                seed=self.seed,
+                batch_size=self.share,
+                fabric=fabric,
+            )
         row["val_clean"] = clean
         if robust is not None:
             row["val_robust"] = robust

@@ -9,6 +9,7 @@ from advbench.errors import UserError, did_you_mean
 
 # float16 is not here: small input gradients vanish in it, and an attack sees their sign alone.
 PRECISIONS = ("32-true", "bf16-mixed")
+MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Settings:
     ema: decay in (0, 1) of a moving average of the weights, which then is what is validated and
         kept (``advbench.training.averaging``); None is off.
     val_steps: PGD steps of the robust validation accuracy.
+    compile: None, or a mode of ``torch.compile`` for the model's trunk and head, in training and in
+        its attack: default, reduce-overhead or max-autotune. It takes minutes at the start; where
+        it fails, the log says so and training goes on without.
     deterministic: on a GPU, the same bits in every run, at some cost; a CPU gives them anyway.
 
     Raises UserError for values out of range.
@@ -47,6 +51,7 @@ class Settings:
     clip_grad: float | None = None
     ema: float | None = None
     val_steps: int = 10
+    compile: str | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +63,10 @@ class Settings:
         if self.precision not in PRECISIONS:
             hint = did_you_mean(self.precision, PRECISIONS)
             raise UserError(f"no precision '{self.precision}'{hint} (trainer.precision=32-true)")
+
+        if self.compile is not None and self.compile not in MODES:
+            hint = did_you_mean(self.compile, MODES)
+            raise UserError(f"no trainer.compile '{self.compile}'{hint} (trainer.compile=default)")
 
     def check(self, splits: Splits, devices: int) -> None:
         """Raises UserError unless the data can be dealt over so many devices."""

@@ -66,7 +66,33 @@ def test_schedules_in_closed_form():
         assert schedules.cyclic(step, *args) == pytest.approx(factor)
     assert [schedules.warmup(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert schedules.warmup(0, 0) == 1
-    assert len(schedules.SCHEDULES) == 4
+    assert len(schedules.SCHEDULES) == 5
+
+
+def test_one_cycle_is_that_of_pytorch():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, pct_start=0.025, total_steps=200
+    )
+    for step in range(200):
+        rate = optimizer.param_groups[0]["lr"]
+        assert schedules.onecycle(step, 200, [], 0.1) == pytest.approx(rate, abs=1e-12)
+        optimizer.step()
+        if step < 199:
+            theirs.step()
+    assert schedules.onecycle(0, 10, [], 0.1) == 1 and schedules.onecycle(0, 1, [], 0.1) == 1
+
+
+def test_the_schedules_of_the_papers():
+    """Rice et al. 2020, Wong et al. 2020, Pang et al. 2021: rates at the steps that they name."""
+    rice = SGD(lr=0.1, schedule="multistep", milestones=[100, 150])
+    rates = [rice.lr_at(390 * epoch, 200, 390) for epoch in (0, 99, 100, 149, 150, 199)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    wong = SGD(lr=0.2, schedule="cyclic")
+    rates = [wong.lr_at(step, 30, 100) for step in (0, 750, 1500, 2250)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.1])
+    pang = SGD(lr=0.1, schedule="multistep", milestones=[100, 105])
+    assert pang.lr_at(104 * 390, 110, 390) == pytest.approx(0.01)
 
 
 def test_learning_rate_counts_milestones_and_warmup_in_epochs():
@@ -308,7 +334,7 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch):
             seen.append(("attack", torch.is_autocast_enabled("cpu")))
             point = super().perturb(model, x, y)
             assert point.dtype == torch.float32 and THREAT.contains(point, x).all()
-            assert 0 <= point.min() and point.max() <= 1
+            assert point.min() >= 0 and point.max() <= 1
             return point
 
         def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:

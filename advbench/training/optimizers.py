@@ -19,7 +19,8 @@ class Optimizer(ABC):
     al., Rice et al. and TRADES.
 
     lr: the highest learning rate.
-    schedule: constant, cosine, multistep or cyclic (``advbench.training.schedules``), per step.
+    schedule: constant, cosine, multistep, cyclic or onecycle, per step: see
+        ``advbench.training.schedules``.
     warmup: epochs of a linear rise at the start; it multiplies the schedule.
     milestones: for multistep, the epochs at whose start the learning rate drops.
     gamma: for multistep, the factor of each drop.

@@ -33,6 +33,21 @@ def cyclic(step: int, steps: int, milestones: Sequence[int], gamma: float) -> fl
     return 1 - abs(2 * step / steps - 1)
 
 
+def onecycle(step: int, steps: int, milestones: Sequence[int], gamma: float) -> float:
+    """Up from 1/25 within 2.5 % of the steps and down to 1/250,000, each along half a cosine.
+
+    PyTorch's ``OneCycleLR`` (Smith & Topin 2018, arXiv 1708.07120) as in the codes of Rade &
+    Moosavi-Dezfooli 2022 (arXiv 2110.05626) and Wang et al. 2023 (arXiv 2302.04638), which change
+    the rate per epoch.
+    """
+    start, end = 1 / 25, 1 / 25 * 1e-4
+    top = max(0.025 * steps - 1, 0.0)
+    if step < top:
+        return 1 + (start - 1) / 2 * (1 + math.cos(math.pi * step / top))
+    done = (step - top) / max(steps - 1 - top, 1.0)
+    return end + (1 - end) / 2 * (1 + math.cos(math.pi * done))
+
+
 def warmup(step: int, steps: int) -> float:
     """A linear rise that ends at 1, to be multiplied with a schedule (Goyal et al. 2017, arXiv
     1706.02677, sec. 2.2).
@@ -47,4 +62,5 @@ SCHEDULES: dict[str, Schedule] = {
     "cosine": cosine,
     "multistep": multistep,
     "cyclic": cyclic,
+    "onecycle": onecycle,
 }

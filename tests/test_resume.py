@@ -13,10 +13,7 @@ from small import STEPS, Planted, Stripes, assert_same_result, fit, position, ru
 
 from advbench.errors import UserError
 from advbench.training import loop
-from advbench.training.checkpoint import (
-    load_resume,
-    save_resume,
-)
+from advbench.training.checkpoint import Progress, load_resume, save_resume
 from advbench.training.optimizers import SGD, AdamW
 from advbench.training.trainer import Trainer
 
@@ -63,21 +60,27 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, trainer, optimiz
     assert len(list(parts.iterdir())) == 4
 
 
-def test_what_is_left_of_the_epoch_before_is_not_gone_on_from(tmp_path):
-    """Killed after the state of the new epoch was written and before the old one was removed."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trainer = Trainer(epochs=3, batch_size=16, val_steps=1, save_every=0)
-    fit(whole, trainer, defense=Planted())
-    for stop_at in (STEPS - 1, STEPS):
-        with pytest.raises(KeyboardInterrupt):
-            fit(parts, trainer, defense=Planted(stop_at=stop_at))
-        if stop_at == STEPS - 1:
-            left = (parts / "resume.pt").read_bytes()
-    assert not (parts / "resume.pt").exists()
-    (parts / "resume.pt").write_bytes(left)
-    assert position(parts) == (1, 0)
-    fit(parts, trainer, defense=Planted())
-    assert_same_result(whole, parts)
+def test_the_newest_state_is_of_this_epoch_and_this_attempt(tmp_path):
+    """Killed after the state of a new epoch was written and before the old one was removed."""
+
+    def at(epoch: int, batch: int, **guards: str) -> dict:
+        return {"position": {"epoch": epoch, "batch": batch, "guards": guards}}
+
+    progress = Progress(tmp_path, {"run": "a"}, writes=True)
+    assert progress.newest() is None
+    for start, inside, newest in (
+        (at(1, 0), at(1, 3), at(1, 3)),
+        (at(2, 0), at(1, 5), at(2, 0)),
+        (at(2, 0, diverged="why"), at(2, 4), at(2, 0, diverged="why")),
+    ):
+        progress.save_start(start)
+        assert progress.newest() == start
+        progress.save_inside(inside)
+        assert progress.newest() == newest and progress.start() == start
+    progress.save_start(at(3, 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch.pt"]
+    Progress(tmp_path, {"run": "a"}, writes=False).save_start(at(4, 0))
+    assert progress.newest() == at(3, 0)
 
 
 def test_a_finished_training_is_not_repeated(tmp_path):

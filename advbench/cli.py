@@ -7,6 +7,7 @@ A user's mistake is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -93,7 +94,7 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
-    if arguments[0] in ("-V", "--version"):
+    if arguments[0] == "-V" or "--version" in arguments:  # which Hydra would answer with its own
         print(f"advbench {version('advbench')}")
         return 0
     verb, *rest = arguments
@@ -118,6 +119,7 @@ def _hydra(verb: str, rest: list[str]) -> int:
     given = sys.argv
     quiet = any(word in QUIET for word in rest)
     words = [word for word in rest if word not in QUIET]  # not a word of Hydra's
+    _check_options(verb, words)
     refuse_search(verb, words)
     job = partial(_job, verb, there=_existing(verb, words), quiet=quiet)
     task = Task(job, [given[0], verb, *rest])
@@ -131,6 +133,18 @@ def _hydra(verb: str, rest: list[str]) -> int:
     finally:
         sys.argv = given
         task.close()
+
+
+def _check_options(verb: str, words: list[str]) -> None:
+    """Raise UserError for what Hydra's own parser would answer with its usage."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> Any:
+        raise UserError(f"{message} (advbench {verb} --help)")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    parser.parse_args(words)
 
 
 def _existing(verb: str, rest: list[str]) -> set[Path]:
@@ -158,7 +172,7 @@ def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float
         folder = folder.relative_to(Path.cwd())
     home, screen = experiments.Home(folder, exact), Screen(quiet=quiet)
     with _tidy(folder, there), _noted(screen):
-        _check_overrides(cfg, hydra_cfg)
+        _check_overrides(verb, cfg, hydra_cfg)
         plugins = config.load_plugins(cfg.plugins)
         if verb == "train":
             folder = experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
@@ -167,13 +181,22 @@ def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float
     return (3 if cfg.strict and results.verdict["label"] == "unreliable" else 0), None
 
 
-def _check_overrides(cfg: Any, hydra_cfg: Any) -> None:
+def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
     """Raise UserError for settings that may not stand where they stand, or would be ignored."""
     from hydra.types import RunMode
 
+    from advbench.config import SCHEMAS
+
+    keys = [field.name for field in dataclasses.fields(SCHEMAS[verb])]
+    for added in sorted({str(key) for key in cfg} - {*keys}):  # with +KEY=VALUE
+        raise UserError(f"no key '{added}'{did_you_mean(added, keys)}")
     named = {override.partition("=")[0].lstrip("+") for override in hydra_cfg.overrides.task}
     if cfg.plugins and "plugins" not in named:
         raise UserError("plugins=[FILE.py] runs code, so it may be given on the command line only")
+    if not -(2**63) <= cfg.seed < 2**63:
+        raise UserError(f"seed={cfg.seed} is too large: take a whole number below 2**63")
+    if "threat.norm" in named and not named & {"threat", "threat.eps"}:
+        raise UserError("another norm has other lengths: give threat.eps=... as well")
     if hydra_cfg.mode == RunMode.MULTIRUN and any(
         override.startswith("hydra.run.dir=") for override in hydra_cfg.overrides.hydra
     ):

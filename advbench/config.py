@@ -103,11 +103,15 @@ class EvalConfig:
     trainer: Any = None
 
 
+SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+"""The top level of each verb."""
+
+
 def register() -> None:
     """Make the schemas known to Hydra."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="eval_schema", node=EvalConfig)
+    for verb, schema in SCHEMAS.items():
+        store.store(name=f"{verb}_schema", node=schema)
 
 
 def load_plugins(paths: Iterable[str]) -> tuple[str, ...]:

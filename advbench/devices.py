@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
 from advbench.errors import UserError
 
+LAUNCHED = ("WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
+"""Variables by which a launcher, or a person in its place, says who the others are."""
+
+ALWAYS = 4
+"""As many processes may share any CPU: slow, and good to try a command out."""
+
 
 @contextmanager
-def asking_for(accelerator: str, devices: int | str) -> Iterator[None]:
-    """Raises UserError where lightning-fabric says inside that these devices can't be had."""
+def asking_for(accelerator: str, devices: int | str, num_nodes: int = 1) -> Iterator[None]:
+    """Raises UserError where lightning-fabric says inside that these devices can't be had.
+
+    Before that for what it would do without a word: to wait for other machines that nobody started,
+    and to start more processes on a CPU than it has processors.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        _check_alone(accelerator, devices, num_nodes)
     try:
         yield
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as problem:
@@ -22,6 +36,22 @@ def asking_for(accelerator: str, devices: int | str) -> Iterator[None]:
             f"trainer.accelerator={accelerator} with trainer.devices={devices} "
             f"cannot be had here: {reason:.200}"
         ) from problem
+
+
+def _check_alone(accelerator: str, devices: int | str, num_nodes: int) -> None:
+    """Raises UserError for what needs a launcher, and for too many processes on a CPU."""
+    if num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes={num_nodes} needs a launcher, which starts the same command on "
+            "each machine: torchrun --nnodes, or srun"
+        )
+    if accelerator not in ("auto", "cpu") or not str(devices).lstrip("-").isdigit():
+        return
+    if accelerator == "auto" and (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        return
+    most = max(ALWAYS, os.cpu_count() or 1)
+    if not 1 <= int(devices) <= most:
+        raise UserError(f"trainer.devices={devices} on a CPU is a number of processes: 1 to {most}")
 
 
 def in_company() -> bool:

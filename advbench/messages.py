@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+import re
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from advbench.config import INSIDE
+from advbench.config import GROUPS, INSIDE, options
 from advbench.errors import UserError, did_you_mean
 
 PLUGINS = {
@@ -29,9 +36,13 @@ def of(problem: BaseException) -> str | None:
         if isinstance(link, MissingConfigException):
             return _missing(link)
         if isinstance(link, OverrideParseException):
-            return f"'{link.override}' is not KEY=VALUE; quote special characters: KEY='\"a=b\"'"
+            return _no_setting(str(link.override))
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
+        if isinstance(link, ValueError) and (message := _of_values(link)) is not None:
+            return message
+        if isinstance(link, ConfigCompositionException) and (group := _no_such_group(link)):
+            return _of_the_other_verb(group)
     if isinstance(problem, OSError) and problem.filename is not None:
         return f"can't use '{problem.filename}': {problem.strerror}"
     known = [link for link in chain if isinstance(link, HydraException | OmegaConfBaseException)]
@@ -49,8 +60,48 @@ def _chain(problem: BaseException | None) -> list[BaseException]:
     return links
 
 
+def _no_such_group(problem: ConfigCompositionException) -> str | None:
+    """The group of ours that this verb has not."""
+    found = re.match(r"Could not override '(\w+)'\. No match in the defaults list", str(problem))
+    return found[1] if found and found[1] in GROUPS else None
+
+
+def _of_the_other_verb(group: str) -> str:
+    if group == "protocol":
+        return "a training has no protocol: give it to advbench eval"
+    return f"eval takes its {group} from the run: leave {group}= out (experiments are for train)"
+
+
+def _of_values(problem: ValueError) -> str | None:
+    """What OmegaConf and Hydra leave to Python's own error."""
+    if str(problem).startswith("Config group override must be"):
+        return "null is no option: give GROUP=NAME, or leave it out (see: advbench list)"
+    trace = problem.__traceback__
+    while trace is not None and str(problem).startswith("invalid literal for int()"):
+        code = trace.tb_frame.f_code
+        if code.co_name == "update" and "omegaconf" in code.co_filename:
+            # The error itself names but the last part.
+            whole, _, key = str(trace.tb_frame.f_locals["key"]).rpartition(".")
+            return f"'{whole}' is a list, without a key '{key}': set it whole, {whole}=[...]"
+        trace = trace.tb_next
+    return None
+
+
+def _no_setting(word: str) -> str:
+    """Something on the command line that is not KEY=VALUE."""
+    if word in (*GROUPS, "experiment"):
+        return f"'{word}' is not KEY=VALUE: give {word}=NAME (see: advbench list {word})"
+    if "=" not in word.strip("="):
+        return f"'{word}' is not KEY=VALUE, without spaces around the '='"
+    if word.endswith(","):
+        return f"'{word}' ends with a comma: write lists without spaces"
+    return f"'{word}' is not KEY=VALUE; quote special characters: KEY='\"a=b\"'"
+
+
 def _first_line(problem: BaseException) -> str:
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    if lines[0].startswith("Ambiguous value for argument"):
+        return f"{lines[0]}: add -m to run each, or write a list as KEY=[a,b]"
     key = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), ""
     )
@@ -66,9 +117,13 @@ def _missing(problem: MissingConfigException) -> str:
     if missing in PLUGINS:
         return f"{group}={name} needs a plugin: pip install 'advbench[{PLUGINS[missing]}]'"
     if group and problem.options:
-        return (
-            f"no {group} '{name}'{did_you_mean(name, problem.options)} (see: advbench list {group})"
-        )
+        top, _, inner = group.partition("/")
+        if top not in GROUPS:
+            see = "" if top == "hydra" else f" (see: advbench list {top})"
+            return f"no {group} '{name}'{did_you_mean(name, problem.options)}{see}"
+        known = {*options(top), *(problem.options if not inner else ())}
+        wanted = f"{inner}/{name}".lstrip("/")  # in a folder of the group, such as paper/hpm
+        return f"no {top} '{wanted}'{did_you_mean(wanted, known)} (see: advbench list {top})"
     return _first_line(problem)
 
 
@@ -80,6 +135,8 @@ def _unknown_key(problem: OmegaConfBaseException) -> str:
         prefix, _, key = full.partition(f"{group}.{inside}.")
         if key and not prefix:
             return f"no key '{full}': give '{group}.{inside}={{NAME: {{{key}: VALUE}}}}'"
+    if full in GROUPS:
+        return _of_the_other_verb(full)
     parent = problem.parent_node
     keys = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
     prefix = full.rpartition(".")[0]

@@ -117,10 +117,15 @@ def occupied(folder: Path) -> Iterator[None]:
 def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
     """Write config.yaml where there is none.
 
-    compare: raise UserError if there is another one. Raises it for a directory of something else.
+    compare: raise UserError if there is another one. Raises it for a directory of something else,
+    and for that of a training where an evaluation is to be kept, which compares its plan instead.
     """
     path = folder / CONFIG
     if path.exists() and not compare:
+        if kind_of(folder) == "train":
+            raise UserError(
+                f"'{folder}' holds a training run; give hydra.run.dir=DIR with a new DIR"
+            )
         return
     if path.exists():
         known, wanted = config.plain(config.read(path)), config.plain(cfg)

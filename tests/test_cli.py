@@ -170,6 +170,7 @@ class Evil:
 
 
 NPZ = ["train", "data=npz", *FAST]
+CPU = ["trainer.accelerator=cpu"]
 OWN = ["eval", "model=m.py:build", "data=npz", "data.path=ok.npz", "threat=linf_8", "protocol=pgd"]
 MISTAKES: dict[str, tuple[Any, str]] = {
     "budget": ([*OWN, "budget=soon"], "budget=soon is not a duration: write 90s, 10min or 2h"),
@@ -271,11 +272,43 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         ["eval", "run=good", "defense=jumprelu", "protocol=paper/jumprelu", "threat.eps=1/255"],
         "does not fit into",
     ),
+    "a key of a list": (
+        ["train", "defense=chain", "defense.members.beta=3"],
+        "'defense.members' is a list, without a key 'beta': set it whole, defense.members=[...]",
+    ),
+    "null": (["train", "data=null"], "null is no option: give GROUP=NAME"),
+    "added key": (["train", "+epoch=3"], "no key 'epoch'"),
+    "no option": (["train", "--hepl"], "unrecognized arguments: --hepl (advbench train --help)"),
+    "spaces": (["train", "seed", "=", "1"], "'seed' is not KEY=VALUE, without spaces around"),
+    "space in a list": (["train", "-m", "seed=1,", "2"], "'seed=1,' ends with a comma"),
+    "group without a name": (["train", "defense", "--help"], "give defense=NAME (see: advbench li"),
+    "sweep without -m": (["train", "seed=1,2"], "add -m to run each"),
+    "paper": (["eval", "protocol=paper/hpn"], "did you mean 'paper/hpm'? (see: advbench list pro"),
+    "eval's recipe": (["eval", "recipe=trades"], "eval takes its recipe from the run"),
+    "eval's experiment": (["eval", "experiment=hpm_quick"], "(experiments are for train)"),
+    "train's protocol": (["train", "protocol=pgd"], "give it to advbench eval"),
+    "logger": (["train", "logger=tensorbord"], "did you mean 'tensorboard'?"),
+    "launcher": (["train", "-m", "hydra/launcher=slurm", "seed=1"], "is: basic, joblib, submitit"),
+    "extra": (["train", "data.extra=no.npz"], "name it with data.extra=FILE.npz"),
+    "cutmix": (["train", "data.augment.cutmix=2"], "cutmix=2 is no probability"),
+    "recipe inside": (["train", "recipe=awp", "recipe.of=trads"], "did you mean 'trades'?"),
+    "l1 in training": (["train", "recipe=fgsm_rs", "threat=l1_12"], "not defined for l1"),
+    "compile": (["train", "trainer.compile=fast"], "no trainer.compile 'fast'; there is: default"),
+    "devices": (["train", *CPU, "trainer.devices=9999"], "devices=9999 on a CPU is a number of process"),
+    "devices of eval": (["eval", "run=good", *CPU, "trainer.devices=0"], "devices=0 on a CPU"),
+    "nodes": (["train", "trainer.num_nodes=2"], "num_nodes=2 needs a launcher"),
+    "seed": (["train", "seed=99999999999999999999"], "take a whole number below 2**63"),
+    "norm of a training": (["train", "threat.norm=l2"], "give threat.eps=... as well"),
+    "dir of a training": (["eval", "run=good", "hydra.run.dir=good"], "holds a training run"),
+    "negative epochs": (["train", "trainer.epochs=-1"], "trainer.epochs=-1 is not at least 1"),
+    "no folder to write": (["report", "--html", "no/page.html"], "in a directory that exists"),
+    "nothing to export": (["export", "good"], "give the directory of an evaluation"),
+    "doctor": (["doctor", "--jsn"], "unrecognized arguments: --jsn (advbench doctor --help)"),
 }  # fmt: skip
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 68
+    assert len(MISTAKES) == 97
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,18 @@ def test_what_fabric_refuses_is_said_in_one_line() -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 280
 
 
+@pytest.mark.parametrize(("devices", "nodes"), [(0, 1), (-1, 1), (9999, 1), ("9999", 1), (1, 2)])
+def test_what_fabric_would_do_without_a_word_is_refused(devices: int | str, nodes: int) -> None:
+    with pytest.raises(UserError), asking_for("cpu", devices, nodes):
+        pytest.fail("Fabric was asked")
+
+
+def test_a_launcher_knows_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "20000")
+    with asking_for("cpu", 10_000, 2):
+        pass
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(KeyError), asking_for("cpu", 1):
         raise KeyError("ours")

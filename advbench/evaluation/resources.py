@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 
 from advbench.devices import asking_for
-from advbench.errors import UserError, did_you_mean
+from advbench.errors import UserError
 from advbench.evaluation.searcher import Speed
 
 ROOM = {"cpu": 2e5, "cuda": 8e6}
@@ -55,8 +55,9 @@ class Resources:
     def __post_init__(self) -> None:
         known = ("auto", "cpu", "cuda", "mps")
         if self.accelerator not in known:
-            hint = did_you_mean(self.accelerator, known)
-            raise UserError(f"no trainer.accelerator '{self.accelerator}'{hint}")
+            raise UserError(
+                f"no trainer.accelerator '{self.accelerator}'; there is: {', '.join(known)}"
+            )
         if self.batch_size != "auto" and not (
             isinstance(self.batch_size, int) and self.batch_size >= 1
         ):
@@ -95,7 +96,7 @@ class Resources:
         """
         if str(self.devices) == "1" and self.num_nodes == 1 and "WORLD_SIZE" not in os.environ:
             return Crew(self.device)
-        with asking_for(self.accelerator, self.devices):
+        with asking_for(self.accelerator, self.devices, self.num_nodes):
             fabric = Fabric(
                 accelerator=self.accelerator,
                 devices=self.devices,

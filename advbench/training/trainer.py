@@ -104,7 +104,7 @@ class Trainer(Settings):
             ).run()
 
     def _fabric(self) -> Fabric:
-        with asking_for(self.accelerator, self.devices):
+        with asking_for(self.accelerator, self.devices, self.num_nodes):
             # Not its precision: Fabric would round x' to bfloat16, by up to half of 1/255 near 1.
             return Fabric(
                 accelerator=self.accelerator,

@@ -294,7 +294,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "recipe inside": (["train", "recipe=awp", "recipe.of=trads"], "did you mean 'trades'?"),
     "l1 in training": (["train", "recipe=fgsm_rs", "threat=l1_12"], "not defined for l1"),
     "compile": (["train", "trainer.compile=fast"], "no trainer.compile 'fast'; there is: default"),
-    "devices": (["train", *CPU, "trainer.devices=9999"], "devices=9999 on a CPU is a number of process"),
+    "devices": (["train", *CPU, "trainer.devices=9999"], "devices=9999 on a CPU is a number"),
     "devices of eval": (["eval", "run=good", *CPU, "trainer.devices=0"], "devices=0 on a CPU"),
     "nodes": (["train", "trainer.num_nodes=2"], "num_nodes=2 needs a launcher"),
     "seed": (["train", "seed=99999999999999999999"], "take a whole number below 2**63"),

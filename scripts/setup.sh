@@ -6,6 +6,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 stamp=".venv/.installed-$(echo "$1" | tr -d '[],')"
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+    echo "installing advbench$1 into .venv: minutes, and gigabytes where PyTorch is not cached"
     .venv/bin/python -m pip install --quiet --editable ".$1"
     touch "$stamp"
 fi

@@ -17,13 +17,14 @@ from advbench.results import Accuracy
 PLAIN_SECONDS = 15.0
 WINDOW = 20.0  # seconds over which a pace is measured
 BAR = 20  # columns
+WIDE = 1000  # columns, where nothing is cut or folded
 FAILED = "failed: "
 
 
 def table_console() -> Console:
     """For tables; without a terminal they are as wide as they need to be."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    return console if console.is_terminal else Console(highlight=False, width=WIDE)
 
 
 def printable(text: str) -> str:

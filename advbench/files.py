@@ -29,6 +29,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as problem:
+        if problem.filename == str(temporary):
+            problem.filename = str(path)  # the temporary one is nobody's concern
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,16 @@ def records(sample: np.ndarray, **columns: np.ndarray) -> Records:
     return Records(**{k: np.asarray(v).astype(Records.DTYPES[k]) for k, v in made.items()})
 
 
+@cache
 def digits() -> Any:
     """The data set."""
     return config.build(config.shipped("data", "digits"), "data")
+
+
+@cache
+def fingerprint() -> str:
+    """Of the test split."""
+    return digits().test.sha256()
 
 
 def attacked() -> dict[str, Records]:
@@ -63,14 +71,14 @@ def attacked() -> dict[str, Records]:
 
 def results(name: str = "net", **changes: Any) -> Results:
     """What ``attacked`` amounts to."""
-    splits, correct, stages = digits(), N - WRONG, []
+    correct, stages = N - WRONG, []
     for stage in ("first", "second"):
         attacked, correct = correct, correct - LOST
         share = correct / N
         stages.append(
             StageResult(stage, "PGD", "model", "because", share, attacked, LOST, 1.5, 10, 5)
         )
-    data = {"name": "digits", "split": "test", "n": N, "sha256": splits.test.sha256()}
+    data = {"name": "digits", "split": "test", "n": N, "sha256": fingerprint()}
     plain = {
         "run": name,
         "data": data,

@@ -105,6 +105,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     verdict = {"label": "inconclusive", "indicators": [{**sign, "triggered": True}]}
     write(folder / "a", replace(found, verdict=verdict), images=True)
     write(folder / "b", results("worse", robust=Accuracy.of(4, N)), bare=True)
+    most = results("short", robust=Accuracy.of(N, N), missing=("second",))
+    write(folder / "short", most, bare=True)
     write(folder / "l2", results("other", threat={"norm": "l2", "eps": 0.5}), bare=True)
     write(folder / "c1", curve("net", 0.9, 0.5), bare=True)
     write(folder / "c2", curve("worse", 0.8, 0.2), bare=True)
@@ -147,7 +149,8 @@ def names(page: Any) -> list[list[str]]:
 
 def test_sorting(opened: Any) -> None:
     (first,) = [group for group in names(opened) if "worse" in group and len(group) > 2]
-    assert first[-1] == "worse"  # by robust accuracy, the best first
+    assert first[-2:] == ["worse", "short"]  # by robust accuracy, the best first
+    finished = first[:-1]  # what is not stays below
     where = names(opened).index(first)
     heading = opened.get_by_role("columnheader", name="Robust")
     assert heading.get_attribute("aria-sort") == "descending"
@@ -159,22 +162,22 @@ def test_sorting(opened: Any) -> None:
     opened.keyboard.press("Enter")
     assert model.get_attribute("aria-sort") == "ascending"
     assert heading.get_attribute("aria-sort") == "none"
-    assert names(opened)[where] == sorted(first)
+    assert names(opened)[where] == [*sorted(finished), "short"]
     opened.keyboard.press("Enter")
-    assert names(opened)[where] == sorted(first, reverse=True)
+    assert names(opened)[where] == [*sorted(finished, reverse=True), "short"]
 
 
 def test_filters(opened: Any) -> None:
     total = sum(map(len, names(opened)))
     shown = opened.locator("#shown")
-    assert shown.inner_text() == f"{total} of {total}" and total == 8
+    assert shown.inner_text() == f"{total} of {total}" and total == 9
     opened.get_by_label("Defense", exact=True).select_option("jumprelu")
-    assert shown.inner_text() == "3 of 8"
+    assert shown.inner_text() == "3 of 9"
     assert opened.locator("#board .group:visible").count() == 1
     opened.get_by_label("Search").fill("jump 0.5")
-    assert shown.inner_text() == "1 of 8"
+    assert shown.inner_text() == "1 of 9"
     opened.get_by_label("Search").fill("nothing of the kind")
-    assert shown.inner_text() == "0 of 8" and sum(map(len, names(opened))) == 0
+    assert shown.inner_text() == "0 of 9" and sum(map(len, names(opened))) == 0
     opened.get_by_label("Search").fill("")
     opened.get_by_label("Defense", exact=True).select_option("")
     opened.get_by_label("Threat", exact=True).select_option("l2 0.5")

@@ -237,7 +237,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_end_of_a_training(place: Path) -> None:
     val = {"n": 100, "clean": 0.9, "robust": 0.5, "attack": "PGD-10, linf 8/255"}
-    summary = replace(Summary.load(place / "good/summary.json"), best_epoch=2, epochs=3, val=val)
+    kept = json.loads((place / "good/summary.json").read_text())
+    (place / "old.json").write_text(
+        json.dumps({k: v for k, v in kept.items() if k not in ("last", "guards")})
+    )
+    summary = replace(Summary.load(place / "old.json"), best_epoch=2, epochs=3, val=val)
+    assert summary.last == summary.guards == {}  # as before there was either
     for terminal, mark in ((True, "╭"), (False, "next: advbench eval run=here")):
         shown, stream = screen(terminal)
         outcome.show_training(summary, Path("here"), shown)
@@ -371,6 +376,26 @@ def test_a_hundred_runs_are_listed_without_torch(place: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     names = [word for word in done.stdout.split() if word.startswith(str(tmp_path))]
     assert [Path(name).name for name in names] == [f"r{i:03d}" for i in range(100)]
+
+
+@pytest.mark.parametrize("width", (60, 300))
+def test_no_name_is_folded(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name can be copied from the list, and what is in a file steers no terminal."""
+    monkeypatch.chdir(tmp_path)
+    shown = Console(width=width, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(inventory, "table_console", lambda: shown)
+    name = f"{'long-' * 20}run"
+    for kept in ("epochs: 3", 'epochs: "\\e[31m"'):
+        folder = Path(kept[:9]) / name
+        folder.mkdir(parents=True)
+        choices = "choices: {data: '[red]digits', recipe: standard}"
+        (folder / "config.yaml").write_text(f"recipe: {{}}\ntrainer: {{{kept}}}\n{choices}\n")
+    inventory.show([Path(".")])
+    said = capsys.readouterr().out
+    assert said.count(f"/{name}") == 4 and "\x1b" not in said  # in the list, and to go on
+    assert said.count("[red]digits own own standard") == 2 and ("state" in said) == (width == 300)
 
 
 def test_no_runs_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,7 @@ def test_like_with_like(tmp_path: Path) -> None:
     rows = [a for a in found.all("tr") if a.get("class") == "run"]
     assert len(bodies) == 2 and len(rows) == 2
     assert "seeds 0, 1, 2" in found.text and "±2.5" in found.text
+    assert "the interval is that of the images, which all seeds share" in found.text
     assert {row["data-threat"] for row in rows} == {"linf 0.15", "l2 0.5"}
 
 
@@ -254,6 +255,15 @@ def test_what_differs_is_in_the_heading(tmp_path: Path) -> None:
     text = page(tmp_path).text
     headings = re.findall(r"digits test 40 images, linf 0.15 , (.*?\d\)?) net", text)
     assert headings == ["autoattack 1", "pgd 1 (weak, steps 10)", "pgd 1 (weak, steps 50)"]
+    assert text.count("Weak: the protocol flatters") == 1
+
+
+def test_the_unfinished_comes_last(tmp_path: Path) -> None:
+    write(tmp_path / "a", results("short", missing=("x",), robust=Accuracy.of(39, N)), bare=True)
+    write(tmp_path / "b", results("whole"), bare=True)
+    rows = [row for row in page(tmp_path).all("tr") if row.get("class") == "run"]
+    assert [str(row["data-words"]).split()[0] for row in rows] == ["whole", "short"]
+    assert ["data-open" in row for row in rows] == [False, True]
 
 
 def test_curves_and_sweeps(tmp_path: Path) -> None:

@@ -170,6 +170,31 @@ def test_sweeps_are_found() -> None:
     assert dossier.sweeps([member(0, 1, steps=1), member(1, 2, steps=2), member(2, 3)]) == []
     (axes,) = plots.tradeoff(sweep.key, sweep.rows).axes
     assert [t.get_text() for t in axes.texts] == ["0", "0.5", "1"]
+    assert not sweep.repeated
+    again = replace(results("again"), protocol={"name": "pgd", "version": "1", "seed": 7})
+    more = Entry(Path("again"), replace(again, settings=found[0].results.settings))
+    (sweep,) = dossier.sweeps([found[0], found[1], more, found[2]])
+    assert [robust.acc for _, _, robust in sweep.rows] == [30 / N, 20 / N, 10 / N]
+    assert sweep.repeated and all("the lowest" in plate.caption for plate in sweep.plates())
+
+
+def test_a_sweeps_axis_has_the_values_to_scale() -> None:
+    values = (0.0, 0.5, 0.9, 0.99, 0.999)
+    rows = [(value, Accuracy.of(38, N), Accuracy.of(20, N)) for value in values]
+    (axes,) = plots.sweep("momentum", rows).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.5", "0.999"]
+    assert list(axes.get_xticks()) == [0, 0.5, 0.999]
+    assert axes.get_xscale() == "linear" and axes.get_ylim() == (-2, 102)
+    assert len(axes.collections) == 2  # the intervals
+    assert [list(line.get_xdata()) for line in axes.lines] == [list(values)] * 2  # type: ignore
+
+
+def test_the_unfinished_comes_last_and_is_called_that() -> None:
+    found = [entry("short", missing=("second",), robust=Accuracy.of(39, N)), entry("whole")]
+    assert [e.results.run for e in dossier.ranked(found)[0]] == ["whole", "short"]
+    (axes,) = dossier.board_plate(found).draw().axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["whole", "unfinished: short"]
 
 
 def test_labels_of_a_sweep_do_not_collide() -> None:
@@ -231,9 +256,10 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Image.open(tmp_path / "out/a/stages.png") as image:
         assert image.width == pytest.approx(3.4 * 300, abs=1)
     assert (tmp_path / "out/a/stages.pdf").read_bytes().startswith(b"%PDF")
-    before = (tmp_path / "out/a/classes.pdf").read_bytes()
-    figures.save([tmp_path / "in"], tmp_path / "out")
-    assert (tmp_path / "out/a/classes.pdf").read_bytes() == before  # same input, same file
+    twice = [plots.stages(results()) for _ in range(2)]
+    for i, figure in enumerate(twice):  # same input, same file
+        figures._write(dossier.Plate(f"{i}", "", "", lambda figure=figure: figure), tmp_path)
+    assert (tmp_path / "0.pdf").read_bytes() == (tmp_path / "1.pdf").read_bytes()
 
 
 def test_names_of_files_stay_in_the_folder() -> None:
@@ -241,3 +267,6 @@ def test_names_of_files_stay_in_the_folder() -> None:
     assert figures._free("../../etc/passwd", taken) == "etc_passwd"
     assert figures._free("etc_passwd", taken) == "etc_passwd-2"
     assert figures.slug("...") == "_"
+    assert (
+        len(figures.slug("x" * 300 + "-hash")) <= 90 and figures.slug("x" * 300 + "-1")[-2:] == "-1"
+    )

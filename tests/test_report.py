@@ -218,6 +218,21 @@ def test_a_weak_protocol_is_never_ranked_with_a_strong_one() -> None:
     assert leaderboard.READING_WEAK in mixed.sheet().notes
 
 
+def test_a_mixed_table_has_the_strong_above_the_weak_and_the_unfinished_below() -> None:
+    """Whatever the threat, n and accuracy; of a protocol of the user's own nobody knows."""
+    few = {"data": {"n": 40}, "threat": {"eps": 1 / 255}}
+    found = entries(
+        results(40, protocol=PGD, **few),
+        results(39, protocol={"name": "zzz", "version": "1"}, **few),
+        results(100, protocol=AUTOATTACK),
+        results(200, protocol=AUTOATTACK, missing=("square",)),
+    )
+    (mixed,) = leaderboard.boards(groups(found), mix=True)
+    names = [group.first.results.protocol["name"] for group in mixed.groups]
+    assert names == ["autoattack", "zzz", "pgd", "autoattack"]
+    assert mixed.groups[-1].first.results.missing
+
+
 def test_a_title_says_what_tells_tables_apart() -> None:
     long = {**PGD, "steps": 100}
     found = groups(entries(results(protocol=PGD), results(protocol=long)))
@@ -240,6 +255,21 @@ def test_a_sweep_stands_in_the_order_of_its_numbers(tmp_path: Path) -> None:
     ranked, swept = leaderboard.boards(groups(find([tmp_path])))
     assert len(ranked.groups) == 5 and ranked.sheet().rows[0][0] == "none"
     assert [row[column] for row in swept.sheet().rows] == ["0", "0.5", "2", "10"]
+
+
+def test_a_sweep_leaves_out_what_it_did_not_vary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither their rows nor their conditions stand in the way."""
+    jumps(tmp_path, (0, 1, 2))
+    put(tmp_path / "base", 150, threat={"eps": 0.5})
+    assert main(["report", str(tmp_path), "--sweep", "defense.jump"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("jumprelu") == 3 and "0.5" not in shown.out
+    assert shown.err == "left out: 1 without defense.jump\n"
+    assert main(["report", str(tmp_path), "--sweep", "threat.eps,defense"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("linf") == 4 and shown.err == ""
 
 
 def test_those_that_look_alike_are_told_by_their_runs() -> None:
@@ -291,7 +321,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "both": (["--compare", "good", "good", "--sweep", "x"], "not allowed with"),
     "as a table": (["--compare", "good", "other", "--format", "csv"], "--format json"),
     "no records": (["--compare", "good", "other"], "has no samples.parquet"),
-    "no place": (["good", "--out", "no/where.md"], "can't use"),
+    "by its name": (["--compare", "good", "other", "--out", "table.csv"], "--format json"),
+    "no place": (["good", "--out", "no/where.md"], "can't use 'no/where.md'"),
+    "a folder": (["good", "--out", "empty", "--format", "md"], "can't use 'empty'"),
 }
 
 
@@ -299,7 +331,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def test_a_mistake_is_one_line(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(MISTAKES) == 13
+    assert len(MISTAKES) == 15
     monkeypatch.chdir(tmp_path)
     put(Path("good"))
     put(Path("other"))
@@ -679,6 +711,9 @@ def test_a_comparison_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFix
     assert "one training seed each" in said and "\x1b" not in said
     assert main(["report", "--compare", str(b), str(a)]) == 0
     assert f"A is less robust than B by 15.0 points {interval}" in capsys.readouterr().out
+    out = tmp_path / "words.txt"
+    assert main(["report", "--compare", str(a), str(b), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == "" and "on the same" in out.read_text()
     assert main(["report", "--compare", str(a), str(b), "--format", "json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["robust"]["ci95"] == [low, high] and plain["b_lost"] == {"apgd-ce": 30}

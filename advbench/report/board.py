@@ -8,8 +8,8 @@ from advbench.console import duration
 from advbench.report import collection
 from advbench.report.bits import chip, chips, count, joined, percent, plain, verdict
 from advbench.report.collection import Entry, Group, Mean
-from advbench.report.conditions import Wording
-from advbench.report.leaderboard import rank
+from advbench.report.conditions import Wording, is_weak
+from advbench.report.leaderboard import READING_SEEDS, READING_WEAK, rank
 from advbench.report.markup import Markup, el
 
 COLUMNS = (
@@ -72,11 +72,17 @@ def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -
         bodies,
         id="board",
     )
+    notes = []
+    if any(is_weak(same[0].conditions["protocol"]) for same in ranked):
+        notes.append(READING_WEAK)
+    if any(len(group.entries) > 1 for same in ranked for group in collection.groups(same)):
+        notes.append(READING_SEEDS)
     return el(
         "section",
         el("h2", "Leaderboard"),
         _filters([entry for same in ranked for entry in same], rows),
         table,
+        [el("p", f"{note[0].upper()}{note[1:]}.", class_="note") for note in notes],
         id="leaderboard",
     )
 

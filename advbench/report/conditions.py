@@ -74,15 +74,17 @@ def differences(conditions: Iterable[Mapping[str, Any]], every: bool = False) ->
 
 
 def place(group: Group) -> Any:
-    """Where its conditions stand among others: strong protocols first."""
+    """Where its conditions stand among others of the same data: strong protocols first, whatever
+    the threat and n, and weak ones last."""
     conditions = group.first.conditions
     name = conditions["protocol"]
-    strength = STRONG.index(name) if name in STRONG else len(STRONG)
+    strength = STRONG.index(name) if name in STRONG else len(STRONG) + is_weak(name)
     rest = {key: order(value) for key, value in conditions.items() if key.startswith("protocol.")}
     return (
-        [order(conditions[key]) for key in ("data", "data.split", "data.sha256", "n")],
-        [order(conditions[key]) for key in ("threat.norm", "threat.eps")],
-        (strength, str(name), sorted(rest.items())),
+        [order(conditions[key]) for key in ("data", "data.split", "data.sha256")],
+        strength,
+        [order(conditions[key]) for key in ("threat.norm", "threat.eps", "n")],
+        (str(name), sorted(rest.items())),
     )
 
 

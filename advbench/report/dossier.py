@@ -191,14 +191,20 @@ def ranked(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Evaluations that differ in the number ``key`` alone, in its order, three values or more."""
+    """Evaluations that differ in the number ``key`` alone, in its order, three values or more.
+
+    repeated: some value was measured several times; its row is the lowest, the closest bound.
+    """
 
     key: str
     first: Entry
     rows: tuple[plots.Row, ...]
+    repeated: bool = False
 
     def plates(self) -> Iterator[Plate]:
         about = f"{self.first.results.run}, {self.first.threat_name}, {self.first.protocol}"
+        if self.repeated:
+            about += ". Of repeated evaluations the lowest"
         yield Plate(
             "tradeoff",
             f"Clean against robust, by {self.key}",
@@ -216,18 +222,20 @@ class Sweep:
 def sweeps(same: Sequence[Entry]) -> list[Sweep]:
     """What was swept among evaluations that may be ranked together."""
     found = []
-    families: dict[tuple[str, str], dict[float, Group]] = {}
+    families: dict[tuple[str, str], dict[float, list[Group]]] = {}
     for group in groups(e for e in same if not e.results.missing):
         settings = {k: v for k, v in group.first.results.settings.items() if k != SEED}
         for key, value in settings.items():
             if key in NAMES or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             rest = repr(sorted((k, repr(v)) for k, v in settings.items() if k != key))
-            families.setdefault((key, rest), {})[float(value)] = group
+            families.setdefault((key, rest), {}).setdefault(float(value), []).append(group)
     for (key, _), values in families.items():
         if len(values) >= FEWEST_IN_SWEEP:
-            rows = tuple((v, values[v].clean, values[v].robust) for v in sorted(values))
-            found.append(Sweep(key, values[min(values)].first, rows))
+            lowest = {v: min(values[v], key=lambda g: g.robust.acc) for v in sorted(values)}
+            rows = tuple((v, group.clean, group.robust) for v, group in lowest.items())
+            repeated = any(len(alike) > 1 for alike in values.values())
+            found.append(Sweep(key, lowest[min(values)].first, rows, repeated))
     return found
 
 

@@ -15,6 +15,8 @@ from advbench.report.style import style
 
 DPI = 300
 FORMATS = ("png", "pdf")
+LONGEST = 90
+"""Characters of a part of a file's name; a name has two, and file systems end at 255."""
 
 
 def save(paths: Sequence[Path], folder: Path) -> None:
@@ -78,7 +80,8 @@ def _write(plate: Plate, folder: Path) -> str:
 
 def slug(text: str) -> str:
     """Letters, digits, dots and dashes of a text: what is safe in the name of a file."""
-    return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("._") or "_"
+    safe = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("._") or "_"
+    return safe if len(safe) <= LONGEST else f"{safe[: LONGEST // 2]}_{safe[-LONGEST // 3 :]}"
 
 
 def _free(name: str, taken: set[str]) -> str:

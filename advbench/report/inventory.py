@@ -15,11 +15,12 @@ from zipfile import BadZipFile
 
 import yaml
 from filelock import FileLock, Timeout
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from advbench import runs
-from advbench.console import FAILED, printable, table_console
+from advbench.console import FAILED, WIDE, printable, table_console
 from advbench.errors import UserError
 from advbench.results import Results
 
@@ -86,25 +87,42 @@ def look(folder: Path) -> Run | None:
 
 
 def show(paths: Sequence[Path]) -> None:
-    """Print a table of the runs, and what goes on with those that did not finish."""
+    """Print a table of the runs, and what goes on with those that did not finish.
+
+    A terminal that is too narrow for it gets three lines for each run, so that no name is folded.
+    """
     console = table_console()
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("state", "kind", "run", "what", "robust", "when"):
-        table.add_column(column, overflow="fold" if column in ("run", "what") else "ellipsis")
+    for column in ("state", "kind", "when", "robust", "what", "run"):
+        table.add_column(column, no_wrap=True)
     everything = find(paths)
-    for run in everything:
-        state = Text(run.state, STYLES.get(run.state, "yellow"))
-        if run.where:
-            state.append(f" {printable(run.where)}", "dim")
-        when = datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M")
-        words = (Text(printable(text)) for text in (str(run.folder), run.what, run.robust))
-        table.add_row(state, run.kind, *words, when)
-    console.print(table)
+    rows = [_row(run) for run in everything]
+    for row in rows:
+        table.add_row(*row)
+    wanted = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
+    if wanted <= console.width:
+        console.print(table)
+    else:
+        for state, kind, when, robust, what, name in rows:
+            more = (Text("  ") + what, Text("  ") + name)
+            console.print(
+                Text("  ").join((state, kind, when, robust)), *more, sep="\n", soft_wrap=True
+            )
     open_runs = [run for run in everything if run.resume]
     if open_runs:
         console.print("\nto go on:", style="dim")
         for run in open_runs:
             console.print(f"  {printable(run.resume)}", markup=False, soft_wrap=True)
+
+
+def _row(run: Run) -> tuple[Text, ...]:
+    """State, kind, when, robust, what and name."""
+    state = Text(run.state, STYLES.get(run.state, "yellow"))
+    if run.where:
+        state.append(f" {printable(run.where)}", "dim")
+    when = datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M")
+    words = (run.kind, when, run.robust, run.what, str(run.folder))
+    return state, *(Text(printable(word)) for word in words)
 
 
 def _folders(path: Path) -> Iterator[Path]:
@@ -145,7 +163,7 @@ def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
         robust = f"{100 * results.robust.acc:.1f} [{low:.1f}, {high:.1f}]"
         n = f", n = {results.data['n']}"
     finished = results is not None and not results.missing
-    of = cfg.get("run") or cfg.get("model") or "?"
+    of = Path(cfg.get("run") or cfg.get("model") or "?").name
     return _run(
         folder,
         cfg,

@@ -147,14 +147,17 @@ def boards(found: Sequence[Group], mix: bool = False) -> list[Board]:
 def sweep(found: Sequence[Group], keys: Sequence[str], mix: bool = False) -> Board:
     """One table over the values of ``keys``, in their order: settings, or conditions.
 
-    Raises UserError for an unknown key, and for other conditions that differ, unless ``mix``.
+    Evaluations that have none of the keys are left out. Raises UserError for an unknown key, and
+    for other conditions that differ, unless ``mix``.
     """
-    wording = Wording(found)
-    settings = {key for group in found for key in (*group.first.results.settings, *NAMES)} - {SEED}
-    conditions = {key for each in wording.among for key in each}
+    own = [{*group.first.results.settings, *NAMES, *group.first.conditions} for group in found]
+    known = set[str]().union(*own) - {SEED}
     for key in keys:
-        if key not in settings | conditions:
-            raise UserError(f"no result has '{key}'{did_you_mean(key, settings | conditions)}")
+        if key not in known:
+            raise UserError(f"no result has '{key}'{did_you_mean(key, known)}")
+    found = [group for group, mine in zip(found, own, strict=True) if mine & set(keys)]
+    wording = Wording(found)
+    settings = {key for group in found for key in (*group.first.results.settings, *NAMES)}
     differing = [key for key in differences(wording.among) if key not in keys]
     if differing and not mix:
         raise UserError(f"{wording.told(differing)}: name fewer folders, or add --mix")
@@ -207,7 +210,7 @@ def rank(group: Group) -> Any:
     """The most robust first among equals; what did not finish comes last."""
     names = [group.first.name(key) for key in NAMES]
     best = -group.robust.acc, -group.clean.acc
-    return place(group), bool(group.first.results.missing), best, names, str(group.first.folder)
+    return bool(group.first.results.missing), place(group), best, names, str(group.first.folder)
 
 
 def _settings(found: Sequence[Group], shown: Sequence[str]) -> list[str]:

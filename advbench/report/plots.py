@@ -332,10 +332,22 @@ def sweep(key: str, rows: Sequence[Row]) -> Figure:
         )
         axes.plot(x, centre, color=colour, marker=mark, label=label)
     _percent(axes)
+    ticks = _legible(x)
+    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
     axes.set_xlabel(short(key, 44))
     axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside upper left", ncols=2)
     return figure
+
+
+def _legible(values: Sequence[float]) -> list[float]:
+    """The values in order, without those whose tick would touch the one before; both ends stay."""
+    least = 0.12 * (values[-1] - values[0])
+    kept = [values[0]]
+    for value in values[1:-1]:
+        if value - kept[-1] >= least and values[-1] - value >= least:
+            kept.append(value)
+    return [*kept, values[-1]]
 
 
 def board(rows: Mapping[str, tuple[Share, Share]]) -> Figure:

@@ -49,6 +49,8 @@ def run(given: argparse.Namespace) -> None:
     found = groups(find(paths))
     if given.sweep is not None:
         boards = [leaderboard.sweep(found, given.sweep.split(","), given.mix)]
+        if bare := len(found) - len(boards[0].groups):
+            print(printable(f"left out: {bare} without {given.sweep}"), file=sys.stderr)
     else:
         boards = leaderboard.boards(found, given.mix)
     if form is None:

@@ -90,7 +90,7 @@ class Summary:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["schema"] != SCHEMA:
                 raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
-            return cls(**values)
+            return cls(**{"last": {}, "guards": {}, **values})  # the first versions had none
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"{path} is not the summary of a training: {problem}") from problem
 

@@ -171,6 +171,10 @@ class Results:
                     raise TypeError(f"{name} has {value!r}")
         if data["n"] < 1 or threat["eps"] < 0:
             raise ValueError("n or eps is out of range")
+        for stage in self.stages:
+            least = min(stage.seconds, *(getattr(stage, key) for key in counts))
+            if least < 0 or not 0 <= stage.robust_acc <= 1:
+                raise ValueError(f"stage {stage.name} has a number out of range")
 
     @classmethod
     def load(cls, path: Path) -> Results:

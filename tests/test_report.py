@@ -23,6 +23,7 @@ from advbench.errors import UserError
 from advbench.evaluation.store import Records, Store
 from advbench.report import compare, formats, leaderboard, terminal
 from advbench.report.collection import Entry, Mean, find, groups, varying
+from advbench.report.conditions import text_of
 from advbench.results import Accuracy, Results, StageResult, wilson
 
 MODEL = """
@@ -257,6 +258,11 @@ def test_a_sweep_stands_in_the_order_of_its_numbers(tmp_path: Path) -> None:
     assert [row[column] for row in swept.sheet().rows] == ["0", "0.5", "2", "10"]
 
 
+def test_values_are_said_as_one_would_type_them() -> None:
+    said = [text_of(value) for value in (True, None, 0.1 + 0.2, 1e-05, 3, "x")]
+    assert said == ["true", "-", "0.3", "1e-05", "3", "x"]
+
+
 def test_a_sweep_leaves_out_what_it_did_not_vary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +364,8 @@ DAMAGED: list[tuple[str, Any]] = [
     ("protocol", {"name": ["autoattack"], "version": "1"}),
     ("protocol", {"name": "pgd", "version": "1", "seed": []}),
     ("stages", [{"name": "apgd"}]),
+    ("stages", [{**vars(results().stages[0]), "robust_acc": 1.5}]),
+    ("stages", [{**vars(results().stages[0]), "broken": -1}]),
     ("verdict", []),
     ("measures", {"wra": float("nan")}),
     ("missing", 3),
@@ -370,7 +378,7 @@ DAMAGED: list[tuple[str, Any]] = [
 def test_a_damaged_file_hides_no_other(
     case: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(DAMAGED) == 19
+    assert len(DAMAGED) == 21
     key, value = DAMAGED[case]
     put(tmp_path / "good")
     bad = put(tmp_path / "bad") / "results.json"

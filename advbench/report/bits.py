@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from advbench.report.collection import Entry
+from advbench.report.conditions import text_of
 from advbench.report.markup import Child, Markup, el
 
 
@@ -17,7 +17,7 @@ def count(number: int, noun: str) -> str:
 def chips(entry: Entry, varied: Sequence[str]) -> list[Markup]:
     """What sets an evaluation apart from its neighbours."""
     settings = entry.results.settings
-    found = [chip(key, plain(settings[key])) for key in varied if key in settings]
+    found = [chip(key, text_of(settings[key])) for key in varied if key in settings]
     if entry.results.missing:
         found.append(el("span", "unfinished", class_="warn"))
     return found
@@ -31,13 +31,6 @@ def chip(key: str, value: str) -> Markup:
 def joined(parts: Sequence[Markup]) -> list[Child]:
     """The parts with spaces between them, where a line may break."""
     return [child for part in parts for child in (part, " ")][:-1]
-
-
-def plain(value: Any) -> str:
-    """A value in few characters."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def percent(share: float) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from advbench.console import duration
 from advbench.report import collection
-from advbench.report.bits import chip, chips, count, joined, percent, plain, verdict
+from advbench.report.bits import chip, chips, count, joined, percent, verdict
 from advbench.report.collection import Entry, Group, Mean
-from advbench.report.conditions import Wording, is_weak
+from advbench.report.conditions import Wording, is_weak, text_of
 from advbench.report.leaderboard import READING_SEEDS, READING_WEAK, rank
 from advbench.report.markup import Markup, el
 
@@ -129,7 +129,7 @@ def _row(group: Group, varied: Sequence[str], anchors: Mapping[int, str]) -> Mar
     ]
     model = [el("div", joined(links), class_="name"), el("div", joined(told), class_="chips")]
     label = group.verdict or "-"
-    values = [f"{k} {plain(v)}" for k, v in first.results.settings.items() if k in varied]
+    values = [f"{k} {text_of(v)}" for k, v in first.results.settings.items() if k in varied]
     words = " ".join([first.results.run, *values, *facets.values()])
     cells = [
         el("td", model, class_="c-model", data_sort=first.results.run),

@@ -102,9 +102,10 @@ def columns_of(differing: Iterable[str]) -> list[str]:
 
 
 def text_of(value: Any) -> str:
+    """A value in few characters, as one would type it."""
     if value is None:
         return UNKNOWN
-    text = str(value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"{value:.6g}" if isinstance(value, float) and len(text) > 8 else text
 
 

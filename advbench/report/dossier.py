@@ -16,7 +16,7 @@ from advbench import runs
 from advbench.errors import UserError
 from advbench.report import plots
 from advbench.report.collection import NAMES, SEED, Entry, Group, groups, varying
-from advbench.report.conditions import place
+from advbench.report.conditions import place, text_of
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
 from advbench.report.leaderboard import rank
@@ -245,7 +245,7 @@ def board_plate(same: Sequence[Entry]) -> Plate:
     varied = varying(same)
     for group in sorted(groups(same), key=rank):
         settings = group.first.results.settings
-        told = [f"{k.rpartition('.')[2]} {settings[k]}" for k in varied if k in settings]
+        told = [f"{k.rpartition('.')[2]} {text_of(settings[k])}" for k in varied if k in settings]
         name = ", ".join(told) or group.first.results.run
         if group.first.results.missing:
             name = f"unfinished: {name}"

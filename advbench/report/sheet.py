@@ -12,8 +12,9 @@ from advbench import config
 from advbench.console import duration
 from advbench.errors import UserError
 from advbench.report import collection, commands, dossier, gallery, svg
-from advbench.report.bits import chips, joined, percent, plain, verdict
+from advbench.report.bits import chips, joined, percent, verdict
 from advbench.report.collection import Entry
+from advbench.report.conditions import text_of
 from advbench.report.dossier import Dossier, Plate
 from advbench.report.markup import Child, Markup, el
 from advbench.report.outcome import MEASURES
@@ -209,8 +210,8 @@ def _indicators(entry: Entry) -> Markup:
     rows = [
         (
             [el("b", str(i.get("id", "-"))), el("small", str(i.get("why", "")))],
-            plain(i.get("value", "-")),
-            plain(i.get("threshold", "-")),
+            text_of(i.get("value", "-")),
+            text_of(i.get("threshold", "-")),
             el("span", "yes", class_="warn") if i.get("triggered") else "no",
         )
         for i in (found if isinstance(found, list) else [])
@@ -279,4 +280,4 @@ def _provenance(entry: Entry) -> Markup:
 
 
 def _named(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(str(k).replace("_", " "), plain(v)) for k, v in values.items() if v is not None]
+    return [(str(k).replace("_", " "), text_of(v)) for k, v in values.items() if v is not None]

@@ -27,13 +27,14 @@ HELP = """advbench - train adversarial defenses, and measure honestly how robust
 
 usage: advbench VERB ...
 
+  advbench doctor                       what is installed, and whether attacks are right here
   advbench train                        train on the embedded digits with PGD adversarial training
-  advbench eval                         evaluate the newest training run with AutoAttack
-  advbench report outputs               a table of all results in a folder
+  advbench eval                         attack the newest training run with AutoAttack
   advbench list [GROUP]                 what there is: data, backbones, defenses, recipes, ...
   advbench list runs [PATH ...]         which runs there are, and what goes on with each
-  advbench copy experiment/NAME DIR     a shipped config of your own, to change
-  advbench doctor                       what is installed, and whether attacks are right here
+  advbench report outputs               tables of all results; --html FILE for a page
+  advbench report --compare A B         two evaluations, image by image
+  advbench copy GROUP/NAME DIR          a shipped config, to change and use with --config-dir DIR
   advbench export outputs/eval/RUN      a RobustBench entry, with what is left to fill in
 
 Settings follow as KEY=VALUE, in any order:
@@ -42,11 +43,12 @@ Settings follow as KEY=VALUE, in any order:
   advbench train recipe=standard trainer.epochs=10 optimizer.lr=0.05 seed=1
   advbench train -m seed=1,2,3                        several runs, one after the other
   advbench train -m hydra/launcher=joblib seed=1,2,3  ... or side by side (also submitit_slurm, ray)
-  advbench eval run=outputs/train/RUN protocol=pgd protocol.steps=100 n=1000
+  advbench eval run=outputs/train/RUN protocol=pgd n=1000 budget=10min
   advbench eval model=my_model.py:build weights=my.pt data=npz data.path=test.npz threat=linf_8
+  advbench eval model=robustbench:cifar10/Linf/NAME data.download=true
 
   advbench VERB --help                  every setting of that verb, with its value
-  advbench train --quiet ...            the outcome alone, in one line (eval too)
+  advbench train -q ...                 the outcome alone, in one line (eval too)
   advbench -sc install=bash             how to install completion (or zsh, fish)
   advbench --version
 """
@@ -144,7 +146,9 @@ def _check_options(verb: str, words: list[str]) -> None:
 
     parser = get_args_parser()
     parser.error = refuse
-    parser.parse_args(words)
+    given = parser.parse_args(words)
+    if given.multirun and given.cfg:
+        raise UserError("--cfg shows the config of one run: leave out -m, with one value per key")
 
 
 def _existing(verb: str, rest: list[str]) -> set[Path]:

@@ -278,6 +278,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "null": (["train", "data=null"], "null is no option: give GROUP=NAME"),
     "added key": (["train", "+epoch=3"], "no key 'epoch'"),
+    "config of a sweep": (["train", "-m", "seed=1,2", "--cfg", "job"], "leave out -m"),
     "no option": (["train", "--hepl"], "unrecognized arguments: --hepl (advbench train --help)"),
     "spaces": (["train", "seed", "=", "1"], "'seed' is not KEY=VALUE, without spaces around"),
     "space in a list": (["train", "-m", "seed=1,", "2"], "'seed=1,' ends with a comma"),
@@ -308,7 +309,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 97
+    assert len(MISTAKES) == 98
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

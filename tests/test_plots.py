@@ -171,6 +171,8 @@ def test_sweeps_are_found() -> None:
     (axes,) = plots.tradeoff(sweep.key, sweep.rows).axes
     assert [t.get_text() for t in axes.texts] == ["0", "0.5", "1"]
     assert not sweep.repeated
+    told = [plate.caption for plate in sweep.plates()]
+    assert all(text.startswith("jumprelu, pgd_at, linf 0.15, pgd 1 (weak).") for text in told)
     again = replace(results("again"), protocol={"name": "pgd", "version": "1", "seed": 7})
     more = Entry(Path("again"), replace(again, settings=found[0].results.settings))
     (sweep,) = dossier.sweeps([found[0], found[1], more, found[2]])

@@ -109,6 +109,11 @@ def text_of(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) and len(text) > 8 else text
 
 
+def protocol_of(entry: Entry) -> str:
+    """Title, version, and whether it flatters."""
+    return entry.protocol + (" (weak)" if is_weak(entry.conditions["protocol"]) else "")
+
+
 def is_weak(protocol: str) -> bool:
     """Whether its numbers flatter; of a protocol that is not ours nobody knows."""
     return protocol in WEAK or str(protocol).startswith("paper/")

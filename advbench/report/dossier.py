@@ -15,8 +15,8 @@ import numpy as np
 from advbench import runs
 from advbench.errors import UserError
 from advbench.report import plots
-from advbench.report.collection import NAMES, SEED, Entry, Group, groups, varying
-from advbench.report.conditions import place, text_of
+from advbench.report.collection import NAMES, SEED, UNKNOWN, Entry, Group, groups, varying
+from advbench.report.conditions import place, protocol_of, text_of
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
 from advbench.report.leaderboard import rank
@@ -202,7 +202,10 @@ class Sweep:
     repeated: bool = False
 
     def plates(self) -> Iterator[Plate]:
-        about = f"{self.first.results.run}, {self.first.threat_name}, {self.first.protocol}"
+        # Of trainings: each has a run of its own, but the names of all are the same.
+        names = [self.first.name(key) for key in NAMES if self.first.name(key) != UNKNOWN]
+        names = names or [self.first.results.run]
+        about = ", ".join([*names, self.first.threat_name, protocol_of(self.first)])
         if self.repeated:
             about += ". Of repeated evaluations the lowest"
         yield Plate(

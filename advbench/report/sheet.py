@@ -14,7 +14,7 @@ from advbench.errors import UserError
 from advbench.report import collection, commands, dossier, gallery, svg
 from advbench.report.bits import chips, joined, percent, verdict
 from advbench.report.collection import Entry
-from advbench.report.conditions import text_of
+from advbench.report.conditions import protocol_of, text_of
 from advbench.report.dossier import Dossier, Plate
 from advbench.report.markup import Child, Markup, el
 from advbench.report.outcome import MEASURES
@@ -72,7 +72,7 @@ def run(
             el("span", results.run, class_="name"),
             el("span", joined(chips(entry, varied)), class_="chips"),
         ),
-        el("span", f"{entry.data}, {entry.threat_name}, {entry.protocol}", class_="about"),
+        el("span", f"{entry.data}, {entry.threat_name}, {protocol_of(entry)}", class_="about"),
         el("span", f"{percent(results.robust.acc)} %", class_="value"),
     )
     parts: list[Child] = [_headline(entry)]

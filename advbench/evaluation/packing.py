@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def _added(node: fx.Node) -> fx.Node | None:
     return other if shapes[0] == shapes[1] == shapes[2] else None
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return type(modules.get(str(node.target))) is nn.ReLU
     return node.op == "call_function" and node.target in RELUS

@@ -140,5 +140,9 @@ def _unknown_key(problem: OmegaConfBaseException) -> str:
     parent = problem.parent_node
     keys = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
     prefix = full.rpartition(".")[0]
+    if isinstance(parent, DictConfig) and not keys:
+        if prefix in GROUPS:
+            return f"no key '{full}': choose {prefix}=NAME first (see: advbench list {prefix})"
+        return f"no key '{full}': add it with +{full}=VALUE"
     known = [f"{prefix}.{key}".lstrip(".") for key in keys if key not in ("_target_", "hydra")]
     return f"no key '{full}'{did_you_mean(full, known)}"

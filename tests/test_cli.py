@@ -276,6 +276,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         ["train", "defense=chain", "defense.members.beta=3"],
         "'defense.members' is a list, without a key 'beta': set it whole, defense.members=[...]",
     ),
+    "parameter": (
+        ["eval", "protocol=torchattacks", "protocol.params.steps=5"],
+        "add it with +protocol.params.steps=VALUE",
+    ),
+    "logger of none": (["train", "logger.mode=offline"], "choose logger=NAME first"),
     "null": (["train", "data=null"], "null is no option: give GROUP=NAME"),
     "added key": (["train", "+epoch=3"], "no key 'epoch'"),
     "config of a sweep": (["train", "-m", "seed=1,2", "--cfg", "job"], "leave out -m"),
@@ -309,7 +314,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 98
+    assert len(MISTAKES) == 100
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,18 @@ def test_every_page_is_tried() -> None:
         assert block.language in ("bash", "text") or block.mark.startswith("file=")
 
 
+def test_the_command_of_every_config_composes(
+    page_place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = 0
+    for file in sorted((DOCS.parent / "configs").rglob("*.yaml")):
+        command = re.search(r"^# (advbench (?:train|eval).*)$", file.read_text("utf-8"), re.M)
+        assert command is not None, f"{file} names no command"
+        assert composes(shlex.split(command[1])), f"{file.name}: {command[1]}"
+        seen += 1
+    assert seen > 80
+
+
 def test_links_lead_somewhere() -> None:
     links = 0
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:

@@ -176,15 +176,15 @@ class Engine:
             keep_images=self.keep_images,
             whole=self.traits.stochastic,
             watch=self.watch,
-            hurry=self._late,
+            hurry=self.hurry if self.units is None else self._late,
         )
         return lambda unit, wanted: single.run(wanted)
 
     def _late(self) -> bool:
-        """Whether time is up. A group that is attacked as a whole is lost if it is cut: one is
-        finished in any case, so that short sittings come to an end too.
+        """Whether time is up. Something is done in any case, so that short sittings come to an end
+        too: a group that is attacked as a whole would be lost if it were cut.
         """
-        return self.hurry() and (self.moved or self.units is None)
+        return self.moved and self.hurry()
 
     def _seed_noise(self, stage: str, unit: Unit) -> None:
         """Noise of a model's own has no key: a group of samples is repeatable as a whole."""
@@ -255,7 +255,7 @@ class Engine:
             self.watch.stage(CLEAN, len(pending))
         draws = VOTES if self.traits.stochastic else 1
         while len(pending):
-            if self.hurry():
+            if self._late():
                 return False
             begin = time.perf_counter()
             some = pending[: self.shapes.largest]
@@ -296,6 +296,7 @@ class Engine:
                 backwards=zeros,
             )
             store.append(CLEAN, records, time.perf_counter() - begin)
+            self.moved = True
             pending = pending[~torch.isin(pending, unit.own)]
             known = store.records(CLEAN)
             self.watch.progress(len(mine) - len(pending), int((~known.broken).sum()), len(known))

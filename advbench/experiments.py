@@ -132,7 +132,8 @@ def train(
             if first:
                 report.finish(summary)
     if first:
-        outcome.show_training(summary, folder, screen)
+        protocol = "autoattack" if type(defense) is Defense else "msa"
+        outcome.show_training(summary, folder, screen, protocol)
     return folder
 
 

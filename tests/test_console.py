@@ -245,13 +245,13 @@ def test_the_end_of_a_training(place: Path) -> None:
     assert summary.last == summary.guards == {}  # as before there was either
     for terminal, mark in ((True, "╭"), (False, "next: advbench eval run=here")):
         shown, stream = screen(terminal)
-        outcome.show_training(summary, Path("here"), shown)
+        outcome.show_training(summary, Path("here"), shown, "msa")
         text = stream.getvalue()
         assert mark in text and "2 of 3" in text and "50.0 %" in text
     assert str(Accuracy.of(50, 100)) not in text
     no_threat = replace(summary, val={**val, "robust": None, "attack": None})
     shown, stream = screen(terminal=True)
-    outcome.show_training(no_threat, Path("here"), shown)
+    outcome.show_training(no_threat, Path("here"), shown, "msa")
     assert "robust " not in stream.getvalue()
 
 

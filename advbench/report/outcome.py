@@ -26,13 +26,13 @@ MEASURES = {
 COLOURS = {"reliable": "green", "inconclusive": "yellow", "unreliable": "bold red"}
 
 
-def show_training(summary: Summary, folder: Path, screen: Screen) -> None:
-    """The end of a training."""
+def show_training(summary: Summary, folder: Path, screen: Screen, protocol: str) -> None:
+    """The end of a training.  protocol: what to evaluate it by."""
     val, n = summary.val, summary.val["n"]
     robust = "" if val.get("robust") is None else f", robust {100 * val['robust']:.1f} %"
     best = f"best epoch {summary.best_epoch} of {summary.epochs}: validation accuracy"
     said = f"{best} clean {100 * val['clean']:.1f} %{robust} (n = {n})"
-    command = f"advbench eval run={folder} protocol=autoattack"
+    command = f"advbench eval run={folder} protocol={protocol}"
     rows = _facts()
     rows.add_row("best epoch", f"{summary.best_epoch} of {summary.epochs}")
     rows.add_row("clean", _share(val["clean"], n))
@@ -56,7 +56,7 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     lines = [
         f"  after {stage.name}: {100 * stage.robust_acc:.1f} % "
         f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"
-        for stage in results.stages
+        for stage in _begun(results)
     ]
     lines += [f"clean accuracy  {results.clean}", f"robust accuracy {results.robust}, {bound()}"]
     lines += [f"  {MEASURES[k]}: {100 * value:.1f} %" for k, value in results.measures.items()]
@@ -103,7 +103,14 @@ def bound() -> str:
 
 
 def _unfinished(results: Results) -> str:
-    return f"time was up before the end of {', '.join(results.missing)}: the same command goes on"
+    first, *others = results.missing
+    more = f" and {len(others)} more stage{'s' * (len(others) > 1)}" if others else ""
+    return f"time was up before the end of {first}{more}: the same command goes on"
+
+
+def _begun(results: Results) -> list[StageResult]:
+    """Stages that were gone into: those that had nobody left to attack too."""
+    return [s for s in results.stages if s.attacked or s.name not in results.missing]
 
 
 def _stages(results: Results) -> Table:
@@ -113,7 +120,7 @@ def _stages(results: Results) -> Table:
         table.add_column(name, justify="right")
     table.add_column("")
     most = strongest(results)
-    for stage in results.stages:
+    for stage in _begun(results):
         table.add_row(
             Text(stage.name),
             str(stage.attacked),

@@ -30,6 +30,19 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float().div_(torch.full((), 255.0, device=images.device))
 
 
+def place(device: Device) -> torch.device:
+    """The device with its number: "cuda" and "cuda:0" are one place."""
+    return torch.empty(0, device=device).device
+
+
+def fingerprint(images: Tensor, labels: Tensor) -> str:
+    """Of images and labels in memory or in a mapped file, on the CPU, in their order and layout."""
+    digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
+    digest.update(images.numpy().data)
+    digest.update(labels.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 class Split(ABC):
     """One split of a data set: N labelled images.
 
@@ -100,7 +113,7 @@ class ArraySplit(Split):
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _on(self, device: Device) -> tuple[Tensor, Tensor]:
-        home = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one place
+        home = place(device)
         if home not in self._copies:
             self._copies[home] = (self.images.to(home), self.labels.to(home))
         return self._copies[home]
@@ -129,10 +142,7 @@ class ArraySplit(Split):
         return _mean_and_std(mean, (share * (values - mean[:, None]).square()).sum(1))
 
     def sha256(self) -> str:
-        digest = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)}".encode())
-        digest.update(self.images.numpy().data)
-        digest.update(self.labels.contiguous().numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self.images, self.labels)
 
     def subset(self, index: Tensor | Sequence[int]) -> ArraySplit:
         index = torch.as_tensor(index, dtype=torch.int64)

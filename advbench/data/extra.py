@@ -5,7 +5,6 @@ Nothing here tells a pseudo-label from a label, or checks that no image is one o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from advbench.data.archive import Archive
 from advbench.data.arrays import as_labels, as_pixels, image_shape, one_label_each
-from advbench.data.base import Device, Info, Split, to_unit
+from advbench.data.base import Device, Info, Split, fingerprint, place, to_unit
 from advbench.errors import UserError
 
 # The second pair is that of the generated sets of Rebuffi et al. 2021 and of Wang et al. 2023.
@@ -50,13 +49,13 @@ class StoredSplit(Split):
     def batches(
         self, order: Tensor, batch_size: int, device: Device, seed: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        there = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one place
+        there = place(device)
         # All at once: a copy to a device for each batch would wait for what the device does.
         for chunk in order.to(self._home(there)[0].device).split(batch_size):
             yield self.fetch(chunk, there)
 
     def fetch(self, index: Tensor, device: Device) -> tuple[Tensor, Tensor]:
-        device = torch.empty(0, device=device).device
+        device = place(device)
         images, labels = self._home(device)
         index = index.to(images.device)
         rows, classes = images.index_select(0, index), labels.index_select(0, index)
@@ -67,10 +66,7 @@ class StoredSplit(Split):
         return unit.permute(0, 3, 1, 2), classes.to(device, non_blocking=True)
 
     def sha256(self) -> str:
-        digest = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)}".encode())
-        digest.update(self.images.numpy().data)
-        digest.update(self.labels.contiguous().numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self.images, self.labels)
 
     def subset(self, index: Tensor | Sequence[int]) -> StoredSplit:
         index = torch.as_tensor(index, dtype=torch.int64)

@@ -21,7 +21,7 @@ from advbench.data.base import Splits
 from advbench.defenses.base import Defense, Part, Step, Surrogate, Traits
 from advbench.devices import in_company
 from advbench.errors import UserError, did_you_mean
-from advbench.surgery import modes_kept, twin
+from advbench.surgery import buffers_kept, modes_kept, twin
 
 INFERENCE = ("batch", "context")
 CONTEXT_SEED = 0  # of the choice of the context images
@@ -325,14 +325,9 @@ class HPM(Defense):
 @contextmanager
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Training mode; afterwards the modes and buffers are as before."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with modes_kept(model):
+    with modes_kept(model), buffers_kept(model):
         model.train()
-        try:
-            yield
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        yield
 
 
 def head_of(model: nn.Module) -> HPMHead:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advbench.defenses.base import PartName, Step
-from advbench.errors import UserError
-from advbench.recipes.base import AdversarialRecipe
+from advbench.defenses.base import Step
 from advbench.recipes.mtard import NearPGD
-from advbench.recipes.trades import divergence
+from advbench.recipes.trades import Consistent, divergence
 
 
 def runner_up(logits: Tensor, truth: Tensor) -> Tensor:
@@ -34,7 +31,7 @@ def runner_up(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MART(AdversarialRecipe):
+class MART(Consistent):
     """Boosted cross-entropy on x', and KL(p(x) || p(x')) weighted by how wrong the model is at x.
 
     -log p_y(x') - log(1 - max_{k != y} p_k(x')) + beta KL(p(x) || p(x')) (1 - p_y(x)), the mean
@@ -44,24 +41,10 @@ class MART(AdversarialRecipe):
     Where images were mixed, cross-entropy takes the shares of the classes, k runs over the classes
     that are not in the image, and p_y(x) is the mean over those that are (ours).
 
-    beta: lambda of the paper, at least 0.
-    steps, step_size: of the search, see ``advbench.attacks.pgd.PGD``; in pixel units.
-
-    Raises UserError for values out of range, and for l1 threats.
+    beta: lambda of the paper.
     """
 
     beta: float = 5.0
-    steps: int = 10
-    step_size: float | str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta < math.inf:
-            raise UserError(f"recipe.beta={self.beta:g} is not a number from 0 on")
-
-    @property
-    def parts(self) -> tuple[PartName, ...]:
-        return ("clean", "adversarial")
 
     def attack(self) -> NearPGD:
         return NearPGD(steps=self.steps, step_size=self.step_size)

@@ -17,7 +17,7 @@ from advbench.attacks.threat import Threat
 from advbench.defenses.base import Part, PartName, Step
 from advbench.devices import in_company
 from advbench.errors import UserError
-from advbench.recipes.base import Recipe
+from advbench.recipes.base import AdversarialRecipe
 from advbench.recipes.trades import NOISE, divergence
 
 GAMMA = 0.1  # of the weights' rate, at each milestone
@@ -65,7 +65,7 @@ class Balance(nn.Module):
 
 
 @dataclass(frozen=True)
-class MTARD(Recipe):
+class MTARD(AdversarialRecipe):
     """w_a KL(robust teacher(x') || student(x')) + w_n KL(standard teacher(x) || student(x)).
 
     x' is where the student's cross-entropy is large. w_n + w_a = 1, and the weight of a loss grows
@@ -93,8 +93,6 @@ class MTARD(Recipe):
         super().__post_init__()
         if self.label_smoothing:
             raise UserError("recipe=mtard has no cross-entropy to smooth: recipe.label_smoothing=0")
-        if self.threat is not None and self.threat.norm == "l1":
-            raise UserError("PGD's step is not defined for l1: train with threat=linf_8 or l2_05")
         if not 0 <= self.weight_rate <= 1:
             raise UserError(f"recipe.weight_rate={self.weight_rate:g} is not between 0 and 1")
         if self.robust_teacher is None or self.standard_teacher is None:
@@ -105,7 +103,6 @@ class MTARD(Recipe):
         for teacher in (self.robust_teacher, self.standard_teacher):
             if isinstance(teacher, nn.Module):
                 teacher.eval().requires_grad_(False)
-        self.attack()  # raises for values that it does not take, before anything is trained
 
     @property
     def parts(self) -> tuple[PartName, ...]:
@@ -115,11 +112,7 @@ class MTARD(Recipe):
         return Balance()
 
     def attack(self) -> NearPGD:
-        """The search that makes x'."""
         return NearPGD(steps=self.steps, step_size=self.step_size)
-
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self.search(self.attack(), model, x, y)
 
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
         """Raises UserError for a teacher with another number of classes than the student."""

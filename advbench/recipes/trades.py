@@ -56,10 +56,10 @@ class DivergencePGD(PGD):
 
 
 @dataclass(frozen=True)
-class TRADES(AdversarialRecipe):
-    """Cross-entropy on x plus beta KL(model(x) || model(x')), and x' where that KL is large.
+class Consistent(AdversarialRecipe):
+    """A recipe on x and x' with beta times a divergence between the answers there in its loss.
 
-    beta: 1 / lambda of the paper, at least 0.
+    beta: at least 0.
     steps, step_size: of the search, see ``advbench.attacks.pgd.PGD``; in pixel units.
 
     Raises UserError for values out of range, and for l1 threats.
@@ -77,6 +77,14 @@ class TRADES(AdversarialRecipe):
     @property
     def parts(self) -> tuple[PartName, ...]:
         return ("clean", "adversarial")
+
+
+@dataclass(frozen=True)
+class TRADES(Consistent):
+    """Cross-entropy on x plus beta KL(model(x) || model(x')), and x' where that KL is large.
+
+    beta: 1 / lambda of the paper.
+    """
 
     def attack(self) -> DivergencePGD:
         return DivergencePGD(steps=self.steps, step_size=self.step_size)

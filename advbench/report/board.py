@@ -33,7 +33,7 @@ def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -
 
     ranked: evaluations by conditions.  anchors: ids in the page, by ``id`` of the entry.
     """
-    bodies, rows = [], 0
+    bodies, rows, seeded = [], 0, False
     wording = Wording([Group((same[0],)) for same in ranked])
     for same in ranked:
         varied = collection.varying(same)
@@ -52,6 +52,7 @@ def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -
             ),
             class_="group",
         )
+        seeded |= any(len(group.entries) > 1 for group in best)
         lines = [_row(group, varied, anchors) for group in best]
         rows += len(lines)
         bodies.append(el("tbody", head, lines))
@@ -75,7 +76,7 @@ def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -
     notes = []
     if any(is_weak(same[0].conditions["protocol"]) for same in ranked):
         notes.append(READING_WEAK)
-    if any(len(group.entries) > 1 for same in ranked for group in collection.groups(same)):
+    if seeded:
         notes.append(READING_SEEDS)
     return el(
         "section",

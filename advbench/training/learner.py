@@ -76,7 +76,7 @@ class Learner:
             rows = settings.batch_size // fabric.world_size  # it compiles for one shape
             with self._cast():
                 self.note = compiled(model, settings.compile, *self._images(rows))
-        elif fresh:
+        elif fresh and "adversarial" in recipe.parts:
             self.target = target(model, *self._images(4))
         self.generator = torch.Generator(fabric.device)
 

@@ -25,14 +25,13 @@ import contextlib
 import io
 import json
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pyautoattack import AutoAttack
+from shared import advbench
 
 from advbench import config, subjects
 from advbench.attacks.threat import Threat
@@ -94,16 +93,6 @@ def table_of(scale: str) -> dict[str, Row]:
     }
 
 
-def advbench(verb: str, settings: str, folder: Path) -> None:
-    """Run one command in a directory of its own, unless it is finished."""
-    command = [sys.executable, "-m", "advbench", verb, *settings.split(), f"hydra.run.dir={folder}"]
-    done = folder / ("summary.json" if verb == "train" else "results.json")
-    if done.exists():
-        return
-    print(f"advbench {verb} {settings}", flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
 def naive(run: Path, overrides: str, n: int, seed: int, out: Path) -> None:
     """AutoAttack as somebody would run it who knows nothing of the model."""
     if out.exists():
@@ -142,7 +131,8 @@ def measure(args: argparse.Namespace, seed: int) -> None:
     wanted = args.rows or list(rows)
     for name in dict.fromkeys(["plain", "robust", *wanted]):
         owner = rows[rows[name].of or name]
-        advbench("train", f"seed={seed} {owner.train.format(**known)}", runs[name])
+        settings = [f"seed={seed}", *owner.train.format(**known).split()]
+        advbench("train", settings, runs[name])
     for name in wanted:
         row = rows[name]
         transfer = [str(runs[twin]) for twin in ("plain", "robust") if runs[twin] != runs[name]]
@@ -155,7 +145,7 @@ def measure(args: argparse.Namespace, seed: int) -> None:
         ):
             advbench(
                 "eval",
-                f"run={runs[name]} n={args.n} seed={seed} {settings} {row.eval}",
+                f"run={runs[name]} n={args.n} seed={seed} {settings} {row.eval}".split(),
                 home / f"{name}-s{seed}-{column}",
             )
         naive(runs[name], row.eval, args.n, seed, home / f"{name}-s{seed}-naive.json")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from pyautoattack import AutoAttack
+from shared import append, machine
 from torch import Tensor, nn
 
 import advbench
@@ -34,7 +34,6 @@ from advbench.evaluation.protocol import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import subset
 from advbench.evaluation.searcher import Speed, ask, searcher
-from advbench.files import write_text
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 TOOLS = ("fast", "fast-bf16", "pyautoattack", "torchattacks")
@@ -186,11 +185,10 @@ def main() -> None:
         record = {
             "date": time.strftime("%Y-%m-%d"), "run": given.run.name, "threat": str(threat),
             "n": len(y), "batch": batch, "threads": given.threads, "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
+            "machine": machine(given.device),
             "ms_forward": 1e3 * prices.forward, "ms_both": 1e3 * prices.both, "tools": rows,
         }  # fmt: skip
-        before = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
-        write_text(given.out, before + json.dumps(record) + "\n")
+        append(given.out, record)
 
 
 if __name__ == "__main__":

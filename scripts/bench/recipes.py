@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+from shared import advbench
 
 from advbench.files import short_hash
 from advbench.results import Accuracy, Results
@@ -41,16 +40,6 @@ ROWS = {
     "mtard": "recipe=mtard recipe.robust_teacher={pgd_at} recipe.standard_teacher={standard}",
 }
 """Settings of each row; {NAME} stands for the run of that row and the same seed."""
-
-
-def advbench(verb: str, settings: Sequence[str], folder: Path) -> None:
-    """Run one command in a directory of its own, unless it is finished."""
-    done = folder / ("summary.json" if verb == "train" else "results.json")
-    if done.exists():
-        return
-    print("advbench", verb, *settings, flush=True)
-    command = [sys.executable, "-m", "advbench", verb, *settings, f"hydra.run.dir={folder}"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def training(args: argparse.Namespace, name: str, seed: int) -> tuple[list[str], Path]:

@@ -13,9 +13,7 @@ process; what is printed are medians, and the median of the ratios within a turn
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ import torch
 import torchattacks
 import torchvision
 from lightning_fabric import Fabric
+from shared import append, machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +36,6 @@ from advbench.backbones.wide_resnet import wide_resnet
 from advbench.data.augment import Augment
 from advbench.data.base import ArraySplit, Source, Split, Splits
 from advbench.defenses.base import Defense
-from advbench.files import write_text
 from advbench.recipes.base import frozen
 from advbench.recipes.pgd_at import PGDAT
 from advbench.training.learner import Learner
@@ -222,19 +220,15 @@ def main() -> None:
             flush=True,
         )
         if given.out is not None:
-            machine = platform.processor() or platform.machine()
-            if given.device == "cuda":
-                machine = torch.cuda.get_device_name()
             record = {
                 "date": time.strftime("%Y-%m-%d"), "model": name, "batch": given.batch,
                 "shape": SHAPE["input_shape"], "steps": STEPS, "device": given.device,
                 "bf16": given.bf16, "compile": given.compile, "threads": given.threads,
-                "machine": machine, "torch": torch.__version__,
+                "machine": machine(given.device), "torch": torch.__version__,
                 "torchvision": torchvision.__version__,
                 "folded": bench.learner.target is not None, "ratios": ratios, "seconds": seconds,
             }  # fmt: skip
-            before = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
-            write_text(given.out, before + json.dumps(record) + "\n")
+            append(given.out, record)
 
 
 if __name__ == "__main__":

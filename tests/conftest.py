@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -13,10 +12,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def own_modules() -> Iterator[None]:
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Files of a test, imported in this process, do not keep their names from the next test's."""
-    before = set(sys.modules)
+    before, folder = set(sys.modules), str(tmp_path_factory.getbasetemp())
     yield
     for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(tempfile.gettempdir()):
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
             del sys.modules[name]

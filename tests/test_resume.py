@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Mapping
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, trainer, optimiz
         epoch, batch = position(parts)
         assert epoch * STEPS + batch == stop_at
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "accuracies", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(loop, "accuracies", Mock(side_effect=KeyboardInterrupt))
         fit(parts, trainer, optimizer=optimizer, defense=Planted(prepared=prepared))
     notes: list[str] = []
 

@@ -12,7 +12,7 @@ from advbench.backbones.mobilenet import mobilenet_v2
 from advbench.backbones.preact_resnet import preact_resnet18
 from advbench.backbones.resnet import resnet20, resnet50
 from advbench.evaluation.packing import PackedConv, packed
-from advbench.evaluation.searcher import Searcher, Speed, searcher
+from advbench.evaluation.searcher import Searcher, Speed, ask, searcher
 
 CASES = {  # convolutions; sums and ReLUs that they take in
     "convnet": (convnet, 4, 0, 4),
@@ -34,15 +34,18 @@ def test_backbones_are_packed_and_unchanged(name: str) -> None:
     model = factory(num_classes=5, input_shape=[3, 16, 16], mean=[0.4] * 3, std=[0.3] * 3).eval()
     x, y = images(), torch.arange(3)
     fast = searcher(model, Speed(), Clean(torch.arange(3), x, y))
-    assert isinstance(fast, Searcher) and isinstance(fast.quick, fx.GraphModule)
-    own = [module for module in fast.quick.modules() if isinstance(module, PackedConv)]
-    calls = [len(node.args) for node in fast.quick.graph.nodes if "packed" in str(node.target)]
+    assert isinstance(fast, Searcher) and isinstance(fast.model, fx.GraphModule)
+    own = [module for module in fast.model.modules() if isinstance(module, PackedConv)]
+    calls = [len(node.args) for node in fast.model.graph.nodes if "packed" in str(node.target)]
     assert len(own) == convolutions and calls.count(2) == sums
     assert sum(conv.relu for conv in own) == relus
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(fast(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5)
-    assert fast(x.requires_grad_()).requires_grad  # with a gradient, the other copy
+    clean = Clean(torch.arange(3), x, y)
+    (logits, gradient), (logits_fast, gradient_fast) = ask(model, clean), ask(fast, clean)
+    torch.testing.assert_close(logits_fast, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient_fast, gradient, rtol=1e-3, atol=1e-5)
 
 
 class Shared(nn.Module):
@@ -71,3 +74,8 @@ def test_what_does_not_fit_stays_as_it_is() -> None:
     assert [conv.relu for conv in own] == [False, False]  # a and d, without what follows
     with torch.no_grad():
         torch.testing.assert_close(quick(x), model(x))
+    slopes = []
+    for net in (quick, model):
+        point = x.clone().requires_grad_()
+        slopes.append(torch.autograd.grad(net(point).square().sum(), point)[0])
+    torch.testing.assert_close(*slopes)

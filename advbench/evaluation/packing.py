@@ -1,8 +1,8 @@
-"""Forward passes alone, on a CPU: convolutions with weights laid out once, and what follows inside.
+"""Frozen convolutions on a CPU: weights laid out once, and what follows inside.
 
 PyTorch lays out a convolution's weights anew at every call, and goes over its output again for the
 addition and the ReLU that follow. oneDNN has operators that do both inside, the ones that
-``torch.compile`` lowers to; they have no gradient.
+``torch.compile`` lowers to; they have no gradient, so it is given to them here, in the input alone.
 """
 
 from __future__ import annotations
@@ -14,11 +14,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 SUMS = (operator.add, operator.iadd, torch.add)
 RELUS = (torch.relu, torch.relu_, F.relu)
+
+
+class _Convolve(torch.autograd.Function):
+    """A packed convolution with its gradient in the input and in what is added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor | None, conv: PackedConv) -> Tensor:
+        out = conv.convolve(x, other)
+        ctx.conv, ctx.shape = conv, x.shape
+        ctx.save_for_backward(*([out] if conv.relu else []))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        for out in ctx.saved_tensors:
+            gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
+        back = ctx.conv.back(gradient, ctx.shape) if ctx.needs_input_grad[0] else None
+        return back, gradient if ctx.needs_input_grad[1] else None, None
 
 
 class PackedConv(nn.Module):
@@ -31,6 +51,7 @@ class PackedConv(nn.Module):
         super().__init__()
         self.how = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
         self.relu = relu
+        self.plain = conv.weight.detach()
         # Plain attributes: what is laid out can neither be copied nor saved.
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
@@ -38,17 +59,29 @@ class PackedConv(nn.Module):
         )
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        convolve: Any = torch.ops.mkldnn._convolution_pointwise
+        if torch.is_grad_enabled():
+            return _Convolve.apply(x, other, self)  # pyright: ignore[reportReturnType]
+        return self.convolve(x, other)
+
+    def back(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient in an input of that shape."""
+        padding, stride, dilation, groups = self.how
+        x = torch.empty(shape, memory_format=torch.channels_last)  # for its form alone
+        others = None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        return torch.ops.aten.convolution_backward(gradient, x, self.plain, *others)[0]
+
+    def convolve(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        run: Any = torch.ops.mkldnn._convolution_pointwise
         filters = self.weight, self.bias, *self.how
         if other is None:
-            return convolve(x, *filters, "relu" if self.relu else "none", [], "")
+            return run(x, *filters, "relu" if self.relu else "none", [], "")
         after = "relu" if self.relu else None
-        return convolve.binary(x, other, *filters, "add", 1.0, after, [], "")
+        return run.binary(x, other, *filters, "add", 1.0, after, [], "")
 
 
 @torch.no_grad()
 def packed(model: fx.GraphModule, x: Tensor) -> fx.GraphModule:
-    """A copy of a traced model for forward passes without gradients of inputs like ``x``.
+    """A copy of a traced model whose weights are frozen, for inputs like ``x``.
 
     x: (N, C, H, W) float32 on the CPU.
     """

@@ -2,7 +2,7 @@
 
 A search asks millions of questions and is trusted with none of the answers, so its copy of the
 model may round differently: channels last, batch normalisation folded into the convolutions, on a
-CPU other kernels for passes without a gradient, and, where asked for, bfloat16.
+CPU operators that do more at a time, and, where asked for, bfloat16.
 """
 
 from __future__ import annotations
@@ -49,18 +49,10 @@ class Speed:
 
 
 class Searcher(nn.Module):
-    """A copy of a model for searching. Input (N, C, H, W) as the model's; logits float32.
-
-    quick: the same function for passes without a gradient.
-    """
+    """A copy of a model for searching. Input (N, C, H, W) as the model's; logits float32."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        speed: Speed,
-        device: torch.device,
-        layout: torch.memory_format,
-        quick: nn.Module | None = None,
+        self, model: nn.Module, speed: Speed, device: torch.device, layout: torch.memory_format
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,13 +62,11 @@ class Searcher(nn.Module):
         self.call = (
             torch.compile(model, dynamic=False, mode=speed.compile) if speed.compile else model
         )
-        self.quick = self.call if quick is None or speed != Speed() else quick
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.layout)
-        call = self.call if torch.is_grad_enabled() else self.quick
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
-            return call(x).float()
+            return self.call(x).float()
 
 
 def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = False) -> nn.Module:
@@ -101,20 +91,21 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
     for layout in (torch.channels_last, torch.contiguous_format):
         for candidate in candidates:
             laid = candidate.to(memory_format=layout)
-            for quick in (_quick(laid, clean.x.contiguous(memory_format=layout)), None):
+            few = clean.x.contiguous(memory_format=layout)
+            for copied in (*(_packed(laid, few) if speed == Speed() else ()), laid):
                 # Compared in float32: bf16 differs by more than a wrong fold would.
-                exact = Searcher(laid, Speed(), clean.x.device, layout, quick)
+                exact = Searcher(copied, Speed(), clean.x.device, layout)
                 if _agree(model, exact, clean, stochastic):
-                    return Searcher(laid, speed, clean.x.device, layout, quick).eval()
+                    return Searcher(copied, speed, clean.x.device, layout).eval()
     return model
 
 
-def _quick(model: nn.Module, x: Tensor) -> nn.Module | None:
-    """The model for passes without a gradient, where there is a quicker way."""
+def _packed(model: nn.Module, x: Tensor) -> list[nn.Module]:
+    """The model in operators that do more at a time, if there are such."""
     if isinstance(model, fx.GraphModule) and x.device.type == "cpu":
         with suppress(Exception):  # operators of another build of PyTorch
-            return packed(model, x)
-    return None
+            return [packed(model, x)]
+    return []
 
 
 def _agree(model: nn.Module, fast: nn.Module, clean: Clean, stochastic: bool) -> bool:

@@ -5,9 +5,9 @@
 
 All tools attack the same images of the same model, one after the other, in one process, with the
 same number of threads. The floor of a tool's time is what its passes would cost at the least: the
-rows that it sent forwards and backwards, each at the best price that any batch size, memory layout
-and fused copy of the model had before or after the runs. pyautoattack comes first: our engine makes
-the C library keep freed memory, which would help it too.
+rows that it sent forwards and backwards, each at the best price (a median) that any batch size,
+memory layout and fused copy of the model had before or after the runs. pyautoattack comes first:
+our engine makes the C library keep freed memory, which would help it too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +55,10 @@ class Prices:
             part = Clean(*(field[rows] for field in self.clean))
             for model in self.copies:
                 self.forward = min(
-                    self.forward, _best(lambda m=model, p=part: m(p.x), seconds) / batch
+                    self.forward, _typical(lambda m=model, p=part: m(p.x), seconds) / batch
                 )
                 self.both = min(
-                    self.both, _best(lambda m=model, p=part: ask(m, p), seconds) / batch
+                    self.both, _typical(lambda m=model, p=part: ask(m, p), seconds) / batch
                 )
 
     def floor(self, forwards: int, backwards: int) -> float:
@@ -66,15 +67,16 @@ class Prices:
 
 
 @torch.no_grad()
-def _best(work: Callable[[], Any], seconds: float) -> float:
+def _typical(work: Callable[[], Any], seconds: float) -> float:
+    """The median: of the luckiest moments no long run is made."""
     work()
-    best, end = float("inf"), time.perf_counter() + seconds
+    times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
         work()
         _wait()
-        best = min(best, time.perf_counter() - begin)
-    return best
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def _wait() -> None:

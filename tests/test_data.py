@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from advbench.data import sources, torchvision_sets
+from advbench.data import arrays, sources, torchvision_sets
 from advbench.data.augment import Augment
 from advbench.data.base import ArraySplit, Split, Splits, hold_out, to_unit
 from advbench.data.stream import random_box
@@ -530,6 +530,8 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
     ({"x_test": X.transpose(0, 3, 1, 2)}, r"looks like \(N, C, H, W\).*transpose\(0, 2, 3, 1\)"),
     ({"x_test": X[0, 0]}, r"has shape \(6, 3\): images are \(N, H, W, C\)"),
     ({"x_test": X.astype(np.int64)}, "x_test in .* is int64: store uint8"),
+    ({"x_test": X // 128}, r"uint8 with 1 as its largest.*store x.astype\('float32'\) / 1$"),
+    ({"x_test": X // 15 % 17}, r"uint8 with 16 as its largest.*store x.astype\('float32'\) / 16$"),
     ({"x_test": X.astype(np.float32)}, r"from 0 to 255, outside \[0, 1\]: divide by 255 or store"),
     ({"x_test": UNIT * 2 - 1}, r"outside \[0, 1\]: undo the normalisation"),
     ({"x_test": with_value(UNIT, math.nan)}, "x_test in .* holds NaN or infinity"),
@@ -603,15 +605,29 @@ def test_npz_for_training_alone(tmp_path: Path) -> None:
 
 
 def test_number_of_classes_is_asked_for_where_it_cannot_be_seen(tmp_path: Path) -> None:
-    path = write_npz(tmp_path, y_train=Y + 5, y_test=Y + 5)
-    with pytest.raises(UserError, match=r"8 labels and one of them is 8: .*data.num_classes=K"):
+    for labels, least, most in ((Y + 5, 5, 8), (Y + 1, 1, 4), (Y * 0, 0, 0)):
+        path = write_npz(tmp_path, y_train=labels, y_test=labels)
+        says = f"y_train in .* labels from {least} to {most}: .*data.num_classes=K"
+        with pytest.raises(UserError, match=says) as error:
+            assert sources.npz(path=path).info
+        one_line(error)
+    path = write_npz(tmp_path, y_train=Y * 5, y_test=Y * 5)
+    with pytest.raises(UserError, match=r"8 labels and one of them is 15: .*data.num_classes=K"):
         assert sources.npz(path=path).info
+    alone = write_npz(tmp_path, x_train=None, y_train=None, y_test=Y + 1)
+    assert sources.npz(path=alone).info.num_classes == 5, "a test set may miss a class"
+    path = write_npz(tmp_path, y_train=Y + 5, y_test=Y + 5)
     data = sources.npz(path=path, num_classes=10)
     assert data.info.num_classes == 10 and len(data.test) == 8
     with pytest.raises(UserError, match="has the label 8, and there are 6 classes"):
         assert sources.npz(path=path, num_classes=6).train
-    with pytest.raises(UserError, match=r"data.num_classes=0"):
-        sources.npz(path=path, num_classes=0)
+    with pytest.raises(UserError, match=r"data.num_classes=1"):
+        sources.npz(path=path, num_classes=1)
+
+
+def test_small_maps_of_many_channels_are_no_mistake() -> None:
+    assert arrays.image_shape((5, 4, 4, 8), "x") == (8, 4, 4)
+    assert arrays.image_shape((5, 1, 1, 16), "x") == (16, 1, 1)
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -941,6 +957,15 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(photos: dict[str, Any
                 messages.append(str(error))
         assert len(messages) == 2 and messages[0] == messages[1]
         assert re.fullmatch(r"'.*1.png' cannot be read as an image \(.*\): remove.*", messages[0])
+
+
+@forks
+def test_more_than_eight_bits_are_refused_and_not_cut_off(photos: dict[str, Any]) -> None:
+    path = Path(photos["root"]) / "test" / "b" / "1.png"
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path)
+    split = sources.imagefolder(**{**photos, "workers": 0}).test
+    with pytest.raises(UserError, match=r"1.png' has more than 8 bits per value: store 8-bit"):
+        everything(split)
 
 
 def test_fingerprint_of_a_folder_sees_paths_sizes_labels_and_geometry(

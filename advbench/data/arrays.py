@@ -11,6 +11,8 @@ from advbench.errors import UserError
 
 # Float images may stick out of [0, 1] by rounding; the referee tolerates as much.
 TOLERANCE = 1e-6
+# No 8-bit images are as dark as this: they were counted from 0 to 1, or to 16.
+DARKEST = 16
 
 
 def image_shape(shape: tuple[int, ...], what: str) -> tuple[int, int, int]:
@@ -20,7 +22,7 @@ def image_shape(shape: tuple[int, ...], what: str) -> tuple[int, int, int]:
     if 0 in shape:
         raise UserError(f"{what} is empty (shape {shape}): give at least one image")
     _, height, width, channels = (*shape, 1)[:4]
-    if height <= 4 < channels:
+    if height <= 4 < min(width, channels):  # maps of 4x4 may have any number of channels
         raise UserError(
             f"{what} has shape {shape}, which looks like (N, C, H, W): "
             f"store x.transpose(0, 2, 3, 1)"
@@ -46,7 +48,15 @@ def as_pixels(x: np.ndarray, what: str) -> np.ndarray:
 
 
 def as_images(x: np.ndarray, what: str) -> Tensor:
-    """Images as (N, C, H, W), else as ``as_pixels`` takes and returns them."""
+    """Images as (N, C, H, W), else as ``as_pixels`` takes and returns them.
+
+    Raises UserError for what that refuses, and for uint8 images that use a fraction of the range.
+    """
+    if x.dtype == np.uint8 and x.size and (highest := int(x.max())) <= DARKEST:
+        raise UserError(
+            f"{what} is uint8 with {highest} as its largest value, and 255 means white: "
+            f"store x.astype('float32') / {max(highest, 1)}"
+        )
     return torch.from_numpy(np.ascontiguousarray(as_pixels(x, what).transpose(0, 3, 1, 2)))
 
 

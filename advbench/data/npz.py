@@ -17,12 +17,13 @@ class NpzSource(Source):
     Each array is read when its part is opened.
 
     name: how results call the data; None is "npz:" and the name of the file.
-    num_classes: None is the largest label plus one, of the training part where there is one.
+    num_classes: at least 2; None is the largest label plus one, of the training part where there is
+        one.
     """
 
     def __init__(self, path: str, name: str | None, num_classes: int | None) -> None:
-        if num_classes is not None and num_classes < 1:
-            raise UserError(f"data.num_classes={num_classes}: give a number from 1 on, or null")
+        if num_classes is not None and num_classes < 2:
+            raise UserError(f"data.num_classes={num_classes}: give a number from 2 on, or null")
         self._num_classes = num_classes
         self._file = Archive(path, "data.path", ("x_train", "y_train", "x_test", "y_test"))
         self.name = name or f"npz:{self._file.path.stem}"
@@ -45,12 +46,20 @@ class NpzSource(Source):
         if count is None:
             self._require(self._reference)
             key = f"y_{self._reference}"
-            labels = as_labels(self._file.read(key), self._file.what(key))
-            count = int(labels.max()) + 1
+            what, labels = (
+                self._file.what(key),
+                as_labels(self._file.read(key), self._file.what(key)),
+            )
+            lowest, count = int(labels.min()), int(labels.max()) + 1
+            if self.has_train and (lowest > 0 or count < 2):
+                raise UserError(
+                    f"{what} has labels from {lowest} to {count - 1}: number the classes from 0, "
+                    f"or say how many there are with data.num_classes=K"
+                )
             # Identifiers or the rare labels of a few samples: a guess would be wrong either way.
             if count > len(labels):
                 raise UserError(
-                    f"{self._file.what(key)} has {len(labels)} labels and one of them is "
+                    f"{what} has {len(labels)} labels and one of them is "
                     f"{count - 1}: say how many classes there are with data.num_classes=K"
                 )
         return tuple(str(label) for label in range(count))

@@ -73,6 +73,8 @@ class ImageFiles(Dataset):
         path = self.path(index)
         try:
             with Image.open(path) as file:
+                if file.mode == "F" or file.mode.startswith("I"):  # conversion would cut it off
+                    return f"'{path}' has more than 8 bits per value: store 8-bit images"
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"'{path}' cannot be read as an image ({error}): remove it or replace it"

@@ -39,6 +39,7 @@ from advbench.models import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.training import loop, schedules
+from advbench.training.averaging import Average
 from advbench.training.checkpoint import (
     remove_leftovers,
     save_weights,
@@ -230,22 +231,38 @@ def test_average_of_the_weights_by_hand(tmp_path):
     trainer = Trainer(epochs=1, batch_size=16, ema=0.3, val_steps=1)
     model = net()
     start = state(model)
+    parameters = {name for name, _ in model.named_parameters()}
     fit(tmp_path, trainer, model=model, defense=recorder)
     assert len(recorder.weights) == STEPS
     average = start
     for t, weights in enumerate(recorder.weights):
         decay = min(0.3, (1 + t) / (10 + t))
-        for name, value in weights.items():
-            if value.is_floating_point():
-                average[name] = decay * average[name] + (1 - decay) * value
+        for name in parameters:
+            average[name] = decay * average[name] + (1 - decay) * weights[name]
     kept = read_weights(tmp_path / "last.safetensors")
-    floats = [name for name, value in kept.items() if value.is_floating_point()]
-    assert "trunk.1.running_mean" in floats and len(floats) == 8
-    for name in floats:
+    copied = kept.keys() - parameters
+    assert "trunk.1.running_mean" in copied and (len(parameters), len(copied)) == (6, 3)
+    for name in parameters:
         torch.testing.assert_close(kept[name], average[name])
         assert not torch.equal(kept[name], recorder.weights[-1][name])
+    for name in copied:
+        assert torch.equal(kept[name], recorder.weights[-1][name])
     best = (tmp_path / "model.safetensors").read_bytes()
     assert best == (tmp_path / "last.safetensors").read_bytes()
+
+
+def test_what_modules_share_is_averaged_once():
+    shared = nn.Linear(2, 2, bias=False)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(2, 2))
+    average = Average(model, 0.5)
+    start = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    average.update(model, 50)
+    assert len(start) == 3 and average.module[0] is average.module[2]
+    for kept, before in zip(average.module.parameters(), start, strict=True):
+        torch.testing.assert_close(kept, before + 0.5)
 
 
 def test_every_step_has_its_learning_rate_and_a_clipped_gradient(tmp_path):

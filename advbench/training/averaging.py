@@ -9,11 +9,14 @@ from torch import nn
 
 
 class Average:
-    """w' <- d w' + (1 - d) w after each step, buffers as well; whole numbers are copied.
+    """w' <- d w' + (1 - d) w after each step, for parameters; buffers are those of the model.
 
-    d = min(decay, (1 + t) / (10 + t)) after t steps, so that the start is soon forgotten: as in the
-    codes of Gowal et al. 2020 (arXiv 2010.03593), Rebuffi et al. 2021 (arXiv 2103.01946) and Wang
-    et al. 2023 (arXiv 2302.04638), which take a decay of 0.995.
+    d = min(decay, (1 + t) / (10 + t)) after t steps, so that the start is soon forgotten, and batch
+    norm with the running statistics of the weights that are trained: as in the codes of Gowal et
+    al. 2020 (arXiv 2010.03593), Rebuffi et al. 2021 (arXiv 2103.01946) and Wang et al. 2023 (arXiv
+    2302.04638), which take a decay of 0.995. Wang et al. count t from the end of a warm-up, and
+    average nothing before; here, as in the others, it counts from the first step. That the state of
+    a defense (prototypes) is copied as running statistics are is ours.
 
     decay: in (0, 1).  module: the average.
     """
@@ -26,10 +29,8 @@ class Average:
     def update(self, model: nn.Module, step: int) -> None:
         """step: t, from 0. Waits for no device, as PyTorch's ``AveragedModel`` does."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        ours, theirs = self.module.state_dict(), model.state_dict()
-        moving = [name for name, value in ours.items() if value.is_floating_point()]
-        for name in ours.keys() - moving:
-            ours[name].copy_(theirs[name])
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [ours[n] for n in moving], [theirs[n] for n in moving], 1 - decay
-        )
+        # Not by state_dict: there, what modules share comes once for each of them.
+        ours, theirs = list(self.module.parameters()), list(model.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            kept.copy_(buffer)

@@ -20,7 +20,7 @@ from advbench.config import build, options
 from advbench.data.augment import Augment
 from advbench.data.base import ArraySplit, Splits
 from advbench.defenses.base import Defense, Part, Step, Traits
-from advbench.defenses.hpm import CONTEXT_SEED, HPM, head_of
+from advbench.defenses.hpm import CONTEXT_SEED, HPM, HPMHead, head_of
 from advbench.errors import UserError
 from advbench.models import load_weights
 from advbench.recipes.standard import Standard
@@ -310,6 +310,22 @@ def test_samples_that_are_their_class_means_give_a_finite_temperature():
     model = hpm.apply(bare()).eval()
     hpm.prepare(model, few([0, 1, 2, 3] * 4, x))
     assert head_of(model).log_temperature.isfinite()
+
+
+def test_a_training_validates_in_the_batches_of_an_evaluation(tmp_path, monkeypatch):
+    rows = []
+
+    def forward(head: HPMHead, h: Tensor) -> Tensor:
+        if not (head.training or torch.is_grad_enabled()):
+            rows.append(len(h))
+        return native(head, h)
+
+    native = HPMHead.forward
+    monkeypatch.setattr(HPMHead, "forward", forward)
+    hpm = HPM(eval_batch=10)
+    trainer = Trainer(epochs=1, batch_size=16, val_steps=1)
+    fit(tmp_path, trainer, model=hpm.apply(net()), defense=hpm, recipe=Standard(), threat=None)
+    assert rows == [10, 10, 10], "24 images, whatever the batches of the training"
 
 
 def test_after_epoch_reads_the_same_images_again():

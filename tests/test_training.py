@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -33,12 +34,12 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.config import options
 from advbench.data.base import ArraySplit
-from advbench.defenses.base import Defense, Step
+from advbench.defenses.base import Defense, Step, Traits
 from advbench.errors import UserError
 from advbench.models import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
-from advbench.training import loop, schedules
+from advbench.training import loop, schedules, validation
 from advbench.training.averaging import Average
 from advbench.training.checkpoint import (
     remove_leftovers,
@@ -51,7 +52,7 @@ from advbench.training.optimizers import SGD, AdamW
 from advbench.training.randomness import deal, derive, permutation
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
-from advbench.training.validation import accuracies
+from advbench.training.validation import accuracies, fixed_batches
 
 # Schedules and optimizers
 
@@ -260,9 +261,10 @@ def test_what_modules_share_is_averaged_once():
         for parameter in model.parameters():
             parameter.add_(1)
     average.update(model, 50)
-    assert len(start) == 3 and average.module[0] is average.module[2]
-    for kept, before in zip(average.module.parameters(), start, strict=True):
-        torch.testing.assert_close(kept, before + 0.5)
+    kept: Any = average.module
+    assert len(start) == 3 and kept[0] is kept[2]
+    for now, before in zip(kept.parameters(), start, strict=True):
+        torch.testing.assert_close(now, before + 0.5)
 
 
 def test_every_step_has_its_learning_rate_and_a_clipped_gradient(tmp_path):
@@ -359,11 +361,11 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch):
             seen.append(("loss", step.adversarial.logits.dtype == torch.bfloat16))
             return super().loss_terms(model, step)
 
-    def validation(*args, **kwargs):
+    def validated(*args, **kwargs):
         seen.append(("validation", torch.is_autocast_enabled("cpu")))
         return accuracies(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "accuracies", validation)
+    monkeypatch.setattr(loop, "accuracies", validated)
     trainer = Trainer(epochs=3, batch_size=16, precision="bf16-mixed", val_steps=1)
     summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1))
     assert set(seen) == {("attack", True), ("loss", True), ("validation", False)}
@@ -393,7 +395,14 @@ def test_validation_of_a_linear_model_in_closed_form():
 
     def measure(threat: Threat | None, batch_size: int = 16) -> tuple[float, float | None]:
         return accuracies(
-            model, split, threat, steps=5, seed=0, batch_size=batch_size, fabric=fabric
+            model,
+            split,
+            threat,
+            steps=5,
+            seed=0,
+            batch_size=batch_size,
+            fabric=fabric,
+            traits=Traits(),
         )
 
     survives = (margin.abs() > 0.1 * weight.abs().sum())[5:].sum().item()
@@ -420,7 +429,14 @@ def test_validation_attacks_the_same_points_whatever_the_batch_and_the_generator
         calls: list[Tensor] = []
         torch.manual_seed(seed)
         accuracies(
-            model, ArraySplit(x, y), THREAT, steps=1, seed=0, batch_size=batch_size, fabric=fabric
+            model,
+            ArraySplit(x, y),
+            THREAT,
+            steps=1,
+            seed=0,
+            batch_size=batch_size,
+            fabric=fabric,
+            traits=Traits(),
         )
         clean, _, final = (torch.cat(calls[first::3]) for first in range(3))
         assert torch.equal(clean, x) and not torch.equal(final, x)
@@ -438,8 +454,64 @@ def test_what_is_wrong_from_the_start_is_not_robust():
 
     split = ArraySplit(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64))
     fabric = Fabric(accelerator="cpu", devices=1)
-    result = accuracies(OffGrid(), split, THREAT, steps=1, seed=0, batch_size=4, fabric=fabric)
+    result = accuracies(
+        OffGrid(), split, THREAT, steps=1, seed=0, batch_size=4, fabric=fabric, traits=Traits()
+    )
     assert result == (0, 0)
+
+
+@dataclass
+class Crew:
+    """One of several processes, whose sums are added up by hand."""
+
+    global_rank: int
+    world_size: int
+    device: str = "cpu"
+
+
+@pytest.mark.parametrize(("total", "size"), [(23, 8), (16, 8), (5, 8)])
+def test_a_batch_dependent_model_is_validated_in_its_fixed_batches(monkeypatch, total, size):
+    """As it is judged: whole batches of that size, the same for any number of processes."""
+    x = torch.arange(total).float().view(-1, 1, 1, 1) / total
+    split = ArraySplit(x, torch.arange(total) % 2)
+    met: list[Tensor] = []
+
+    class Odd(nn.Module):
+        """Class 1 where a row's place in its batch is odd, and so right in some places."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            met.append((x.flatten() * total).round().long())
+            odd = torch.arange(len(x)) % 2 == 1
+            return torch.stack([~odd, odd], 1).float()
+
+    monkeypatch.setattr(validation, "gather", lambda value, _: value[None])
+    found = []
+    for ranks in (1, 2, 4):
+        met.clear()
+        clean = 0.0
+        for rank in range(ranks):
+            crew: Any = Crew(rank, ranks)
+            share, none = accuracies(
+                Odd(), split, None, steps=1, seed=ranks, batch_size=3, fabric=crew,
+                traits=Traits(batch_dependent=True, batch_size=size),
+            )  # fmt: skip
+            assert none is None
+            clean += share
+        found.append((sorted(ids.tolist() for ids in met), clean))
+    assert found[1:] == found[:1] * 2
+    batches = fixed_batches(total, size)
+    order = torch.cat([ids for ids, _ in batches])
+    assert found[0][0] == sorted(ids.tolist() for ids, _ in batches)
+    assert len(order) == -(-total // size) * size and {len(ids) for ids, _ in batches} == {size}
+    assert order[:total].sort().values.tolist() == list(range(total)) != order[:total].tolist()
+    assert torch.equal(order[total:], order[:total].repeat(2)[: len(order) - total])
+    assert [own for _, own in batches] == [size] * (total // size) + [total % size] * bool(
+        total % size
+    )
+    # Each sample counts once, where it is met first.
+    place = torch.arange(len(order)) % size
+    right = (order % 2 == place % 2)[:total].sum().item()
+    assert found[0][1] == pytest.approx(right / total) and 0 < right < total
 
 
 # Files

@@ -177,6 +177,7 @@ class Fit:
                 seed=self.seed,
                 batch_size=self.share,
                 fabric=fabric,
+                traits=self.defense.traits(self.learner.kept),
             )
         row["val_clean"] = clean
         if robust is not None:

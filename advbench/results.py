@@ -121,6 +121,16 @@ class Results:
     schema: str = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
+    @property
+    def begun(self) -> tuple[StageResult, ...]:
+        """Stages that were gone into: those that had nobody left to attack too."""
+        return tuple(s for s in self.stages if s.attacked or s.name not in self.missing)
+
+    @property
+    def finished(self) -> tuple[StageResult, ...]:
+        """Stages that came to their end."""
+        return tuple(s for s in self.stages if s.name not in self.missing)
+
         order = (
             "schema",
             "run",

@@ -162,6 +162,16 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
     assert "time was up before the end of second" in page(tmp_path / "half").text
 
 
+def test_stages_that_never_ran_are_not_in_the_table(tmp_path: Path) -> None:
+    first, second = results().stages
+    stages = (first, replace(second, name="halfway"), replace(second, name="unbegun", attacked=0))
+    found = results(stages=stages, missing=("halfway", "unbegun"))
+    write(tmp_path / "a", found, bare=True)
+    text = page(tmp_path).text
+    assert "halfway because unfinished model" in text
+    assert text.count("unbegun") == text.count("before the end of halfway, unbegun") == 2
+
+
 def test_links_are_not_followed(tmp_path: Path) -> None:
     real = write(tmp_path / "elsewhere", results("secret"), images=True)
     folder = write(tmp_path / "in/a", results(), bare=True)

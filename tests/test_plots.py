@@ -18,7 +18,7 @@ from advbench.report.collection import Entry
 from advbench.report.evidence import UNKNOWN, Evidence
 from advbench.report.gallery import BRIGHTER, DARKER, Gallery, Picture
 from advbench.report.style import CLEAN, style
-from advbench.results import Accuracy
+from advbench.results import Accuracy, Results
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,41 @@ def test_curve_starts_clean_and_ends_at_the_threat() -> None:
     (axes,) = plots.curve({"net": found}).axes
     x, y = axes.lines[0].get_data()
     assert np.allclose(x, [0, 0.05, 0.1, 0.15]) and np.allclose(y, [95, 90, 70, 50])  # pyright: ignore
+
+
+def stopped(found: Results, *missing: str) -> Results:
+    """As time left it: nothing attacked in the last of ``missing``, half of it in the first."""
+    stages = [
+        s if s.name not in missing else replace(s, attacked=3 if s.name == missing[0] else 0)
+        for s in found.stages
+    ]
+    return replace(found, stages=tuple(stages), missing=missing)
+
+
+def test_a_curve_ends_where_it_was_stopped() -> None:
+    found = stopped(curve("net", 0.9, 0.9, 0.9), "eps-0.1", "eps-0.15")
+    assert plots.radii(found) == [0.05]
+    (plate,) = dossier.Dossier(Entry(Path("net"), found)).plates()
+    assert plate.caption.endswith("Unfinished: time was up before the end of eps-0.1, eps-0.15.")
+    (axes,) = plate.draw().axes
+    assert axes.lines[0].get_xdata().tolist() == [0, 0.05]  # pyright: ignore
+    assert axes.get_xlim()[1] > 0.15  # what is missing is to be seen
+    assert axes.get_title(loc="left") == "unfinished: 2 radii to go"
+    at_once = stopped(found, "eps-0.05", "eps-0.1", "eps-0.15")
+    (plate,) = dossier.Dossier(Entry(Path("net"), at_once)).plates()
+    assert plate.name == "stages"
+
+
+def test_stages_that_never_ran_are_not_shown() -> None:
+    last = results().stages[-1]
+    found = replace(results(), stages=(*results().stages, replace(last, name="third")))
+    (plate,) = dossier.Dossier(Entry(Path("net"), stopped(found, "second", "third"))).plates()
+    assert "Unfinished: time was up before the end of second, third." in plate.caption
+    (axes,) = plate.draw().axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["clean", "first", "unfinished: second"]
+    over = replace(found, stages=(*found.stages[:-1], replace(found.stages[-1], attacked=0)))
+    assert over.begun == over.stages  # nobody was left for the third
 
 
 def test_heat_maps_tell_numbers() -> None:

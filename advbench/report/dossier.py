@@ -64,14 +64,15 @@ class Dossier:
                 "curve",
                 "Robust accuracy over the radius",
                 "A sample that breaks at one radius is broken at every larger one. "
-                "Band: Wilson 95 %.",
+                f"Band: Wilson 95 %.{self._unfinished()}",
                 lambda: plots.curve({results.run: results}),
             )
         else:
             yield Plate(
                 "stages",
                 "What each stage left",
-                "Accuracy after each attack in turn, each on the survivors. Bars: Wilson 95 %.",
+                "Accuracy after each attack in turn, each on the survivors. Bars: Wilson 95 %."
+                f"{self._unfinished()}",
                 lambda: plots.stages(results),
             )
         if evidence is None or not len(evidence.classes()):
@@ -107,6 +108,13 @@ class Dossier:
             "Training",
             f"Accuracy and loss over the epochs.{chosen}",
             lambda: plots.learning(self.learning, self.best),
+        )
+
+    def _unfinished(self) -> str:
+        """What the figures do not show, because it was not done."""
+        missing = self.entry.results.missing
+        return (
+            f" Unfinished: time was up before the end of {', '.join(missing)}." if missing else ""
         )
 
     @staticmethod

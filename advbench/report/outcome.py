@@ -56,7 +56,7 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     lines = [
         f"  after {stage.name}: {100 * stage.robust_acc:.1f} % "
         f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"
-        for stage in _begun(results)
+        for stage in results.begun
     ]
     lines += [f"clean accuracy  {results.clean}", f"robust accuracy {results.robust}, {bound()}"]
     lines += [f"  {MEASURES[k]}: {100 * value:.1f} %" for k, value in results.measures.items()]
@@ -108,11 +108,6 @@ def _unfinished(results: Results) -> str:
     return f"time was up before the end of {first}{more}: the same command goes on"
 
 
-def _begun(results: Results) -> list[StageResult]:
-    """Stages that were gone into: those that had nobody left to attack too."""
-    return [s for s in results.stages if s.attacked or s.name not in results.missing]
-
-
 def _stages(results: Results) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("stage")
@@ -120,7 +115,7 @@ def _stages(results: Results) -> Table:
         table.add_column(name, justify="right")
     table.add_column("")
     most = strongest(results)
-    for stage in _begun(results):
+    for stage in results.begun:
         table.add_row(
             Text(stage.name),
             str(stage.attacked),

@@ -24,7 +24,7 @@ from advbench.report.style import (
     ROBUST,
     SERIES,
 )
-from advbench.results import Accuracy, Results
+from advbench.results import Accuracy, Results, StageResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,34 +73,35 @@ def _percent(axes: Axes, which: str = "y") -> None:
 # --- one evaluation -----------------------------------------------------------------------------
 
 
-def after_stages(results: Results) -> list[tuple[str, Accuracy]]:
-    """Accuracy on clean images and after each stage."""
+def _after(results: Results, stages: Sequence[StageResult]) -> list[Accuracy]:
+    """Accuracy on clean images and after each of the stages."""
     n = int(results.data["n"])
-    rows = [("clean", results.clean)]
-    rows += [(s.name, Accuracy.of(round(s.robust_acc * n), n)) for s in results.stages]
-    return rows
+    return [results.clean, *(Accuracy.of(round(s.robust_acc * n), n) for s in stages)]
 
 
 def stages(results: Results) -> Figure:
-    """What is left after each stage, from the top to the bottom."""
-    rows = after_stages(results)
-    figure, axes = canvas(0.62 + 0.2 * len(rows))
-    centre, lengths = _whiskers([accuracy for _, accuracy in rows])
-    y = np.arange(len(rows))
+    """What is left after each stage that was begun, from the top to the bottom."""
+    names = ["clean"] + [
+        f"unfinished: {stage.name}" if stage.name in results.missing else stage.name
+        for stage in results.begun
+    ]
+    figure, axes = canvas(0.62 + 0.2 * len(names))
+    centre, lengths = _whiskers(_after(results, results.begun))
+    y = np.arange(len(names))
     axes.step(centre, y, where="pre", color=GRID, linewidth=1.2, zorder=1)
     for i in y:
         colour = CLEAN if i == 0 else ROBUST
         axes.errorbar(centre[i], i, xerr=lengths[:, i : i + 1], fmt="o", color=colour)
-    axes.set_yticks(y, [short(name) for name, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(y, [short(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
     _percent(axes, "x")
     axes.set_xlabel("accuracy (%)")
     return figure
 
 
 def radii(results: Results) -> list[float]:
-    """The radius of each stage of an evaluation over radii; empty for another protocol."""
-    names = [stage.name.removeprefix("eps-") for stage in results.stages]
+    """The radii that an evaluation over radii finished; empty for another protocol."""
+    names = [stage.name.removeprefix("eps-") for stage in results.finished]
     try:
         return [float(name) for name in names] if results.protocol["name"] == "curve" else []
     except ValueError:  # no result of ours
@@ -108,11 +109,14 @@ def radii(results: Results) -> list[float]:
 
 
 def curve(rows: Mapping[str, Results]) -> Figure:
-    """Robust accuracy over the radius, of one evaluation or of several, by name."""
+    """Robust accuracy over the radius, of one evaluation or of several, by name.
+
+    The curve of one that did not finish ends where it stopped, before the radius of the threat.
+    """
     figure, axes = canvas(2.3 if len(rows) == 1 else 2.3 + 0.17 * len(rows))
     for i, (name, results) in enumerate(rows.items()):
         x = np.array([0.0, *radii(results)])
-        centre, lengths = _whiskers([accuracy for _, accuracy in after_stages(results)])
+        centre, lengths = _whiskers(_after(results, results.finished))
         colour = SERIES[i % len(SERIES)]
         marker = MARKERS[i % len(MARKERS)]
         axes.fill_between(
@@ -121,9 +125,11 @@ def curve(rows: Mapping[str, Results]) -> Figure:
         axes.plot(x, centre, color=colour, marker=marker, label=short(name, 44), clip_on=False)
     _percent(axes)
     axes.grid(True, axis="x")
-    axes.set_xlim(left=0)
-    norm = next(iter(rows.values())).threat["norm"]
-    axes.set_xlabel(f"radius ({norm}, pixels in [0, 1])")
+    threat = next(iter(rows.values())).threat
+    axes.set_xlim(0, 1.02 * threat["eps"])
+    if todo := sum(len(r.stages) - len(r.finished) for r in rows.values()):
+        axes.set_title(f"unfinished: {todo} radii to go", loc="left", color=MUTED)
+    axes.set_xlabel(f"radius ({threat['norm']}, pixels in [0, 1])")
     axes.set_ylabel("robust accuracy (%)")
     if len(rows) > 1:
         figure.legend(loc="outside upper left")

@@ -178,9 +178,15 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[Child]], numbers: se
 
 
 def _stages(entry: Entry) -> Markup:
+    missing = entry.results.missing
+    unfinished = el("span", "unfinished", class_="warn")
     rows = [
         (
-            [el("b", str(s.name)), el("small", str(s.why))],
+            [
+                el("b", str(s.name)),
+                el("small", str(s.why)),
+                unfinished if s.name in missing else None,
+            ],
             str(s.target),
             f"{s.attacked:,}",
             f"{s.broken:,}",
@@ -189,7 +195,7 @@ def _stages(entry: Entry) -> Markup:
             f"{s.backwards:,}",
             duration(s.seconds),
         )
-        for s in entry.results.stages
+        for s in entry.results.begun
     ]
     headings = (
         "Stage",

@@ -81,24 +81,38 @@ def test_every_batch_has_the_fraction(
     batches = fed(feed, 0)
     assert len(batches) == len(data.train) // batch_size == feed.steps, "as many as without"
     for batch in batches:
-        assert [mark for mark, _ in batch] == [0] * (batch_size - extra) + [1] * extra
+        assert sorted(mark for mark, _ in batch) == [0] * (batch_size - extra) + [1] * extra
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_place_of_a_row_says_nothing_of_its_origin(ranks: int, tmp_path: Path) -> None:
+    data, epochs = splits(tmp_path, 0.5), 100
+    for rank in range(ranks):
+        feed = Feed(data, 0, BATCH, rank, ranks)
+        marks = torch.tensor(
+            [[m for m, _ in batch] for e in range(epochs) for batch in fed(feed, e)]
+        )
+        share = marks.float().mean(0)
+        assert len(share) == BATCH // ranks and len(marks) == epochs * STEPS
+        # Four standard errors of a fair coin.
+        assert (share - 0.5).abs().max() < 4 * 0.5 / len(marks) ** 0.5
+        assert len({tuple(row) for row in marks.tolist()}) > 60, "each batch in its own order"
 
 
 def test_none_comes_again_before_all_of_its_kind_did(tmp_path: Path) -> None:
     data = splits(tmp_path)
-    rows = [
-        row for epoch in range(40) for batch in fed(Feed(data, 3, BATCH), epoch) for row in batch
-    ]
+    batches = [batch for epoch in range(40) for batch in fed(Feed(data, 3, BATCH), epoch)]
     held = {number for _, number in read(*data.val.fetch(torch.arange(VAL), "cpu"))}
     kinds = {0: set(range(ORIGINAL)) - held, 1: set(range(EXTRA))}
     for mark, everything in kinds.items():
-        stream = [number for m, number in rows if m == mark]
-        size = len(everything)
-        passes = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
-        assert len(passes) >= 10
-        assert all(set(numbers) == everything for numbers in passes)
-        assert len({tuple(numbers) for numbers in passes}) == len(passes), "shuffled anew"
-    assert held and len(rows) == 40 * STEPS * BATCH
+        seen = Counter(dict.fromkeys(everything, 0))
+        for batch in batches:
+            seen.update(number for m, number in batch if m == mark)
+            assert max(seen.values()) - min(seen.values()) <= 1
+        assert seen.keys() == everything and min(seen.values()) >= 10
+        together = {frozenset(n for m, n in batch if m == mark) for batch in batches}
+        assert len(together) == len(batches), "shuffled anew"
+    assert held and len(batches) == 40 * STEPS
 
 
 def test_a_stretch_is_cut_out_of_passes_in_orders_of_their_own() -> None:

@@ -62,8 +62,8 @@ class Feed:
     def batches(self, epoch: int, first: int, device: Device) -> Iterator[tuple[Tensor, Tensor]]:
         """The rank's share of each batch of an epoch, from batch ``first`` on: x, y on ``device``.
 
-        Original rows come before extra ones; each share has the same number of rows, and the same
-        fraction of extra ones up to one row.
+        Original and extra rows come in random order; each share has the same number of rows, and
+        the same fraction of extra ones up to one row.
         """
         if first >= self.steps:
             return
@@ -79,12 +79,21 @@ class Feed:
         # Row by row in turns, as if the two were one batch.
         own = own[:, self.rank :: self.ranks]
         added = added[:, (self.rank - self.originals) % self.ranks :: self.ranks]
-        for (x, y), (x_extra, y_extra) in zip(
+        for (x, y), (x_extra, y_extra), order in zip(
             train.batches(own.flatten(), own.shape[1], device, seed=seed),
             extra.batches(added.flatten(), added.shape[1], device),
+            self._shuffles(epoch, share)[first:].to(device),
             strict=True,
         ):
-            yield torch.cat([x, x_extra]), torch.cat([y, y_extra])
+            yield torch.cat([x, x_extra])[order], torch.cat([y, y_extra])[order]
+
+    def _shuffles(self, epoch: int, share: int) -> Tensor:
+        """The order of the rows in each batch of an epoch, for recipes that go by their place:
+        (steps, share).
+        """
+        generator = torch.Generator().manual_seed(derive(self.seed, "mix", self.rank, epoch))
+        keys = torch.rand(self.steps, share, generator=generator)
+        return keys.argsort(dim=1, stable=True)
 
     def _rows(self, count: int, purpose: str, width: int, epoch: int, first: int) -> Tensor:
         """Which samples each coming batch of the epoch takes of one kind: (batches, width)."""

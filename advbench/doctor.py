@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from advbench import api, config, provenance
+from advbench import api, config, provenance, shell
 from advbench.attacks.threat import Threat
 from advbench.console import table_console
 from advbench.data import torchvision_sets
@@ -156,7 +156,9 @@ def data_sets(root: Path) -> Iterator[Finding]:
         if not missing:
             value = f"at {', '.join(map(str, files))}"
         else:
-            value = f"no {missing[0]}: advbench train data={source.name} data.download=true"
+            elsewhere = None if root == Path(config.shipped("data", source.name).root) else root
+            fetch = {"data": source.name, "data.root": elsewhere, "data.download": True}
+            value = f"no {missing[0]}: {shell.command('train', fetch)}"
         yield Finding("data", source.name, value)
     folder = root / "imagenet"
     there = all((folder / part).is_dir() for part in ("train", "val"))

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from advbench import config, models, runs, subjects
+from advbench import config, models, runs, shell, subjects
 from advbench.attacks.threat import Threat
 from advbench.console import Bar, EvaluationView, Screen, TrainingView
 from advbench.data.base import Info, Splits
@@ -133,7 +133,9 @@ def train(
                 report.finish(summary)
     if first:
         protocol = "autoattack" if type(defense) is Defense else "msa"
-        outcome.show_training(summary, folder, screen, protocol)
+        code = {"plugins": list(cfg.plugins)}
+        following = shell.command("eval", {"run": str(folder), "protocol": protocol, **code})
+        outcome.show_training(summary, folder, screen, following)
     return folder
 
 
@@ -161,11 +163,8 @@ def evaluate(
         asked = cfg
         home, cfg = _resumed(cfg.resume, "eval")
         if (asked.model, asked.weights) != (cfg.model, cfg.weights):
-            again = "".join(f" {k}={cfg[k]}" for k in ("model", "weights") if cfg[k] is not None)
-            raise UserError(
-                f"model=FILE.py runs code, so it is said again: advbench eval resume={home.folder}"
-                f"{again}"
-            )
+            again = runs.going_on(home.folder, cfg)
+            raise UserError(f"model=FILE.py runs code, so it is said again: {again}")
     if cfg.run is not None and cfg.model is not None:
         raise UserError("give run=DIR or model=FILE.py:FACTORY, not both")
     if cfg.weights is not None and cfg.model is None:
@@ -255,7 +254,7 @@ def evaluate(
 def _resumed(run: str, kind: str) -> tuple[Home, DictConfig]:
     """The directory and the config of an interrupted run."""
     folder = Path(run)
-    if runs.kind_of(folder) != kind:
+    if runs.kind_in(folder) != kind:
         raise UserError(f"resume={run} is not the directory of an advbench {kind} run")
     runs.refuse_links(folder)
     return Home(folder, exact=True), config.read(folder / runs.CONFIG)

@@ -9,14 +9,15 @@ on where it was interrupted, and a finished run is not run again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from advbench import config
+from advbench import config, shell
 from advbench.errors import UserError
 from advbench.files import write_text
 
@@ -29,11 +30,24 @@ WITHOUT_WORK = {".lock", "log.txt", "plan.json", "base.safetensors", "epoch.pt",
 """Files that a run has before it has done anything."""
 
 
-def kind_of(folder: Path) -> str | None:
-    """``train`` or ``eval``, from the config that the run keeps; None if it is no run."""
-    if not (folder / CONFIG).is_file():
-        return None
-    return "train" if "recipe" in config.read(folder / CONFIG) else "eval"
+def kind_of(kept: Mapping[Any, Any]) -> Literal["train", "eval"] | None:
+    """Of what verb a run's config is; None if it is something else."""
+    return "train" if "recipe" in kept else "eval" if "protocol" in kept else None
+
+
+def kind_in(folder: Path) -> Literal["train", "eval"] | None:
+    """Of what verb the run in the directory is; None if it is no run."""
+    return kind_of(config.read(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+
+
+def going_on(folder: Path, kept: Mapping[Any, Any]) -> str:
+    """The command that goes on with a run; code is run only where the command line names it.
+
+    kept: the run's config.
+    """
+    again = {key: kept.get(key) for key in ("model", "weights")}
+    plugins = list(kept.get("plugins") or ())
+    return shell.command(str(kind_of(kept)), {"resume": str(folder), **again, "plugins": plugins})
 
 
 def trained_to_end(folder: Path) -> bool:
@@ -46,13 +60,14 @@ def find(folder: str | Path) -> Path:
     if not path.is_dir():
         raise UserError(f"there is no run '{path}'{_offer()}")
     refuse_links(path)
-    kind = kind_of(path)
+    kind = kind_in(path)
     if kind is None:
-        raise UserError(f"'{path}' is not a run: it has no {CONFIG}{_offer()}")
+        raise UserError(f"'{path}' is not a run: it has no {CONFIG} of one{_offer()}")
     if kind == "eval":
         raise UserError(f"'{path}' is an evaluation; give the training run that it evaluated")
     if not trained_to_end(path):
-        raise UserError(f"'{path}' did not finish; go on with: advbench train resume={path}")
+        again = going_on(path, config.read(path / CONFIG))
+        raise UserError(f"'{path}' did not finish; go on with: {again}")
     return path
 
 
@@ -82,7 +97,11 @@ def trained() -> list[Path]:
 
 def _offer() -> str:
     runs = trained()
-    return f"; the newest is run={runs[-1]}" if runs else "; make one with: advbench train"
+    return (
+        f"; the newest is {shell.word('run', str(runs[-1]))}"
+        if runs
+        else "; make one with: advbench train"
+    )
 
 
 @contextmanager
@@ -122,7 +141,7 @@ def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
     """
     path = folder / CONFIG
     if path.exists() and not compare:
-        if kind_of(folder) == "train":
+        if kind_in(folder) == "train":
             raise UserError(
                 f"'{folder}' holds a training run; give hydra.run.dir=DIR with a new DIR"
             )

@@ -25,7 +25,7 @@ LAYERS = [
     ["defenses"],
     ["attacks", "backbones", "data", "provenance"],
     ["results"],
-    ["surgery", "files", "devices", "searchpath"],
+    ["surgery", "files", "devices", "searchpath", "shell"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

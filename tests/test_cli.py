@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 import advbench
-from advbench import config
+from advbench import config, shell
 from advbench.cli import main
 from advbench.report import catalogue
 from advbench.results import Results
@@ -152,6 +154,25 @@ def test_a_plugin_is_named_on_the_command_line(place: Path) -> None:
     assert main([*command, "plugins=[mine.py]"]) == 0
     assert main(["eval", "run=mine_run", "protocol=clean", "plugins=[mine.py]"]) == 0
     assert main(["eval", "run=mine_run", "protocol=clean"]) == 2
+
+
+def test_what_is_suggested_can_be_typed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a training with a plugin, and for a run that did not finish, whatever its name is."""
+    Path("my [1].py").write_text("")
+    home, code = "outputs/train/seed=1,recipe=it's mine", shell.setting("plugins", ["my [1].py"])
+    command = ["train", code, shell.setting("hydra.run.dir", home), *FAST]
+    assert main(command) == 0
+    (told,) = re.findall("^next: advbench (.+)$", capsys.readouterr().out, re.MULTILINE)
+    words = shlex.split(told)
+    assert code in words
+    assert main([*words, "n=5", "budget=0.1s"]) == 0
+    Path(f"{home}/summary.json").unlink()
+    assert main(["eval", shell.setting("run", home)]) == 2
+    told = capsys.readouterr().err.rpartition("go on with: advbench ")[2]
+    assert main(shlex.split(told)) == 0
+    assert main(["eval", "run=nothing"]) == 2
+    told = capsys.readouterr().err.rpartition("the newest is ")[2]
+    assert shlex.split(told) == [shell.setting("run", home)]
 
 
 def save(name: str, **changes: np.ndarray) -> str:

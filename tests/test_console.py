@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from advbench import console
+from advbench import console, shell
 from advbench.cli import main
 from advbench.console import Bar, EvaluationView, Meter, Screen, TrainingView, duration, number
 from advbench.errors import UserError
@@ -243,15 +243,16 @@ def test_the_end_of_a_training(place: Path) -> None:
     )
     summary = replace(Summary.load(place / "old.json"), best_epoch=2, epochs=3, val=val)
     assert summary.last == summary.guards == {}  # as before there was either
-    for terminal, mark in ((True, "╭"), (False, "next: advbench eval run=here")):
+    command = "advbench eval run=here"
+    for terminal, mark in ((True, "╭"), (False, f"next: {command}")):
         shown, stream = screen(terminal)
-        outcome.show_training(summary, Path("here"), shown, "msa")
+        outcome.show_training(summary, Path("here"), shown, command)
         text = stream.getvalue()
         assert mark in text and "2 of 3" in text and "50.0 %" in text
     assert str(Accuracy.of(50, 100)) not in text
     no_threat = replace(summary, val={**val, "robust": None, "attack": None})
     shown, stream = screen(terminal=True)
-    outcome.show_training(no_threat, Path("here"), shown, "msa")
+    outcome.show_training(no_threat, Path("here"), shown, command)
     assert "robust " not in stream.getvalue()
 
 
@@ -337,14 +338,17 @@ def test_the_states_of_runs(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_goes_on_is_what_the_list_says(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for a name with a space, a plugin and a model that is code."""
+    """Also for names with signs of Hydra's, a plugin and a model that is code."""
     monkeypatch.chdir(tmp_path)
     Path("plug.py").write_text("")
     code = "from torch import nn\n\n\ndef build():\n"
     code += "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     Path("own.py").write_text(code)
-    assert main(["train", *FAST, "plugins=[plug.py]", "hydra.run.dir=a b"]) == 0
-    Path("a b/summary.json").unlink()
+    names = ("a b", "seed=1,recipe=standard", "it's [one]")
+    for name in names:
+        home = shell.setting("hydra.run.dir", name)
+        assert main(["train", *FAST, "plugins=[plug.py]", home]) == 0
+        Path(f"{name}/summary.json").unlink()
     model = ["model=own.py:build", "data=digits", "threat=linf_8", *EVAL, "protocol.steps=3000"]
     assert main(["eval", *model, "budget=0.1s", "hydra.run.dir=late"]) == 0
     found = {str(run.folder): run for run in inventory.find([Path(".")])}
@@ -357,7 +361,7 @@ def test_what_goes_on_is_what_the_list_says(
             assert arguments[-1] == "model=own.py:build"
             arguments.append("budget=0.1s")
         assert main(arguments) == 0, run.resume
-    assert Path("a b/summary.json").exists()
+    assert all(Path(f"{name}/summary.json").exists() for name in names)
 
 
 def test_a_hundred_runs_are_listed_without_torch(place: Path, tmp_path: Path) -> None:

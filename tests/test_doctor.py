@@ -85,7 +85,10 @@ def test_data_sets_are_found_and_how_to_get_the_others() -> None:
     assert found["svhn"] == "at sets/train_32x32.mat, sets/test_32x32.mat"
     Path("sets/test_32x32.mat").unlink()
     again = {finding.name: finding.value for finding in doctor.data_sets(Path("sets"))}
-    assert "no sets/test_32x32.mat: advbench train data=svhn data.download=true" in again["svhn"]
+    command = "advbench train data=svhn data.root=sets data.download=true"
+    assert again["svhn"] == f"no sets/test_32x32.mat: {command}"
+    usual = {finding.name: finding.value for finding in doctor.data_sets(Path("data"))}
+    assert usual["mnist"] == "no data/MNIST: advbench train data=mnist data.download=true"
 
 
 def test_extras_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from advbench import shell
 from advbench.data.base import Part, Source
 from advbench.data.stream import ImageFiles, StreamSplit
 from advbench.errors import UserError, did_you_mean
@@ -147,6 +148,7 @@ class ImageNetSource(FolderSource):
         if len(names) != 1000:
             raise UserError(
                 f"'{folder}' has {len(names)} class folders, not the 1000 of imagenet: "
-                f"complete it, or read it as it is with data=imagefolder data.root='{self.root}'"
+                "complete it, or read it as it is with data=imagefolder "
+                f"{shell.word('data.root', str(self.root))}"
             )
         return names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -11,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from advbench import config
+from advbench import config, runs, shell
 from advbench.errors import UserError
 
 _FROM_DATA = ("num_classes", "input_shape", "mean", "std")
@@ -24,9 +23,8 @@ def command(kept: Mapping[str, Any]) -> str:
     kept: config.yaml of a training or an evaluation, plain. An experiment is said as what it
     chooses. Raises UserError for a config without choices, or of another kind.
     """
-    verb = "train" if "recipe" in kept else "eval"
-    choices = kept.get("choices")
-    if not isinstance(choices, Mapping):
+    verb, choices = runs.kind_of(kept), kept.get("choices")
+    if verb is None or not isinstance(choices, Mapping):
         raise UserError("the run's config does not say which options were chosen")
     usual = _defaults(verb)
     words = []
@@ -74,26 +72,4 @@ def _differences(prefix: str, node: Mapping[str, Any], usual: Mapping[str, Any])
         if isinstance(value, Mapping) and isinstance(known, Mapping) and "_target_" not in value:
             yield from _differences(full, value, known)
         elif value != known or (key not in usual and value is not None):
-            yield f"{full}={_literal(value)}"
-
-
-def _literal(value: Any) -> str:
-    """A value in Hydra's grammar."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(_literal, value))}]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_literal(part)}" for key, part in value.items()) + "}"
-    text = str(value)
-    if isinstance(value, int | float) or _bare(text):
-        return text
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return f'"{escaped}"'
-
-
-def _bare(text: str) -> bool:
-    """Whether Hydra reads the text without quotes as this text."""
-    plain = re.fullmatch(r"[A-Za-z_/.][\w/.+@:-]*", text)
-    return bool(plain) and text.lower() not in ("null", "true", "false", "inf", "nan", ".")
+            yield shell.setting(full, value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -76,7 +75,7 @@ def look(folder: Path) -> Run | None:
         return None
     if not isinstance(cfg, dict) or not isinstance(cfg.get("choices"), dict):
         return None
-    kind = "train" if "recipe" in cfg else "eval" if "protocol" in cfg else None
+    kind = runs.kind_of(cfg)
     if kind is None:
         return None
     try:
@@ -193,22 +192,13 @@ def _run(
     elif _locked(folder):
         state = "at work"
     else:
-        state, resume = "interrupted", _resume(folder, kind, cfg)
+        state, resume = "interrupted", runs.going_on(folder, cfg)
         last = _last_line(folder / "log.txt")
         if last.startswith(FAILED):
             state, where = "failed", last.removeprefix(FAILED)
     stamps = [(folder / name).stat().st_mtime for name in files if (folder / name).exists()]
     changed = stamps[0] if finished else max(stamps, default=0.0)
     return Run(folder, kind, state, where, what, robust, changed, resume)
-
-
-def _resume(folder: Path, kind: str, cfg: Mapping[str, Any]) -> str:
-    """The command that goes on; code is run only where the command line names it."""
-    words = ["advbench", kind, f"resume={folder}"]
-    words += [f"{key}={cfg[key]}" for key in ("model", "weights") if cfg.get(key)]
-    if cfg.get("plugins"):
-        words.append(f"plugins=[{','.join(cfg['plugins'])}]")
-    return shlex.join(words)
 
 
 def _stage(folder: Path) -> str:

@@ -26,13 +26,12 @@ MEASURES = {
 COLOURS = {"reliable": "green", "inconclusive": "yellow", "unreliable": "bold red"}
 
 
-def show_training(summary: Summary, folder: Path, screen: Screen, protocol: str) -> None:
-    """The end of a training.  protocol: what to evaluate it by."""
+def show_training(summary: Summary, folder: Path, screen: Screen, command: str) -> None:
+    """The end of a training.  command: what evaluates it."""
     val, n = summary.val, summary.val["n"]
     robust = "" if val.get("robust") is None else f", robust {100 * val['robust']:.1f} %"
     best = f"best epoch {summary.best_epoch} of {summary.epochs}: validation accuracy"
     said = f"{best} clean {100 * val['clean']:.1f} %{robust} (n = {n})"
-    command = f"advbench eval run={folder} protocol={protocol}"
     rows = _facts()
     rows.add_row("best epoch", f"{summary.best_epoch} of {summary.epochs}")
     rows.add_row("clean", _share(val["clean"], n))

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -437,6 +438,19 @@ def test_a_run_keeps_the_recipe_inside_and_goes_by_it(runs: Path, capsys):
     settings = Results.load(runs / "judged" / "results.json").settings
     assert settings["recipe"] == "awp" and settings["recipe.of"] == "mtard"
     assert settings["recipe.mtard.steps"] == 1
+
+
+@pytest.mark.parametrize("recipe", ["recipe=pgd_at", "recipe=awp"])
+def test_an_attack_that_two_classes_do_not_allow_is_one_line(runs: Path, capsys, recipe: str):
+    rng = np.random.default_rng(0)
+    np.savez("two.npz", x_train=rng.random((40, 8, 8), np.float32), y_train=np.arange(40) % 2)
+    command = ["train", recipe, "data=npz", "data.path=two.npz", "hydra.run.dir=two"]
+    loss = "recipe.loss_name=dlr" if "pgd" in recipe else "recipe.of={pgd_at: {loss_name: dlr}}"
+    capsys.readouterr()
+    assert main([*command, loss, "trainer.batch_size=8"]) == 2
+    told = capsys.readouterr().err
+    assert "the dlr loss needs at least 3 classes and there are 2" in told
+    assert not (runs / "two" / "epoch.pt").exists(), "nothing was begun"
 
 
 WRONG = {

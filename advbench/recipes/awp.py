@@ -97,6 +97,9 @@ class AWP(Recipe):
     def parts(self) -> tuple[PartName, ...]:
         return self.of.parts
 
+    def check(self, num_classes: int) -> None:
+        self.of.check(num_classes)
+
     def memory(self) -> nn.Module | None:
         return self.of.memory()
 

@@ -56,6 +56,9 @@ class Recipe(ABC):
     def parts(self) -> tuple[PartName, ...]:
         """Which parts of the batch the training step forwards, in this order."""
 
+    def check(self, num_classes: int) -> None:  # noqa: B027  (a hook)
+        """Before anything is trained: raises UserError if it can't train so many classes."""
+
     def memory(self) -> nn.Module | None:
         """What the recipe remembers from step to step, as buffers: saved with the training's state,
         handed to ``loss_terms`` and ``after_step`` as ``step.memory``.
@@ -120,6 +123,10 @@ class AdversarialRecipe(Recipe):
         if self.threat is not None and self.threat.norm == "l1":
             raise UserError("PGD's step is not defined for l1: train with threat=linf_8 or l2_05")
         self.attack()  # raises for values that it does not take, before anything is trained
+
+    def check(self, num_classes: int) -> None:
+        assert self.threat is not None
+        self.attack().check(num_classes, self.threat)
 
     @abstractmethod
     def attack(self) -> Attack:

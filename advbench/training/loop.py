@@ -75,6 +75,7 @@ class Fit:
         settings, fabric = self.settings, self.fabric
         self.began = time.perf_counter()
         settings.check(self.splits, fabric.world_size)
+        self.recipe.check(self.model.num_classes)
         self.share = settings.batch_size // fabric.world_size
         self.feed = Feed(
             self.splits, self.seed, settings.batch_size, fabric.global_rank, fabric.world_size

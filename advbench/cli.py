@@ -182,7 +182,18 @@ def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float
             folder = experiments.train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
             return 0, experiments.score(folder)
         results = experiments.evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
-    return (3 if cfg.strict and results.verdict["label"] == "unreliable" else 0), None
+    return _strictly(results.verdict["label"]) if cfg.strict else 0, None
+
+
+def _strictly(label: str | None) -> int:
+    """The exit code by the verdict: 3 if it is unreliable, or was not computed, which is said."""
+    from advbench.devices import is_first
+
+    if not is_first():  # one process speaks for the run; Fabric takes an exit code for a crash
+        return 0
+    if label is None:
+        print("advbench: strict=true: no verdict on the reliability was computed", file=sys.stderr)
+    return 3 if label in (None, "unreliable") else 0
 
 
 def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:

@@ -57,3 +57,9 @@ def _check_alone(accelerator: str, devices: int | str, num_nodes: int) -> None:
 def in_company() -> bool:
     """Whether this process is one of a group, which may talk through ``torch.distributed``."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its run's, as torchrun, Fabric and srun tell it."""
+    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
+    return int(next((rank for rank in ranks if rank), "0")) == 0

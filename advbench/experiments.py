@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from advbench.attacks.threat import Threat
 from advbench.console import Bar, EvaluationView, Screen, TrainingView
 from advbench.data.base import Info, Splits
 from advbench.defenses.base import Defense
+from advbench.devices import is_first
 from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol
 from advbench.evaluation.budget import seconds
@@ -99,9 +99,7 @@ def train(
     }
     names = [kept.choices.get(group, "own") for group in ("data", "backbone", "defense", "recipe")]
     folder = home.of("-".join([*names, f"s{cfg.seed}"]), identity)
-    # As torchrun, Fabric and srun tell it, before Fabric is asked.
-    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
-    first = int(next((rank for rank in ranks if rank), "0")) == 0
+    first = is_first()  # Fabric is asked later
     with runs.occupied(folder) if first else nullcontext():
         if first:
             runs.keep_config(folder, kept, compare=True)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import advbench
-from advbench import config, shell
+from advbench import cli, config, shell
 from advbench.cli import main
 from advbench.report import catalogue
 from advbench.results import Results
@@ -444,9 +444,29 @@ def test_a_result_may_be_asked_for_again_in_other_words(
 ) -> None:
     asked = ["eval", "protocol=fgsm", "n=25", "run=good"]
     assert main(asked) == 0
-    for other in (["strict=true"], ["trainer.accelerator=cpu"], [f"run={place / 'good'}"]):
+    for other in (["budget=1h"], ["trainer.accelerator=cpu"], [f"run={place / 'good'}"]):
         assert main([*asked, *other]) == 0
         assert "finished already" in capsys.readouterr().out
+
+
+def test_strict_wants_a_verdict(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None was computed, or that one: the exit code. The results are written as ever."""
+    asked = ["eval", "-q", "protocol=clean", "run=good", "hydra.run.dir=strictly"]
+    assert main([*asked, "strict=true"]) == 3
+    said = capsys.readouterr().err
+    assert said == "advbench: strict=true: no verdict on the reliability was computed\n"
+    kept = json.loads(Path("strictly/results.json").read_text())
+    assert kept["verdict"]["label"] is None
+    assert main(asked) == 0
+    for label, status in (("reliable", 0), ("inconclusive", 0), ("unreliable", 3)):
+        told = {**kept, "verdict": {"label": label, "indicators": []}}
+        Path("strictly/results.json").write_text(json.dumps(told))
+        assert (main([*asked, "strict=true"]), main(asked)) == (status, 0)
+        assert not capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of another device, which does not end the first one
+    assert cli._strictly(None) == 0 and not capsys.readouterr().err
 
 
 def test_a_mistake_leaves_the_users_own_directories(place: Path) -> None:

@@ -299,6 +299,18 @@ def test_the_first_temperature_looks_at_evenly_spaced_samples(monkeypatch):
     torch.testing.assert_close(head.log_temperature.exp(), nearest.median())
 
 
+def test_no_batch_of_a_single_image_goes_through_batch_norm(monkeypatch):
+    monkeypatch.setattr("advbench.defenses.hpm.READ", 11)
+    sizes: list[int] = []
+    hpm, data = HPM(eval_batch=7), few([0, 1, 2, 3] * 6)
+    base = bare()
+    base.trunk = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(D))
+    model = hpm.apply(base).eval()
+    model.trunk.register_forward_hook(lambda trunk, x, _: sizes.append(len(x[0])))
+    hpm.prepare(model, data)
+    assert len(data.train) == 23 and sizes[:3] == [8, 8, 7]
+
+
 def test_a_class_without_samples_is_refused():
     with pytest.raises(UserError, match="class 2 has no training samples"):
         HPM().prepare(HPM().apply(bare()).eval(), few([0, 1, 3] * 6))

@@ -6,7 +6,7 @@ import csv
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any
@@ -600,11 +600,39 @@ def test_values_out_of_range_are_user_errors():
 def test_what_does_not_fit_the_data_or_the_machine_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"batch_size=103 is more than the 102 training samples"):
         fit(tmp_path, Trainer(batch_size=103))
+    with pytest.raises(UserError, match=r"batch_size=1 is one image, and the model has batch norm"):
+        fit(tmp_path, Trainer(batch_size=1))
+    fit(tmp_path / "plain", Trainer(epochs=1, batch_size=1, val_steps=1), model=net(plain=True))
     for trainer in (Trainer(accelerator="abacus"), Trainer(devices="many")):
         with pytest.raises(UserError, match=r"cannot be had here: \S+"):
             fit(tmp_path, trainer)
     with pytest.raises(UserError, match="every parameter of the model is frozen"):
         fit(tmp_path, model=net().requires_grad_(False))
+
+
+@dataclass
+class Parts:
+    """As much of a data set as is counted."""
+
+    train: Sized
+    val: Sized
+
+
+def test_what_does_not_fit_several_devices_is_a_user_error():
+    data: Any = Parts(range(100), range(3))
+    Trainer(batch_size=6).check(net(), data, 3)
+    for trainer, devices, message in (
+        (Trainer(batch_size=7), 3, "over 3 devices; take 6"),
+        (Trainer(batch_size=8), 4, "split has 3 samples for 4 devices: hold out more"),
+        (
+            Trainer(batch_size=3), 3,
+            r"batch_size=3 is one image for each device.*batch_size=6 or more.*sync_batchnorm=true",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            trainer.check(net(), data, devices)
+    Trainer(batch_size=3, sync_batchnorm=True).check(net(), data, 3)
+    Trainer(batch_size=3).check(net(plain=True), data, 3)
 
 
 def test_shipped_configs_write_out_every_field_and_its_default():

@@ -254,7 +254,8 @@ class HPM(Defense):
         some: list[Tensor] = []
         everyone = torch.randperm(len(train), generator=torch.Generator().manual_seed(CONTEXT_SEED))
         with _as_in_training(model):
-            for order in everyone.split(READ):
+            # Of nearly one size: batch norm can't have a last one with a single image.
+            for order in everyone.tensor_split(-(-len(train) // READ)):
                 for x, y in train.batches(order, READ, device):
                     h = model.features(x).float()
                     sums += one_hot(y, len(sums)).T @ h

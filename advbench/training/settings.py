@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from advbench.data.base import Splits
 from advbench.errors import UserError, did_you_mean
 
 # float16 is not here: small input gradients vanish in it, and an attack sees their sign alone.
 PRECISIONS = ("32-true", "bf16-mixed")
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MODES = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -68,8 +71,10 @@ class Settings:
             hint = did_you_mean(self.compile, MODES)
             raise UserError(f"no trainer.compile '{self.compile}'{hint} (trainer.compile=default)")
 
-    def check(self, splits: Splits, devices: int) -> None:
-        """Raises UserError unless the data can be dealt over so many devices."""
+    def check(self, model: nn.Module, splits: Splits, devices: int) -> None:
+        """Raises UserError unless the data can be dealt over so many devices, in batches from which
+        the model can learn.
+        """
         if self.batch_size > len(splits.train):
             raise UserError(
                 f"trainer.batch_size={self.batch_size} is more than the {len(splits.train)} "
@@ -80,8 +85,19 @@ class Settings:
                 f"trainer.batch_size={self.batch_size} cannot be dealt evenly over {devices} "
                 f"devices; take {self.batch_size // devices * devices or devices}"
             )
+        together = self.batch_size if self.sync_batchnorm else self.batch_size // devices
+        if together < 2 and any(isinstance(m, BATCH_NORMS) for m in model.modules()):
+            rows = "one image" if devices == 1 else "one image for each device"
+            synced = "" if devices == 1 else ", or trainer.sync_batchnorm=true"
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} is {rows}, and the model has batch norm, "
+                f"which needs more: take trainer.batch_size={2 * devices} or more{synced}"
+            )
         if len(splits.val) < devices:
-            raise UserError("the validation split is empty: give data.val=0.1")
+            raise UserError(
+                f"the validation split has {len(splits.val)} samples for {devices} devices: hold "
+                f"out more, such as data.val=0.1, or take fewer devices"
+            )
 
     def _require(self, name: str, holds: bool, range_: str) -> None:
         if not holds:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from advbench.errors import UserError
 from advbench.report import dossier, figures, plots, svg
-from advbench.report.collection import Entry
+from advbench.report.collection import Entry, Group
 from advbench.report.evidence import UNKNOWN, Evidence
 from advbench.report.gallery import BRIGHTER, DARKER, Gallery, Picture
 from advbench.report.style import CLEAN, style
@@ -232,6 +232,69 @@ def test_the_unfinished_comes_last_and_is_called_that() -> None:
     (axes,) = dossier.board_plate(found).draw().axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["whole", "unfinished: short"]
+
+
+def jumped(jump: float, *robust: float, **changes: object) -> Entry:
+    """A curve of one run with that jump put on."""
+    settings = {**results().settings, "defense": "jumprelu", "defense.jump": jump}
+    return Entry(
+        Path(f"j{jump}"), replace(curve("run+jumprelu", *robust, **changes), settings=settings)
+    )
+
+
+def test_curves_are_told_apart_by_their_settings() -> None:
+    """All have one run name; of a model that was attacked twice the lower bound is shown."""
+    again = jumped(0.5, 0.8, 0.7)
+    again = Entry(
+        again.folder, replace(again.results, protocol={**again.results.protocol, "seed": 1})
+    )
+    plate = dossier.curves_plate([jumped(0, 0.9, 0.5), again, jumped(0.5, 0.8, 0.6)])
+    assert plate is not None and "Of repeated evaluations the lowest." in plate.caption
+    (axes,) = plate.draw().axes
+    shown = {str(line.get_label()): line.get_ydata()[-1] for line in axes.lines}  # pyright: ignore
+    assert shown == {"jump 0.5": pytest.approx(60), "jump 0": pytest.approx(50)}
+    assert list(shown) == ["jump 0.5", "jump 0"]
+
+
+def test_labels_tell_what_differs() -> None:
+    def label(*found: Entry) -> list[str]:
+        return dossier.labels([Group((each,)) for each in found])
+
+    one, other = jumped(0, 0.9), jumped(0, 0.9)
+    seeded = {**one.results.settings, "seed": 1}
+    assert label(one) == ["run+jumprelu"]
+    assert label(one, Entry(Path("b"), replace(one.results, settings=seeded))) == [
+        "run+jumprelu, seed 0", "run+jumprelu, seed 1",
+    ]  # fmt: skip
+    attacked = Entry(Path("b"), replace(one.results, protocol={"seed": 7}))
+    assert label(one, attacked) == ["run+jumprelu, attack seed 0", "run+jumprelu, attack seed 7"]
+    assert label(one, Entry(Path("b"), other.results)) == ["run+jumprelu, j0", "run+jumprelu, b"]
+
+
+def test_means_over_seeds_are_called_that() -> None:
+    def member(jump: float, seed: int, correct: int) -> Entry:
+        settings = {**results().settings, "defense.jump": jump, "seed": seed}
+        return entry(f"s{seed}", settings=settings, robust=Accuracy.of(correct, N))
+
+    found = [member(jump, seed, 20 + 4 * seed) for jump in (0, 1, 2) for seed in (0, 1, 2)]
+    plate = dossier.board_plate(found[:3])
+    assert "Means over 3 training seeds" in plate.caption
+    (axes,) = plate.draw().axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["none, convnet, pgd_at (3 seeds)"]
+    assert "sd over training seeds" in axes.get_title(loc="left")
+    ends = [c.get_segments()[0][:, 0] for c in axes.collections]  # pyright: ignore
+    assert any(np.allclose(pair, [100 * (24 - 4) / N, 100 * (24 + 4) / N]) for pair in ends)
+    (sweep,) = dossier.sweeps(found)
+    for plate in sweep.plates():
+        assert "Means over 3 training seeds; wide: ± sd over them." in plate.caption
+        (axes,) = plate.draw().axes
+        assert "wide: ± sd over training seeds" in axes.get_title(loc="left")
+    plate = dossier.board_plate([*found[:3], member(3, 0, 20)])
+    assert "Means over 1 to 3 training seeds" in plate.caption
+    (axes,) = plate.draw().axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["jump 0 (3 seeds)", "jump 3"]
+    (alone,) = dossier.board_plate(found[:1]).draw().axes
+    assert alone.get_title(loc="left") == "" and len(alone.collections) == 2
 
 
 def test_labels_of_a_sweep_do_not_collide() -> None:

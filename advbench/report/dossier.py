@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,20 @@ import numpy as np
 from advbench import runs
 from advbench.errors import UserError
 from advbench.report import plots
-from advbench.report.collection import NAMES, SEED, UNKNOWN, Entry, Group, groups, varying
+from advbench.report.collection import (
+    NAMES,
+    SEED,
+    UNKNOWN,
+    Entry,
+    Group,
+    Mean,
+    groups,
+    varying,
+)
 from advbench.report.conditions import place, protocol_of, text_of
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
-from advbench.report.leaderboard import rank
-from advbench.results import Results
+from advbench.report.leaderboard import rank, value_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -206,26 +215,24 @@ class Sweep:
 
     key: str
     first: Entry
-    rows: tuple[plots.Row, ...]
+    rows: tuple[tuple[float, Mean, Mean], ...]
     repeated: bool = False
 
     def plates(self) -> Iterator[Plate]:
-        # Of trainings: each has a run of its own, but the names of all are the same.
-        names = [self.first.name(key) for key in NAMES if self.first.name(key) != UNKNOWN]
-        names = names or [self.first.results.run]
-        about = ", ".join([*names, self.first.threat_name, protocol_of(self.first)])
+        about = ", ".join([_model(self.first), self.first.threat_name, protocol_of(self.first)])
         if self.repeated:
             about += ". Of repeated evaluations the lowest"
+        seeds = _over_seeds(share for _, *shares in self.rows for share in shares)
         yield Plate(
             "tradeoff",
             f"Clean against robust, by {self.key}",
-            f"{about}. Bars: Wilson 95 %.",
+            f"{about}. Bars: Wilson 95 %.{seeds}",
             lambda: plots.tradeoff(self.key, self.rows),
         )
         yield Plate(
             "sweep",
             f"Accuracy over {self.key}",
-            f"{about}. Bands: Wilson 95 %.",
+            f"{about}. Bands: Wilson 95 %.{seeds}",
             lambda: plots.sweep(self.key, self.rows),
         )
 
@@ -250,35 +257,91 @@ def sweeps(same: Sequence[Entry]) -> list[Sweep]:
     return found
 
 
+def labels(found: Sequence[Group]) -> list[str]:
+    """What to call each in a figure: the settings that vary among them, or else its run.
+
+    Those that look alike get what tells them apart: seed of the training, seed of the attacks, run,
+    or place. A mean says of how many trainings.
+    """
+    varied = varying(group.first for group in found)
+    texts = []
+    for group in found:
+        values = {key: value_of(group.first, key) for key in varied}
+        words = [f"{k.rpartition('.')[2]} {text_of(v)}" for k, v in values.items() if v is not None]
+        several = len(group.entries) > 1
+        name = ", ".join(words) or (_model(group.first) if several else group.first.results.run)
+        texts.append(f"{name} ({len(group.entries)} seeds)" if several else name)
+    details: tuple[Callable[[Entry], str], ...] = (
+        lambda entry: f"seed {entry.seed}",
+        lambda entry: f"attack seed {entry.results.protocol.get(SEED)}",
+        lambda entry: entry.results.run,
+        lambda entry: entry.folder.as_posix(),
+    )
+    for detail in details:
+        pairs = [(text, detail(group.first)) for text, group in zip(texts, found, strict=True)]
+        kinds = Counter(text for text, _ in set(pairs))
+        texts = [f"{text}, {more}" if kinds[text] > 1 else text for text, more in pairs]
+    return texts
+
+
+def _model(entry: Entry) -> str:
+    """The names of a model; its run's if it has none. Each training has a run of its own."""
+    names = [entry.name(key) for key in NAMES if entry.name(key) != UNKNOWN]
+    return ", ".join(names) or entry.results.run
+
+
+def _over_seeds(shares: Iterable[Mean]) -> str:
+    """What to say of means over trainings; empty if there are none."""
+    counts = {share.count for share in shares}
+    if max(counts, default=1) == 1:
+        return ""
+    least, most = min(counts), max(counts)
+    seeds = f"{most}" if least == most else f"{least} to {most}"
+    return f" Means over {seeds} training seeds; wide: ± sd over them."
+
+
 def board_plate(same: Sequence[Entry]) -> Plate:
     """The leaderboard, for print."""
-    rows: dict[str, tuple[plots.Share, plots.Share]] = {}
-    varied = varying(same)
-    for group in sorted(groups(same), key=rank):
-        settings = group.first.results.settings
-        told = [f"{k.rpartition('.')[2]} {text_of(settings[k])}" for k in varied if k in settings]
-        name = ", ".join(told) or group.first.results.run
-        if group.first.results.missing:
-            name = f"unfinished: {name}"
-        while name in rows:
-            name += "'"
-        rows[name] = (group.clean, group.robust)
-    return Plate("leaderboard", "Leaderboard", "", lambda: plots.board(rows))
+    found = sorted(groups(same), key=rank)
+    rows = {
+        f"unfinished: {name}" if group.first.results.missing else name: (group.clean, group.robust)
+        for name, group in zip(labels(found), found, strict=True)
+    }
+    return Plate(
+        "leaderboard",
+        "Leaderboard",
+        f"Bars: Wilson 95 %.{_over_seeds(group.robust for group in found)}",
+        lambda: plots.board(rows),
+    )
 
 
 def curves_plate(same: Sequence[Entry]) -> Plate | None:
-    """Evaluations over radii in one figure, the most robust first; None for fewer than two."""
-    found: dict[str, Results] = {}
-    for entry in sorted(same, key=lambda e: -e.results.robust.acc):
-        if plots.radii(entry.results) and not entry.results.missing:
-            found.setdefault(entry.results.run, entry.results)
-    shown = dict(list(found.items())[: len(plots.SERIES)])
+    """Evaluations over radii in one figure, the most robust first; None for fewer than two.
+
+    Of one model that was evaluated several times the lowest, which is the closest bound.
+    """
+    models: dict[str, list[Entry]] = {}
+    for entry in same:
+        results = entry.results
+        if plots.radii(results) and not results.missing:
+            known = sorted(results.settings.items()), results.provenance.get("model_sha256")
+            models.setdefault(repr((results.run, known)), []).append(entry)
+    lowest = [min(alike, key=_robust) for alike in models.values()]
+    found = [Group((entry,)) for entry in sorted(lowest, key=_robust, reverse=True)]
+    shown = found[: len(plots.SERIES)]
     if len(shown) < 2:
         return None
+    rows = {name: group.first.results for name, group in zip(labels(shown), shown, strict=True)}
     left = f" The best {len(shown)} of {len(found)}." if len(found) > len(shown) else ""
+    repeated = any(len(alike) > 1 for alike in models.values())
+    left += " Of repeated evaluations the lowest." if repeated else ""
     return Plate(
         "curves",
         "Robust accuracy over the radius",
         f"{same[0].data}, {same[0].n} images. Bands: Wilson 95 %.{left}",
-        lambda: plots.curve(shown),
+        lambda: plots.curve(rows),
     )
+
+
+def _robust(entry: Entry) -> float:
+    return entry.results.robust.acc

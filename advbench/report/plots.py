@@ -5,11 +5,12 @@ Accuracies are in per cent, with Wilson's 95 % interval wherever a whole accurac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from advbench.report.collection import Mean
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import Gallery, class_name, to_uint8
 from advbench.report.style import (
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 MOST_CLASSES = 25
 """Of a heat map with numbers in it."""
+
+WIDE = "wide: ± sd over training seeds"
+"""How to read the bars of ``_deviations``."""
 
 
 class Share(Protocol):
@@ -62,6 +66,25 @@ def _whiskers(accuracies: Sequence[Share]) -> tuple[np.ndarray, np.ndarray]:
     centre = np.array([100 * a.acc for a in accuracies])
     ends = np.array([[100 * end for end in a.ci95] for a in accuracies]).T
     return centre, np.maximum(np.stack([centre - ends[0], ends[1] - centre]), 0)
+
+
+def _deviations(
+    axes: Axes, x: Iterable[float], y: Iterable[float], shares: Sequence[Share], upright: bool
+) -> bool:
+    """Wide bars of ± sd at those of the points (x, y) that are means over training seeds.
+
+    upright: the shares are on the y axis. Returns whether there are any.
+    """
+    found = False
+    for across, along, share in zip(x, y, shares, strict=True):
+        if isinstance(share, Mean) and share.sd is not None:
+            sd = 100 * share.sd
+            error = (sd, None) if upright else (None, sd)
+            axes.errorbar(
+                across, along, *error, fmt="none", ecolor=MUTED, elinewidth=5, alpha=0.3, zorder=1
+            )
+            found = True
+    return found
 
 
 def _percent(axes: Axes, which: str = "y") -> None:
@@ -299,13 +322,16 @@ def tradeoff(key: str, rows: Sequence[Row]) -> Figure:
     y, along = _whiskers([robust for _, _, robust in rows])
     axes.plot(x, y, color=MUTED, linewidth=1, zorder=1)
     axes.errorbar(x, y, xerr=across, yerr=along, fmt="none", ecolor=ROBUST, alpha=0.35)
+    wide = _deviations(axes, x, y, [clean for _, clean, _ in rows], upright=False)
+    _deviations(axes, x, y, [robust for _, _, robust in rows], upright=True)
     axes.plot(x, y, "o", color=ROBUST)
     axes.margins(0.06)
     for i, place in enumerate(_apart(axes, x, y)):
         axes.annotate(f"{rows[i][0]:g}", (x[i], y[i]), (6, place), textcoords="offset points")
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("robust accuracy (%)")
-    axes.set_title(f"at the points: {short(key, 40)}", loc="left", color=MUTED)
+    told = f"\n{WIDE}" if wide else ""
+    axes.set_title(f"at the points: {short(key, 40)}{told}", loc="left", color=MUTED)
     return figure
 
 
@@ -337,6 +363,8 @@ def sweep(key: str, rows: Sequence[Row]) -> Figure:
             x, centre - lengths[0], centre + lengths[1], color=colour, alpha=0.18, linewidth=0
         )
         axes.plot(x, centre, color=colour, marker=mark, label=label)
+        if _deviations(axes, x, centre, part, upright=True):
+            axes.set_title(WIDE, loc="left", color=MUTED)
     _percent(axes)
     ticks = _legible(x)
     axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
@@ -366,6 +394,8 @@ def board(rows: Mapping[str, tuple[Share, Share]]) -> Figure:
     ):
         centre, lengths = _whiskers(part)
         axes.errorbar(centre, y, xerr=lengths, fmt=mark, color=colour, label=label)
+        if _deviations(axes, centre, y, part, upright=False):
+            axes.set_title(WIDE, loc="left", color=MUTED)
     axes.set_yticks(y, [short(name, 34) for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     _percent(axes, "x")

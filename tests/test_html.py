@@ -368,6 +368,50 @@ def _quoted(words: list[str]) -> list[str]:
     ]
 
 
+def test_a_command_is_of_the_run_and_not_of_a_sitting() -> None:
+    """What one sitting was told is left out; a key that is not in the option is added."""
+    sitting = ["budget=1min", "strict=true", "resume=r"]
+    wanted = kept("eval", "run=r", "n=3", *sitting)
+    assert commands.command(wanted) == "advbench eval run=r n=3"
+    wanted = kept("train", "+optimizer.foreach=true", "+data.augment.new=[1,2]")
+    _, verb, *found = shlex.split(commands.command(wanted))
+    assert found == ["+data.augment.new=[1,2]", "+optimizer.foreach=true"]
+    assert kept(verb, *found) == wanted
+
+
+def test_the_command_of_a_run_with_options_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It asks for their folder, and makes the run again once it has that."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from advbench.defenses.base import Defense\n\n\n"
+        "@dataclass(frozen=True)\nclass Mine(Defense):\n"
+        "    strength: float | None = 1.0\n    more: int = 0\n"
+    )
+    Path("conf/defense").mkdir(parents=True)
+    Path("conf/defense/mine.yaml").write_text("_target_: mine.Mine\nstrength: 2.0\nmore: 1\n")
+    Path("conf/backbone").mkdir()
+    net = config.options("backbone")["convnet"].read_text()
+    Path("conf/backbone/my net.yaml").write_text(net)
+    given = ["--config-dir", "conf", "plugins=[mine.py]", "defense=mine", 'backbone="my net"']
+    values = ["defense.strength=null", "recipe=standard", "trainer.epochs=1"]
+    assert main(["train", *given, *values, "hydra.run.dir=run"]) == 0
+    line = commands.command(config.plain(config.read(Path("run/config.yaml"))))
+    _, verb, option, asked, *found = shlex.split(line)
+    assert (option, asked) == (
+        "--config-dir",
+        "DIR with backbone/my net.yaml and defense/mine.yaml",
+    )
+    assert "defense.more=1" in found and not any("_target_" in word for word in found)
+    capsys.readouterr()
+    assert main([verb, option, asked, *found]) == 2
+    assert "DIR with backbone" in capsys.readouterr().err
+    assert main([verb, option, "conf", *found, "hydra.run.dir=run"]) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
 def test_command_refuses_other_files() -> None:
     with pytest.raises(UserError, match="does not say which options"):
         commands.command({"seed": 0})

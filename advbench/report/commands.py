@@ -16,18 +16,24 @@ from advbench.errors import UserError
 _FROM_DATA = ("num_classes", "input_shape", "mean", "std")
 """What a training writes into its backbone."""
 
+_OF_A_SITTING = ("budget", "resume", "strict")
+"""What one sitting was told, and the run is not made of."""
+
 
 def command(kept: Mapping[str, Any]) -> str:
     """A line for the shell: every choice and value that is not the default.
 
-    kept: config.yaml of a training or an evaluation, plain. An experiment is said as what it
-    chooses. Raises UserError for a config without choices, or of another kind.
+    An option of the user's own is a file elsewhere, whose folder the line asks for. An experiment
+    is said as what it chooses.
+
+    kept: config.yaml of a training or an evaluation, plain. Raises UserError for a config without
+    choices, or of another kind.
     """
     verb, choices = runs.kind_of(kept), kept.get("choices")
     if verb is None or not isinstance(choices, Mapping):
         raise UserError("the run's config does not say which options were chosen")
     usual = _defaults(verb)
-    words = []
+    words, own = [], []
     for group in config.GROUPS:
         node, chosen = kept.get(group), choices.get(group)
         if not isinstance(node, Mapping) or not isinstance(chosen, str):
@@ -36,11 +42,16 @@ def command(kept: Mapping[str, Any]) -> str:
         if group == "backbone":
             node = {k: v for k, v in node.items() if k not in _FROM_DATA or shipped.get(k)}
         if chosen != usual[group]:
-            words.append(f"{group}={chosen}")
-        words += _differences(group, node, shipped)
-    top = {k: v for k, v in kept.items() if k not in (*config.GROUPS, "choices", "logger")}
+            words.append(shell.setting(group, chosen))
+        if shipped:
+            words += _differences(group, node, shipped)
+        else:
+            own.append(f"{group}/{chosen}.yaml")
+            words += [shell.setting(f"{group}.{k}", v) for k, v in node.items() if k != "_target_"]
+    top = {k: v for k, v in kept.items() if k not in (*config.GROUPS, *_OF_A_SITTING, "choices")}
     words += _differences("", top, usual)
-    return " ".join(["advbench", verb, *(shlex.quote(word) for word in words)])
+    where = ["--config-dir", f"DIR with {' and '.join(own)}"] if own else []
+    return shlex.join(["advbench", verb, *where, *words])
 
 
 @cache
@@ -65,11 +76,11 @@ def _shipped(group: str, name: str) -> dict[str, Any]:
 
 
 def _differences(prefix: str, node: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
-    """``KEY=VALUE`` for each value of the node that ``usual`` has not."""
+    """``KEY=VALUE`` for each value of the node that ``usual`` has not; ``+`` adds a new key."""
     for key, value in node.items():
         full = f"{prefix}.{key}" if prefix else str(key)
         known = usual.get(key)
         if isinstance(value, Mapping) and isinstance(known, Mapping) and "_target_" not in value:
             yield from _differences(full, value, known)
-        elif value != known or (key not in usual and value is not None):
-            yield shell.setting(full, value)
+        elif value != known:
+            yield shell.setting(full if key in usual else f"+{full}", value)

@@ -642,6 +642,25 @@ def test_tangos_interval_excludes_zero_where_mcnemars_score_rejects() -> None:
     assert cases == 182 and 50 < rejected < 150
 
 
+def test_words_and_interval_of_a_comparison_agree() -> None:
+    said = {m: compare.sentence(compare.Paired(90 - m, m, 0, 10), "robust") for m in (3, 5, 6)}
+    assert said[3].startswith("no difference shown: A - B = +3.0 points [-")
+    assert said[5].startswith(
+        "borderline, the interval excludes 0 and the exact test does not: A - B = +5.0 points [+1.1"
+    )
+    assert said[6].startswith("A is more robust than B by 6.0 points")
+    cases = borderline = 0
+    for a_only in range(60):
+        for b_only in range(60):
+            paired = compare.Paired(0, a_only, b_only, 10)
+            low, high = paired.ci95
+            excluded, shown = not low <= 0 <= high, paired.p < compare.ALPHA
+            assert excluded or not shown  # the other contradiction does not occur
+            assert (compare.BORDERLINE in compare.sentence(paired, "robust")) == (excluded > shown)
+            cases, borderline = cases + 1, borderline + (excluded > shown)
+    assert cases == 3600 and borderline > 50
+
+
 # --- two evaluations, image by image ------------------------------------------------------------
 
 STAGES = ("clean", "apgd-ce", "square")

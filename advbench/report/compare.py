@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # records are read with torch, which takes seconds to import
 
 SCHEMA = "advbench.comparison/1"
 ALPHA = 0.05
+BORDERLINE = "borderline, the interval excludes 0 and the exact test does not"
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,10 @@ def _lines(comparison: Comparison) -> list[str]:
 
 
 def sentence(paired: Paired, word: str) -> str:
-    """Which one is more ``word``, by how much, and how sure that is."""
+    """Which one is more ``word``, by how much, and how sure that is.
+
+    The exact test is the stricter of the two: where it shows a difference, the interval excludes 0.
+    """
     low, high = paired.ci95
     p = f"p = {paired.p:.2g}" if paired.p >= 0.001 else "p < 0.001"
     accuracies = [
@@ -250,9 +254,10 @@ def sentence(paired: Paired, word: str) -> str:
     shares = f"{accuracies[0]:.1f} % and {accuracies[1]:.1f} %; {p}"
     points = 100 * paired.difference
     if paired.p >= ALPHA:
+        agreed = low <= 0 <= high
+        said = "no difference shown" if agreed else BORDERLINE
         return (
-            f"no difference shown: A - B = {points:+.1f} points "
-            f"[{100 * low:+.1f}, {100 * high:+.1f}]; {shares}"
+            f"{said}: A - B = {points:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]; {shares}"
         )
     if points < 0:
         points, low, high = -points, -high, -low

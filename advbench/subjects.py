@@ -115,7 +115,7 @@ def candidate(
         model, defense, _ = models.from_run(run, plugins, node)
         name, traits = run.resolve().name, defense.traits(model)
         base = models.base_of(run, plugins)
-        settings = _settings(trained, node)
+        settings = settings_of(trained, node)
     if wanted is not None:
         own = defense
         defense, model = _retrofit(cfg.defense, plugins, own, model, splits)
@@ -186,7 +186,7 @@ def _other(run: str, info: Info, plugins: tuple[str, ...]) -> Surrogate:
     return Surrogate(target, exact=False, loss="ce", why=why, foreign=True)
 
 
-def _settings(trained: DictConfig, defense: Any) -> dict[str, Any]:
+def settings_of(trained: DictConfig, defense: Any) -> dict[str, Any]:
     """What sets one run apart from another, by key: names, the seed of the training, and values.
 
     Where things lie and on what machine they run is left out.

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from advbench import config, experiments
+from advbench import config, experiments, subjects
 from advbench.cli import main
 from advbench.errors import UserError
 from advbench.report import commands, gallery, html, sheet
@@ -214,6 +214,46 @@ def test_other_configs_are_not_shown(tmp_path: Path) -> None:
     kept = config.plain(config.read(folder / "config.yaml")) | {"run": str(tmp_path / "private")}
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(kept)))
     assert "hunter2" not in page(tmp_path / "in").text
+
+
+def test_another_training_of_the_name_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was evaluated is looked for beside the evaluation, and known by its settings."""
+
+    def train(project: str, *words: str, name: str = "first") -> Path:
+        made = kept("train", *words)
+        folder = tmp_path / project / "outputs/train" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(made)))
+        return folder
+
+    def evaluated(project: str, name: str, run: Path, *words: str) -> Entry:
+        trained = config.read(run / "config.yaml")
+        cfg = kept("eval", f"run={run.relative_to(tmp_path / project)}", *words)
+        node = config.inherit(OmegaConf.create(cfg["defense"]), trained, "defense")
+        settings = subjects.settings_of(trained, node)
+        folder = write(tmp_path / project / "outputs/eval" / name, results(settings=settings))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(cfg)))
+        return Entry(folder, Results.load(folder / "results.json"))
+
+    ours, theirs = train("a"), train("b", "optimizer.lr=0.25")
+    first = evaluated("a", "one", ours)
+    noisy = train("a", "defense=hpm", "defense.momentum=0.5", name="noisy")
+    second = evaluated("a", "two", noisy, "defense.inference=static")
+    monkeypatch.chdir(theirs.parents[2])
+    assert first.training == ours and second.training == noisy
+    assert "optimizer.lr=0.25" not in page(tmp_path / "a").text
+    (ours / "config.yaml").unlink()  # it is gone from there, and here is one of its name
+    assert Entry(first.folder, first.results).training is None
+    for words in (["threat=l2_05"], ["seed=1"], ["trainer.epochs=7"], ["backbone.activation=silu"]):
+        train("a", *words)  # trained again
+        assert Entry(first.folder, first.results).training is None
+    train("a", "defense=hpm", "defense.momentum=0.25", name="noisy")
+    assert Entry(second.folder, second.results).training is None
+    monkeypatch.chdir(tmp_path)
+    train("", "logger=csv", "trainer.devices=2")  # the same, elsewhere and on another machine
+    assert Entry(first.folder, first.results).training == Path("outputs/train/first")
 
 
 def test_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,18 +126,37 @@ class Entry:
 
     @cached_property
     def training(self) -> Path | None:
-        """The training run that was evaluated, if it is still there.
+        """The training run that was evaluated, if it is still there and has the same settings.
 
-        A relative path is looked up from here and from where the evaluation was started.
+        A relative path is looked up from where the evaluation was started, and from here.
         """
         named = self.config.get("run")
         if not isinstance(named, str):
             return None
         # An evaluation lives at outputs/eval/NAME unless it was told otherwise.
-        for start in (Path(), *self.folder.resolve().parents[:3]):
-            if (start / named / CONFIG).is_file():
+        for start in (*self.folder.parents[:3], *self.folder.resolve().parents[:3], Path()):
+            if (start / named / CONFIG).is_file() and self._is_of(start / named):
                 return start / named
         return None
+
+    def _is_of(self, run: Path) -> bool:
+        """Whether a training has the settings that the results name, but for those of the defense
+        that the evaluation chose: of two of one name it may be the other."""
+        from advbench import config, subjects
+
+        try:
+            trained = config.read(run / CONFIG)
+            own = subjects.settings_of(trained, trained.defense)
+        except (UserError, AttributeError, KeyError, TypeError, ValueError):
+            return False  # something else lives there
+        told, defense = self.results.settings, self.config.get("defense")
+        given = defense if isinstance(defense, Mapping) else {}
+        chosen = {"defense" if k == "_target_" else k for k, v in given.items() if v is not None}
+        return {"backbone", "recipe", SEED} <= told.keys() and all(
+            told.get(key, value) == value
+            or (key.startswith("defense") and key.rpartition(".")[2] in chosen)
+            for key, value in own.items()
+        )
 
     @cached_property
     def records(self) -> Mapping[str, Records]:

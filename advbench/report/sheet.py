@@ -251,15 +251,10 @@ def _reproduce(entry: Entry, configs: bool) -> Markup:
 
 
 def _trained(entry: Entry) -> Mapping[str, Any]:
-    """The config of the training; empty if there is none, or the place holds something else."""
+    """The config of the training; empty if there is none."""
     if entry.training is None:
         return {}
-    try:
-        kept = config.plain(config.read(entry.training / collection.CONFIG))
-    except UserError:
-        return {}
-    # A downloaded evaluation may name any place: other people's settings are not for this page.
-    return kept if "recipe" in kept and "choices" in kept else {}
+    return config.plain(config.read(entry.training / collection.CONFIG))
 
 
 def _copyable(label: str | None, text: str) -> Markup:

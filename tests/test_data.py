@@ -371,6 +371,43 @@ def test_hold_out_by_hand() -> None:
     assert held.tolist() == sorted(held.tolist()) and rest.tolist() == sorted(rest.tolist())
 
 
+def test_equal_shares_are_rounded_by_the_seed() -> None:
+    labels = torch.arange(100).repeat(5)
+    chosen = []
+    for seed in range(20):
+        rest, held = hold_out(labels, 50, seed)
+        assert labels[held].bincount(minlength=100).max() == 1
+        assert labels[rest].bincount(minlength=100).min() == 4
+        chosen.append(set(labels[held].tolist()))
+    assert all(len(classes) == 50 for classes in chosen)
+    assert len(set.union(*chosen)) == 100, "no class is always left out"
+    assert not set.intersection(*chosen), "and none always chosen"
+
+
+def test_digits_are_split_as_in_every_version() -> None:
+    """Shares are equal there, so a new way to break ties would give other images."""
+    data = sources.digits()
+    for split, start in ((data.train, "9b4c3f92"), (data.val, "a0fd25e2"), (data.test, "c027f539")):
+        assert split.sha256().startswith(start)
+
+
+def test_each_class_keeps_a_sample() -> None:
+    labels = torch.tensor([0, 1, 2, 3] + [4] * 6)
+    for seed in range(5):
+        rest, held = hold_out(labels, 5, seed)
+        assert labels[held].tolist() == [4] * 5 and labels[rest].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"10 samples of 5 classes.*up to 5$"):
+        hold_out(labels, 6, 0)
+
+
+def test_a_validation_part_that_takes_whole_classes_is_refused(tmp_path: Path) -> None:
+    x, y = np.full((20, 2, 2), 255, np.uint8), np.arange(20)
+    np.savez(tmp_path / "one.npz", x_train=x, y_train=y)
+    data = sources.npz(path=str(tmp_path / "one.npz"), val=0.1)
+    with pytest.raises(UserError, match=r"data.val=0.1: in npz:one there are 20 samples of 20"):
+        _ = data.train
+
+
 def damage_test_part(name: str, made: Made) -> None:
     """Overwrite the content of every test file; what is not opened is not missed."""
     if name == "npz":

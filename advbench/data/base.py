@@ -198,7 +198,9 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Parts the samples into the rest and ``count`` held out, each class with its share of these.
 
     labels: (N,) int64.  Returns two arrays of indices, ascending. Shares are rounded by the
-    largest remainders. The same labels and seed give the same parts on every machine.
+    largest remainders, the seed decides between equal ones, and each class keeps a sample. The same
+    labels and seed give the same parts on every machine.
+    Raises UserError if that leaves fewer than ``count`` to hold out.
     """
     y = labels.numpy()
     # The legacy generator is the one whose stream NumPy promises never to change.
@@ -206,7 +208,16 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     by_class = shuffled[np.argsort(y[shuffled], kind="stable")]
     sizes = np.bincount(y)
     quota, remainder = np.divmod(sizes * count, len(y))
-    quota[np.argsort(-remainder, kind="stable")[: count - quota.sum()]] += 1
+    most = np.maximum(sizes - 1, 0)
+    if count > most.sum():
+        raise UserError(
+            f"there are {len(y)} samples of {np.count_nonzero(sizes)} classes, and each class "
+            f"keeps one: {count} cannot be held out, but up to {most.sum()}"
+        )
+    classes = np.random.RandomState(seed).permutation(len(sizes))
+    order = classes[np.argsort(-remainder[classes], kind="stable")]
+    while missing := count - quota.sum():
+        quota[order[quota[order] < most[order]][:missing]] += 1
     rank = np.arange(len(y)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     held = rank < np.repeat(quota, sizes)
     return (
@@ -275,7 +286,10 @@ class Splits:
                 f"data.val={self._val:g} leaves nothing to train on: the training split of "
                 f"{self._source.name} has {len(whole)} samples"
             )
-        rest, held = hold_out(whole.labels, count, self._split_seed)
+        try:
+            rest, held = hold_out(whole.labels, count, self._split_seed)
+        except UserError as problem:
+            raise UserError(f"data.val={self._val:g}: in {self._source.name} {problem}") from None
         return whole.subset(rest), whole.subset(held)
 
     @property

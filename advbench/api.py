@@ -82,11 +82,12 @@ def evaluate(
     defense = getattr(model, "defense", Defense())
     if not isinstance(defense, Defense):
         defense = Defense()
+    own = getattr(model, "traits", None)
     named = defense.surrogates(model) if protocol.surrogates else {}
     evaluation = Evaluation(
         run=name,
         model=model,
-        traits=traits or getattr(model, "traits", Traits()),
+        traits=traits or (own if isinstance(own, Traits) else Traits()),
         surrogates=named if surrogates is None else surrogates,
         samples=Samples(split, subset(len(split), n), anchor.device),
         data="arrays",

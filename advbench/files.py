@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import inspect
 import json
 import os
 import re
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,15 +71,46 @@ def file_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def code_sha256(path: str | Path) -> str:
+    """Hash of a Python file and of the files beside it that it imports, directly or not."""
+    files = _with_neighbours(Path(path).resolve())
+    if len(files) == 1:
+        return file_sha256(path)
+    content = sorted((file.name, file_sha256(file)) for file in files)
+    return hashlib.sha256(canonical(content).encode()).hexdigest()
+
+
+def _with_neighbours(file: Path, found: frozenset[Path] = frozenset()) -> frozenset[Path]:
+    found |= {file}
+    root = min(
+        found, key=lambda path: len(path.parts)
+    ).parent  # imports inside a package begin there
+    with contextlib.suppress(SyntaxError, ValueError):  # importing it will say so
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or alias.name for alias in node.names]
+            for beside in (root / name.partition(".")[0] for name in names):
+                package = beside.rglob("*.py") if (beside / "__init__.py").is_file() else ()
+                for other in (beside.with_suffix(".py"), *package):
+                    if other.is_file() and other not in found:
+                        found = _with_neighbours(other, found)
+    return found
+
+
 def hashes(files: Iterable[str]) -> dict[str, str]:
-    """The content of the user's own files, by name."""
-    return {Path(file).name: file_sha256(file) for file in files}
+    """The content of the user's own files, and of what they import from beside them, by name."""
+    return {Path(file).name: code_sha256(file) for file in files}
 
 
-def _plain(value: Any) -> Any:
-    """A setting of a module in words that say all of it; None for what is no plain value."""
+def _plain(value: Any, seen: frozenset[int]) -> Any:
+    """A setting of a module in words that say all of it; None for what is no plain value.
+
+    seen: the modules that it is a setting of.
+    """
     import numpy as np
     import torch
+    from torch import nn
 
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -87,26 +120,34 @@ def _plain(value: Any) -> Any:
         content = hashlib.sha256(tensor_bytes(value)).hexdigest()
         return f"{value.dtype}/{tuple(value.shape)}/{content}"
     if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): _plain(part, seen) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(part, seen) for part in value]
+    if isinstance(value, nn.Module):  # in a list, where it is not registered
+        return None if id(value) in seen else model_sha256(value, seen)
+    if isinstance(value, types.FunctionType):
+        code, cells = value.__code__, [cell.cell_contents for cell in value.__closure__ or ()]
+        return [code.co_code.hex(), _plain([*code.co_consts, *cells], seen), list(code.co_names)]
     return None
 
 
-def model_sha256(model: nn.Module) -> str:
+def model_sha256(model: nn.Module, seen: frozenset[int] = frozenset()) -> str:
     """Hash of a model: structure, plain settings, source of its classes, parameters and buffers.
 
     Source: of classes outside the installed libraries. What their functions call is not seen.
+    seen: modules that it is part of, and that are hashed already.
     """
     from torch import nn
 
     # What every module has: its tensors, which are hashed by name, its hooks and its mode.
     common = set(vars(nn.Module()))
+    seen |= {id(module) for module in model.modules()}
     # Some modules print the address of a function; it differs from process to process.
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
     for name, module in model.named_modules():
-        settings = {key: _plain(value) for key, value in vars(module).items() if key not in common}
-        digest.update(f"{name}/{sorted(settings.items())}".encode())
+        own = {key: value for key, value in vars(module).items() if key not in common}
+        settings = sorted((key, _plain(value, seen)) for key, value in own.items())
+        digest.update(f"{name}/{settings}".encode())
         if type(module).__module__.partition(".")[0] not in _LIBRARIES:
             with contextlib.suppress(OSError, TypeError):  # no source, as in a notebook
                 digest.update(inspect.getsource(type(module)).encode())

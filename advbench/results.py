@@ -103,7 +103,8 @@ class Results:
 
     settings: what sets the model apart from others, such as {"defense.jump": 0.5}.
     measures: other ways to say it, see ``advbench.evaluation.evaluate.measures``.
-    missing: stages that did not come to their end, because time was up.
+    missing: stages that did not come to their end, because time was up; "clean" where not even all
+        clean images were looked at, and the shares are of those that were.
     """
 
     run: str
@@ -120,7 +121,6 @@ class Results:
     settings: Mapping[str, Any] = field(default_factory=dict)
     schema: str = SCHEMA
 
-    def to_json(self) -> dict[str, Any]:
     @property
     def begun(self) -> tuple[StageResult, ...]:
         """Stages that were gone into: those that had nobody left to attack too."""
@@ -131,6 +131,7 @@ class Results:
         """Stages that came to their end."""
         return tuple(s for s in self.stages if s.name not in self.missing)
 
+    def to_json(self) -> dict[str, Any]:
         order = (
             "schema",
             "run",

@@ -19,7 +19,7 @@ from advbench.data.base import Info, Splits
 from advbench.defenses.base import Defense, Surrogate, Traits, worst
 from advbench.defenses.chain import Chain
 from advbench.errors import UserError, did_you_mean
-from advbench.files import file_sha256, hashes
+from advbench.files import code_sha256, hashes
 
 BY_RUN = r"(-s\d+)?(-[0-9a-f]{8})?$"
 """What a run's folder adds to the names of its components: bases of several seeds are one way to
@@ -96,7 +96,7 @@ def candidate(
         if robustbench.is_named(cfg.model):
             name = robustbench.Entry.of(cfg.model).name
         else:
-            name, code["model"] = Path(file).stem, file_sha256(file)
+            name, code["model"] = Path(file).stem, code_sha256(file)
         settings = {"model": f"{Path(file).name}:{factory}"}
         if cfg.weights is not None:
             settings["weights"] = Path(cfg.weights).name

@@ -406,7 +406,7 @@ def test_an_answer_that_is_no_number_is_wrong() -> None:
     y = torch.zeros(20, dtype=torch.int64)
     layer = nn.Linear(16, 2)
     nn.init.zeros_(layer.weight)
-    layer.bias.data = torch.tensor([1.0, 0.0])
+    layer.bias.data = torch.tensor([2.0, 0.0])
     inner = nn.Sequential(nn.Flatten(), layer)
 
     def off_the_images(model: nn.Module, z: Tensor) -> Tensor:

@@ -62,6 +62,18 @@ def _silent() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _one_line(attack: str, how: str = "") -> Iterator[None]:
+    """Whatever a library raises becomes a UserError, but for a want of memory."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise UserError(f"{attack} failed{how}: {reason}") from problem
+
+
 @dataclass(frozen=True)
 class LibraryAttack(Attack):
     """An attack that makes its x' in one call: the search is over where it starts."""
@@ -142,7 +154,8 @@ class ReferenceAutoAttack(LibraryAttack):
             self.member.replace("-ce", "").replace("-dlr", ""), suite.fab
         )
         attack.seed = self.seed
-        with _own_generator(x.device, self.seed), torch.no_grad():
+        own = _own_generator(x.device, self.seed)
+        with _one_line(f"pyautoattack's {self.member}"), own, torch.no_grad():
             return attack.perturb(x.contiguous(), clean.y)
 
 
@@ -199,18 +212,11 @@ class TorchAttack(LibraryAttack):
         x = clean.x
         # A batch of its own draws, the same after an interruption.
         seed = hash_of(f"{self.seed}/{self.name}/{clean.ids.tolist()}")
-        try:
+        with _one_line(f"torchattacks' {self.name}", f" with {params}"):
             attack = make(model, **params)
             attack.set_device(x.device)
             with _own_generator(x.device, seed), torch.enable_grad():
                 return attack(x.contiguous(), clean.y)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:
-            reason = " ".join(str(problem).split()) or type(problem).__name__
-            raise UserError(
-                f"torchattacks' {self.name} failed with {params}: {reason}"
-            ) from problem
 
 
 def _torchattacks() -> ModuleType:

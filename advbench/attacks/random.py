@@ -89,8 +89,9 @@ class KeyedRandom:
 
     def normal(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
         # The centre of one of 2**24 equal cells, through the inverse distribution function.
-        cells = self._cells(like, iteration).to(torch.float64)
-        return torch.special.ndtri((cells + 0.5) * 2.0**-24).to(like.dtype)
+        cells = self._cells(like, iteration)
+        cells = (cells.cpu() if cells.device.type == "mps" else cells).double()  # MPS has none
+        return torch.special.ndtri((cells + 0.5) * 2.0**-24).to(like)
 
 
 def philox(

@@ -155,7 +155,8 @@ class Square(Attack):
             if threat.norm == "l2":
                 tiles *= threat.radius / tiles.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             # Sums over all pixels of a large image are too coarse in float32.
-            point = threat.project(x.double() + tiles, x.double()).to(x.dtype)
+            wide = x.to(_widest(x))
+            point = threat.project(wide + tiles, wide).to(x.dtype)
         fields = started(clean, point, restart)
         dealt, deck = self._deal(x, fields["iteration"], threat.norm, random)
         worst = torch.full((len(x),), -torch.inf, device=x.device)
@@ -304,12 +305,17 @@ def _project_sparse(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
     count = over.new_zeros(len(x), dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
     rank = torch.arange(len(row), device=x.device) - (count.cumsum(0) - count)[row]
     # In float64, where the width of the packed rows does not show in a sum.
-    packed = x.new_zeros(2, len(x), int(count.max()), dtype=torch.float64)
-    packed[0, row, rank] = point.flatten(1)[row, pixel].double()
-    packed[1, row, rank] = x.flatten(1)[row, pixel].double()
+    packed = x.new_zeros(2, len(x), int(count.max()), dtype=_widest(x))
+    packed[0, row, rank] = point.flatten(1)[row, pixel].to(packed.dtype)
+    packed[1, row, rank] = x.flatten(1)[row, pixel].to(packed.dtype)
     flat = boxed.flatten(1)
     flat[row, pixel] = threat.project(packed[0], packed[1])[row, rank].to(x.dtype)
     return flat.view_as(x)
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _signs(bits: Tensor, like: Tensor) -> Tensor:

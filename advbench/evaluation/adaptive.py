@@ -117,8 +117,8 @@ class AdaptiveProtocol(MSAProtocol):
     The number after the stages of ``msa`` is msa's. Then come, on the real model and on every
     surrogate, the margin loss from several starts with twice the steps, which also shows whether
     the shorter searches had converged; for a stochastic model more draws, doubled as long as that
-    still breaks samples; and the images that break other models (``transfer=[RUN]``: the
-    undefended twin, a robust model of the same data).
+    still breaks samples, up to 16 times as many; and the images that break other models
+    (``transfer=[RUN]``: the undefended twin, a robust model of the same data).
 
     steps, restarts: of the longer searches.
     """
@@ -161,11 +161,11 @@ class AdaptiveProtocol(MSAProtocol):
         ]
 
     def more_draws(self, subject: Subject) -> list[Stage]:
-        """EOT with more and more draws, until that breaks nobody."""
+        """EOT with more and more draws, until that breaks nobody or there is no end to it."""
         if not subject.traits.stochastic or subject.traits.gradient == "none":
             return []
         stages: list[Stage] = []
-        for times in (1, 2, 4):
+        for times in (1, 2, 4, 8, 16):
             draws = times * self.draws
             attack = APGD(loss_name="margin", large_radius=subject.threat.norm == "l1")
             stages.append(

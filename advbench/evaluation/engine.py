@@ -20,7 +20,7 @@ from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
-from advbench.evaluation.joint import JointSearch
+from advbench.evaluation.joint import JointSearch, no_room
 from advbench.evaluation.ledger import Ledger
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.reuse import Archive
@@ -33,6 +33,7 @@ CLEAN = "clean"
 NOISE_GROUP = 64  # samples of a stochastic model that are attacked as a whole
 VOTES = 10  # evaluations of a stochastic model, of which the majority decides
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+TINY = torch.finfo(torch.float32).tiny
 COMPARED = 8  # images on which the search's copy of a model is held against the model
 
 
@@ -76,7 +77,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         # Of all samples, not of this process's: the shape of a batch decides its rounding.
-        self.shapes = Shapes(min(self.slots, len(self.samples)))
+        most = NOISE_GROUP if self.traits.stochastic else self.slots
+        self.shapes = Shapes(min(most, self.slots, len(self.samples)))
         everyone, (rank, processes) = units(self.samples, self.traits, self.slots), self.share
         self.units = None if everyone is None else everyone[rank::processes]
 
@@ -172,13 +174,18 @@ class Engine:
             seed=self.seed,
             correct=correct,
             total=total,
-            exact=stage.target == "model" and self.speed.precision == "32",
+            exact=self._is_exact(stage),
             keep_images=self.keep_images,
             whole=self.traits.stochastic,
             watch=self.watch,
             hurry=self.hurry if self.units is None else self._late,
         )
         return lambda unit, wanted: single.run(wanted)
+
+    def _is_exact(self, stage: Stage) -> bool:
+        """Whether the search sees the model's own logits, up to rounding."""
+        logits = self.traits.output == "logits"
+        return stage.target == "model" and self.speed.precision == "32" and logits
 
     def _late(self) -> bool:
         """Whether time is up. Something is done in any case, so that short sittings come to an end
@@ -204,7 +211,12 @@ class Engine:
         surrogate = itself if target == "model" else self.surrogates[target]
         if self.units is not None and self.traits.batch_dependent:  # batches of one size
             batch = self.samples.fetch(self.units[0].rows)
-            return self._copy(surrogate, batch)
+            try:
+                return self._copy(surrogate, batch)
+            except RuntimeError as problem:
+                if not out_of_memory(problem):
+                    raise
+                raise no_room(len(batch.x)) from problem
         self.shapes = Shapes(self.shapes.largest)
         while True:
             clean = self.samples.fetch(self.samples.ids[: self.shapes.largest])
@@ -232,7 +244,10 @@ class Engine:
         """The search's copy of a target; itself where it is more than a function of x."""
         if surrogate.anchored or surrogate.bonus:
             return surrogate.model
-        return searcher(surrogate.model, self.speed, few, surrogate.stochastic)
+        target = surrogate.model
+        if target is self.model and self.traits.output == "probabilities":
+            target = LogProbabilities(target).eval()
+        return searcher(target, self.speed, few, surrogate.stochastic)
 
     def _back_off(self) -> None:
         self.shapes.shrink()
@@ -271,8 +286,10 @@ class Engine:
             try:
                 judged = referee.score(clean.x, clean.y)
             except RuntimeError as problem:
-                if not out_of_memory(problem) or self.units is not None:
+                if not out_of_memory(problem):
                     raise
+                if self.units is not None:
+                    raise no_room(len(batch)) from problem
                 judged = None
             if judged is None:
                 self._back_off()
@@ -313,6 +330,17 @@ class Logits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         answer = self.target(x, x.detach()) if self.anchored else self.target(x)
         return answer[0] if isinstance(answer, tuple) else answer
+
+
+class LogProbabilities(nn.Module):
+    """Logits of a model that returns probabilities: near 0 and 1 those have no gradient left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).float().clamp_min(TINY).log()
 
 
 class Unit(NamedTuple):

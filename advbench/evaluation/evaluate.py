@@ -68,7 +68,7 @@ class Evaluation:
         """The plan. Raises UserError where model, data and protocol do not fit."""
         classes = probe(self.model, self.samples, self.traits)
         stages = self.protocol.plan(self.subject(classes))
-        if stages and self.traits.gradient != "none":
+        if any(stage.target == "model" and stage.attack.gradient for stage in stages):
             check_gradient(self.model, self.samples)
         return stages
 
@@ -215,16 +215,17 @@ def summarise(
     store: Store,
     started: datetime,
 ) -> Results:
-    """The results, computed from the records alone."""
-    n = len(evaluation.samples)
+    """The results, computed from the records alone: of the samples that were looked at."""
     clean = store.records(CLEAN)
+    n, unseen = len(clean), len(clean) < len(evaluation.samples)
     correct = n - int(clean.broken.sum())
     clean_accuracy = Accuracy.of(correct, n)
-    rows, missing, names = [], [], [stage.name for stage in stages]
+    rows, names = [], [stage.name for stage in stages]
+    missing = [CLEAN] if unseen else []
     left = owed = clean.sample[~clean.broken]
     for stage in stages:
         records = store.records(stage.name)
-        if not np.isin(owed, records.sample).all() or len(clean) < n:
+        if not np.isin(owed, records.sample).all() or unseen:
             missing.append(stage.name)
         owed = np.setdiff1d(owed, records.sample[records.alone])  # as the engine goes on
         broken = int(np.isin(left, records.sample[records.broken]).sum())
@@ -236,7 +237,7 @@ def summarise(
                 attack=type(stage.attack).__name__,
                 target=stage.target,
                 why=stage.why,
-                robust_acc=correct / n,
+                robust_acc=correct / max(n, 1),
                 attacked=int((records.forwards > 0).sum()),
                 broken=broken,
                 seconds=round(store.seconds(stage.name), 3),
@@ -286,9 +287,9 @@ def measures(traits: Traits, n: int, records: list[Records], correct: int) -> di
         wrong = np.zeros(int(clean.sample.max(initial=-1)) + 1)
         np.maximum.at(wrong, everything.sample, everything.wrong)
         wrong = wrong[clean.sample]
-        found["mean_draw"] = float((1 - wrong).sum()) / n
-        found["worst_draw"] = float((wrong == 0).sum()) / n
+        found["mean_draw"] = float((1 - wrong).sum()) / max(n, 1)
+        found["worst_draw"] = float((wrong == 0).sum()) / max(n, 1)
     if traits.batch_dependent:
         fallen = np.unique(everything.sample[everything.alone])
-        found["single_image"] = (n - len(fallen)) / n
+        found["single_image"] = (n - len(fallen)) / max(n, 1)
     return {name: round(value, 6) for name, value in found.items()}

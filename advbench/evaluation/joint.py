@@ -123,10 +123,7 @@ class JointSearch:
         except RuntimeError as problem:
             if not out_of_memory(problem):
                 raise
-            raise UserError(
-                f"the device has no memory for a batch of {len(rows)} images that is attacked as a "
-                "whole"
-            ) from problem
+            raise no_room(len(rows)) from problem
 
     def _run(self, rows: Tensor, wanted: Tensor) -> bool:
         begin = time.perf_counter()
@@ -186,6 +183,13 @@ class JointSearch:
         bench.judge(rows.point)
         bench.judge(bench.closest)  # the best of each row, together
         return rows
+
+
+def no_room(rows: int) -> UserError:
+    """Of a batch that can't be cut."""
+    return UserError(
+        f"the device has no memory for a batch of {rows} images that is attacked as a whole"
+    )
 
 
 def _look(bench: Bench, logits: Tensor, point: Tensor) -> None:

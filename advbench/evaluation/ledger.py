@@ -42,7 +42,7 @@ class Ledger:
         self.backwards[at] += backwards
 
     def holds(self, at: Tensor, wrong: Tensor) -> None:
-        """A search of these samples ended where so large a share of evaluations was wrong."""
+        """These samples held where so large a share of evaluations was wrong."""
         self.wrong[at] = torch.maximum(self.wrong[at], wrong)
 
     @property

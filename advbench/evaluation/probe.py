@@ -19,7 +19,7 @@ def probe(model: nn.Module, samples: Samples, traits: Traits) -> int:
 
     Raises UserError if the model is in training mode or has weights that are not finite, can't take
     the images, does not return (N, K) logits or writes into its input, and if its predictions are
-    stochastic or batch-dependent and ``traits`` deny it.
+    stochastic, batch-dependent or probabilities and ``traits`` deny it.
     """
     if any(module.training for module in model.modules()):
         raise UserError("the model is in training mode: call model.eval() before evaluating it")
@@ -41,6 +41,13 @@ def probe(model: nn.Module, samples: Samples, traits: Traits) -> int:
         raise UserError(
             f"the data has labels up to {highest} and the model has {classes} classes (0 to "
             f"{classes - 1}): choose the data that the model was trained for"
+        )
+    sums = logits.float().sum(1)
+    shares = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+    if shares and traits.output == "logits":
+        raise UserError(
+            "the model returns probabilities, along which an attack soon has no gradient: return "
+            "the logits, or say traits.output=probabilities"
         )
     # Kernels round differently from call to call and shape to shape; noise is orders larger.
     slack = 1e-3 * (1 + logits.abs().max())
@@ -67,7 +74,7 @@ def check_gradient(model: nn.Module, samples: Samples) -> None:
         if not _ask(model, x).requires_grad:
             raise UserError(
                 "the model's output has no gradient in its input: remove torch.no_grad() or "
-                "detach() from its forward"
+                "detach() from its forward, or say traits.gradient=none"
             )
 
 

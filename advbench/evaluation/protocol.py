@@ -114,6 +114,12 @@ class Protocol(ABC):
             )
         for stage in stages:
             stage.attack.check(subject.num_classes, subject.threat)
+            along = stage.target == "model" and stage.attack.gradient
+            if along and subject.traits.gradient == "none":
+                raise UserError(
+                    f"protocol={self.title} follows the model's gradient ({stage.name}) and the "
+                    "model has none: use protocol=square, or protocol=msa"
+                )
             if subject.traits.batch_dependent and not stage.attack.joint:
                 raise UserError(
                     f"protocol={self.title} attacks image by image ({stage.name}) and the model is "

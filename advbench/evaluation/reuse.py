@@ -20,7 +20,9 @@ UNDER_ATTACK = (*ALWAYS, "threat", "seed", "speed")
 
 
 class Archive:
-    """Records of other evaluations that are what this one would find itself, bit for bit.
+    """Records of other evaluations that are what this one would find itself, up to rounding.
+
+    Bit for bit on the same machine, with as many threads, in batches as full.
 
     folder: holds the evaluations.  own: this one's directory, left out.
     identity, stages: of this evaluation.  A stage of theirs is of use if it is the same attack with

@@ -268,8 +268,7 @@ class Search:
             self.smallest[at], torch.where(judged.broken, torch.inf, judged.margin)
         )
         broken, wrong = judged.broken.cpu(), judged.wrong.cpu()
-        ended = ~broken & (self.age[slots] >= self.attack.queries)
-        self.ledger.holds(self.place[slots[ended]], wrong[ended])
+        self.ledger.holds(self.place[slots[~broken]], wrong[~broken])
         if not broken.any():
             return
         distance = self.threat.distance(judged.point, x).cpu()[broken]

@@ -126,6 +126,7 @@ def train(
                 folder=folder,
                 identity=identity,
                 report=report,
+                prepared=cfg.init_from is not None and base is None,
             )
             if first:
                 report.finish(summary)

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advbench.backbones.base import Classifier
+from advbench.cli import main
 from advbench.config import build, options
 from advbench.data.augment import Augment
 from advbench.data.base import ArraySplit, Splits
 from advbench.defenses.base import Defense, Part, Step, Traits
 from advbench.defenses.hpm import CONTEXT_SEED, HPM, HPMHead, head_of
 from advbench.errors import UserError
-from advbench.models import load_weights
+from advbench.models import load_weights, read_weights
 from advbench.recipes.standard import Standard
 from advbench.training.checkpoint import save_weights
 from advbench.training.optimizers import SGD
@@ -297,6 +298,20 @@ def test_the_first_temperature_looks_at_evenly_spaced_samples(monkeypatch):
     torch.testing.assert_close(head.prototypes, means)
     nearest = (h[::3, None] - means).square().sum(2).amin(1)
     torch.testing.assert_close(head.log_temperature.exp(), nearest.median())
+
+
+def test_fine_tuning_goes_on_with_what_a_run_with_the_same_defense_learned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["defense=hpm", "recipe=standard", "trainer.epochs=1", "trainer.val_steps=1"]
+    common += ["trainer.batch_size=400", "defense.momentum=1"]
+    still = ["optimizer.lr=1e-12", "init_from=first"]
+    assert main(["train", "hydra.run.dir=first", *common]) == 0
+    assert main(["train", "hydra.run.dir=again", *common, *still]) == 0
+    first, again = (
+        read_weights(tmp_path / name / "model.safetensors") for name in ("first", "again")
+    )
+    for name in ("head.prototypes", "head.log_temperature", "head.linear.weight"):
+        torch.testing.assert_close(again[name], first[name], rtol=0, atol=1e-6)
 
 
 def test_no_batch_of_a_single_image_goes_through_batch_norm(monkeypatch):

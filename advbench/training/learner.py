@@ -28,7 +28,8 @@ from advbench.training.target import Target, target
 class Learner:
     """All that changes in a step, on its device.
 
-    fresh: the training begins, so the defense is prepared. Otherwise ``restore`` comes next.
+    fresh: the training begins, so the defense is prepared, unless ``prepared`` says that what that
+        would find came with the weights. Otherwise ``restore`` comes next.
     target: what the attack asks, where that is not the model itself.
     note: a line worth telling about how it runs, or None.
     kept: the model that is validated and kept: the average of the weights, where there is one.
@@ -47,6 +48,7 @@ class Learner:
         schedule: Optimizer,
         seed: int,
         fresh: bool,
+        prepared: bool = False,
     ) -> None:
         self.settings, self.fabric, self.seed = settings, fabric, seed
         self.model, self.splits, self.recipe, self.defense = model, splits, recipe, defense
@@ -58,7 +60,7 @@ class Learner:
             synchronise(model)
         model.to(fabric.device)
         model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
-        if fresh:
+        if fresh and not prepared:
             torch.manual_seed(derive(seed, "prepare"))
             model.eval()
             defense.prepare(model, splits)

@@ -1,6 +1,6 @@
 """The training loop.
 
-defense.prepare(model, splits)                   # once, not again after an interruption
+defense.prepare(model, splits)                   # once, unless its state came with the weights
 for each epoch, for each batch x, y of its feed: # original and extra images
     seed the generators by (seed, process, step)
     x, y, targets = augment(x, y)                # targets: soft labels, where images are mixed
@@ -70,6 +70,7 @@ class Fit:
     folder: Path
     identity: Mapping[str, Any]
     report: Report
+    prepared: bool
 
     def __post_init__(self) -> None:
         settings, fabric = self.settings, self.fabric
@@ -96,6 +97,7 @@ class Fit:
             self.schedule,
             self.seed,
             fresh=saved is None,
+            prepared=self.prepared,
         )
         if self.learner.note:
             self.report.note(self.learner.note)

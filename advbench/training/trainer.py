@@ -48,6 +48,7 @@ class Trainer(Settings):
         folder: Path,
         identity: Mapping[str, Any],
         report: Report | None = None,
+        prepared: bool = False,
     ) -> Summary:
         """Train ``model`` in place, or go on with the run that was interrupted in ``folder``.
 
@@ -57,6 +58,7 @@ class Trainer(Settings):
             ``metrics.csv``, ``summary.json`` (written last: the training is finished exactly if it
             is there) and, until then, ``epoch.pt`` and ``resume.pt`` to go on from.
         identity: JSON-like; what makes this run this run. Only an equal one goes on with it.
+        prepared: the weights are those of a training with the same defense, whose state goes on.
 
         The best epoch is the one of the highest robust validation accuracy, then the highest
         clean one, if the recipe has an adversarial part; otherwise, where robust accuracy is
@@ -64,7 +66,8 @@ class Trainer(Settings):
         longer and at a lower learning rate.
 
         An interrupted and continued training ends with the same weights as an uninterrupted one,
-        bit for bit, on the same machine and number of threads.
+        bit for bit, on the same machine and number of threads; on a GPU, where ``deterministic`` is
+        on. Without it too, ``model.safetensors`` is the epoch that the summary names.
 
         With several devices every process runs this; the first one alone writes and reports, and
         its ``folder`` counts.
@@ -101,6 +104,7 @@ class Trainer(Settings):
                 folder=folder,
                 identity=identity,
                 report=report,
+                prepared=prepared,
             ).run()
 
     def _fabric(self) -> Fabric:

@@ -23,7 +23,7 @@ from advbench.errors import UserError
 from advbench.evaluation.store import Records, Store
 from advbench.report import compare, formats, leaderboard, terminal
 from advbench.report.collection import Entry, Mean, find, groups, varying
-from advbench.report.conditions import text_of
+from advbench.report.conditions import protocol_of, text_of
 from advbench.results import Accuracy, Results, StageResult, wilson
 
 MODEL = """
@@ -37,7 +37,7 @@ SETTINGS = {"backbone": "convnet", "defense": "none", "recipe": "pgd_at", "seed"
 DATA = {"name": "digits", "split": "test", "n": 200, "sha256": "c0ffee00" * 8}
 THREAT = {"norm": "linf", "eps": 8 / 255}
 AUTOATTACK = {"name": "autoattack", "version": "1", "suite": "standard", "seed": 0}
-PGD = {"name": "pgd", "version": "1", "steps": 20, "seed": 0}
+PGD = {"name": "pgd", "version": "1", "steps": 50, "seed": 0}
 
 
 def results(robust: int = 100, **changes: Any) -> Results:
@@ -238,9 +238,32 @@ def test_a_title_says_what_tells_tables_apart() -> None:
     long = {**PGD, "steps": 100}
     found = groups(entries(results(protocol=PGD), results(protocol=long)))
     assert [board.title for board in leaderboard.boards(found)] == [
-        "digits test, n = 200, linf 8/255, pgd 1 (weak, steps 20)",
+        "digits test, n = 200, linf 8/255, pgd 1 (weak, steps 50)",
         "digits test, n = 200, linf 8/255, pgd 1 (weak, steps 100)",
     ]
+
+
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "autoattack 1": AUTOATTACK,
+    "autoattack 1 (suite rand)": {**AUTOATTACK, "suite": "rand"},
+    "autoattack 1 (suite plus, engine reference)": {
+        **AUTOATTACK, "suite": "plus", "engine": "reference",
+    },
+    "adaptive 1 (steps 1)": {"name": "adaptive", "version": "1", "steps": 1, "restarts": 3},
+    "curve 1 (weak, eps [0.1])": {"name": "curve", "version": "1", "points": 8, "eps": [0.1]},
+    "paper/hpm 1 (weak)": {"name": "paper/hpm", "version": "1", "step_size": "2/255"},
+    "zzz 1": {"name": "zzz", "version": "1", "steps": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", UNUSUAL)
+def test_parameters_that_are_not_as_shipped_are_told(said: str) -> None:
+    """Though nothing else in the report differs; of a protocol of the user's own nobody knows."""
+    assert len(UNUSUAL) == 7
+    (entry,) = entries(results(protocol=UNUSUAL[said]))
+    (board,) = leaderboard.boards(groups([entry]))
+    assert board.title == f"digits test, n = 200, linf 8/255, {said}"
+    assert protocol_of(entry) == said
 
 
 def test_a_sweep_stands_in_the_order_of_its_numbers(tmp_path: Path) -> None:

@@ -288,7 +288,12 @@ def test_an_entry_has_the_fields_of_robustbench(results: Results) -> None:
     assert model_info(wider)["external"] == "59.50" and model_info(wider)["autoattack_acc"] == ""
     l2 = replace(results, threat={"norm": "l2", "eps": 0.5})
     assert model_info(l2)["eps"] == "0.5"
-    assert model_info(results, {"stochastic": True})["number_forward_passes"] == ""
+    noisy = replace(results, measures={"wra": 0.7, "mean_draw": 0.6, "worst_draw": 0.5})
+    assert model_info(noisy)["number_forward_passes"] == ""
+    suite = {"name": "autoattack", "version": "1", "suite": "rand", "engine": "fast"}
+    assert "autoattack 1, suite rand, n =" in model_info(replace(noisy, protocol=suite))["footnote"]
+    short = {"name": "adaptive", "version": "1", "steps": 1, "restarts": 3}
+    assert "adaptive 1, steps 1, n =" in model_info(replace(results, protocol=short))["footnote"]
 
 
 def test_what_has_no_place_there(results: Results) -> None:
@@ -296,6 +301,7 @@ def test_what_has_no_place_there(results: Results) -> None:
         ({"missing": ("fab-t",)}, "unfinished"),
         ({"threat": {"norm": "l1", "eps": 12.0}}, "no leaderboard for l1"),
         ({"protocol": {"name": "pgd", "version": 1}}, "weaker than what RobustBench reports"),
+        ({"protocol": {"name": "autoattack", "version": "1", "suite": "rand"}}, "this one is not"),
     ):
         with pytest.raises(UserError, match=told):
             model_info(replace(results, **changes))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+from advbench.errors import UserError
 from advbench.report.collection import UNKNOWN, Entry, Group
+from advbench.results import Results
 
 STRONG = ("adaptive", "msa", "autoattack")
 """Protocols that stand for themselves, the strongest first."""
@@ -15,7 +18,7 @@ WEAK = ("pgd", "fgsm", "apgd", "fab", "square", "curve", "torchattacks")
 
 
 class Wording:
-    """Conditions in words, with as much as tells those of a report from each other."""
+    """Conditions in words, with what is not as shipped and what tells them from each other."""
 
     def __init__(self, found: Sequence[Group]) -> None:
         self.among = [group.first.conditions for group in found]
@@ -49,15 +52,11 @@ class Wording:
         data = f"{own['data']} {own['data.split'] or ''}".strip()
         if own["data"] in self._namesakes:
             data += f" {str(own['data.sha256'])[:8]}"
-        keys = self._inside[own["protocol"]]
-        inside = [f"{key.removeprefix('protocol.')} {text_of(own.get(key))}" for key in keys]
-        if is_weak(own["protocol"]):
-            inside = ["weak", *inside]
         return {
             "data": data,
             "n": str(own["n"]),
             "threat": entry.threat_name,
-            "protocol": entry.protocol + (f" ({', '.join(inside)})" if inside else ""),
+            "protocol": protocol_of(entry, self._inside[own["protocol"]]),
         }
 
 
@@ -109,9 +108,32 @@ def text_of(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) and len(text) > 8 else text
 
 
-def protocol_of(entry: Entry) -> str:
-    """Title, version, and whether it flatters."""
-    return entry.protocol + (" (weak)" if is_weak(entry.conditions["protocol"]) else "")
+def protocol_of(entry: Entry, telling: Iterable[str] = ()) -> str:
+    """Title, version, whether it flatters, and parameters: those that are not as shipped, and those
+    that are ``telling`` it from others, by key of the config."""
+    own = entry.conditions
+    given = {key.removeprefix("protocol."): own.get(key) for key in telling}
+    given |= unusual(entry.results)
+    inside = ["weak"] if is_weak(own["protocol"]) else []
+    inside += [f"{key} {text_of(value)}" for key, value in given.items()]
+    return entry.protocol + (f" ({', '.join(inside)})" if inside else "")
+
+
+def unusual(results: Results) -> dict[str, Any]:
+    """Parameters of its protocol that are not those of the shipped config of that name."""
+    shipped, own = _shipped(results.protocol["name"]), results.protocol
+    return {key: own[key] for key in shipped if key in own and own[key] != shipped[key]}
+
+
+@cache
+def _shipped(protocol: str) -> Mapping[str, Any]:
+    """The config of a shipped protocol; empty for one of the user's own."""
+    from advbench import config
+
+    try:
+        return config.plain(config.shipped("protocol", protocol))
+    except UserError:
+        return {}
 
 
 def is_weak(protocol: str) -> bool:

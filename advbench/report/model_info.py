@@ -16,6 +16,7 @@ from advbench.console import printable
 from advbench.errors import UserError
 from advbench.files import write_json
 from advbench.report.collection import UNKNOWN
+from advbench.report.conditions import text_of, unusual
 from advbench.results import Results
 
 TO_FILL = ("link", "name", "authors", "additional_data", "venue", "reported")
@@ -25,13 +26,13 @@ WIDER = ("msa", "adaptive")
 """Protocols that contain AutoAttack and go further: what RobustBench calls external."""
 
 
-def model_info(results: Results, traits: dict[str, Any] | None = None) -> dict[str, Any]:
+def model_info(results: Results) -> dict[str, Any]:
     """The entry of a finished evaluation, in the order of RobustBench's fields.
 
-    traits: as ``plan.json`` has them. Raises UserError for results that the leaderboard has no
-    place for.
+    Raises UserError for results that the leaderboard has no place for.
     """
     name = results.protocol["name"]
+    noisy = "mean_draw" in results.measures  # which only a stochastic model has
     if results.missing:
         raise UserError(f"the evaluation is unfinished ({', '.join(results.missing)}): go on first")
     if results.threat["norm"] not in THREATS:
@@ -41,8 +42,12 @@ def model_info(results: Results, traits: dict[str, Any] | None = None) -> dict[s
             f"protocol={name} is weaker than what RobustBench reports: evaluate with "
             "protocol=autoattack, msa or adaptive"
         )
+    if results.protocol.get("suite") == "rand" and not noisy:
+        raise UserError(
+            "protocol.suite=rand leaves out two attacks and is for stochastic models, which this "
+            "one is not: evaluate with protocol=autoattack"
+        )
     clean, robust = _percent(results.clean.acc), _percent(results.robust.acc)
-    noisy = bool((traits or {}).get("stochastic"))
     low, high = results.robust.ci95
     label, settings = results.verdict.get("label"), results.settings
     info: dict[str, Any] = {
@@ -59,9 +64,10 @@ def model_info(results: Results, traits: dict[str, Any] | None = None) -> dict[s
     if name in WIDER:
         info["external"] = robust
     told = results.provenance
+    others = "".join(f", {key} {text_of(value)}" for key, value in unusual(results).items())
     info["footnote"] = (
         f"advbench {told.get('advbench') or UNKNOWN}, protocol {name} "
-        f"{results.protocol['version']}, n = {results.data['n']} test images, "
+        f"{results.protocol['version']}{others}, n = {results.data['n']} test images, "
         f"95 % interval [{_percent(low)}, {_percent(high)}]; "
         f"model sha256 {(told.get('model_sha256') or UNKNOWN)[:16]}"
     )
@@ -77,13 +83,8 @@ def export(run: Path, out: Path | None) -> None:
     path = run / "results.json" if run.is_dir() else run
     if not path.is_file():
         raise UserError(f"'{run}' holds no results.json: give the directory of an evaluation")
-    results, traits = Results.load(path), None
-    try:
-        plan = json.loads((path.parent / "plan.json").read_text(encoding="utf-8"))
-        traits = plan["identity"]["traits"]
-    except (OSError, ValueError, KeyError, TypeError):  # it may have been moved alone
-        pass
-    info = model_info(results, traits)
+    results = Results.load(path)
+    info = model_info(results)
     if out is None:
         print(json.dumps(info, indent=2))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -19,18 +19,21 @@ from advbench.data.base import Info, Splits
 from advbench.defenses.base import Defense, Surrogate, Traits, worst
 from advbench.defenses.chain import Chain
 from advbench.errors import UserError, did_you_mean
-from advbench.files import code_sha256, hashes
+from advbench.files import code_sha256, hashes, short_hash
 
 BY_RUN = r"(-s\d+)?(-[0-9a-f]{8})?$"
 """What a run's folder adds to the names of its components: bases of several seeds are one way to
 begin."""
 
-OF_THE_TRAINER = ("batch_size", "precision", "clip_grad", "ema")
-"""What changes the outcome of a training, and not where it runs."""
+OF_THE_TRAINER = (
+    "batch_size", "precision", "clip_grad", "ema", "val_steps", "devices", "sync_batchnorm"
+)  # fmt: skip
+"""What changes the outcome of a training: which weights are kept is part of it."""
 
 PLACES = {f"data.{key}" for key in ("path", "root", "download", "name")}
-PATHS = {"init_from", "extra", "weights", "robust_teacher", "standard_teacher"}
-"""Last words of keys whose values are files or runs."""
+RUNS = {"init_from", "robust_teacher", "standard_teacher"}
+PATHS = {"extra", "weights"}
+"""Last words of keys whose values are runs, and of those whose values are files."""
 
 
 class Foreign(nn.Module):
@@ -101,6 +104,8 @@ def candidate(
         if cfg.weights is not None:
             settings["weights"] = Path(cfg.weights).name
         defense, traits = Defense(), _declared(cfg.traits)
+        said = {key: v for key, v in asdict(traits).items() if v != getattr(Traits(), key)}
+        settings |= {f"traits.{key}": value for key, value in said.items()}
         given = {} if cfg.defense is None else _flat("defense", cfg.defense)
         if wanted is None and any(value is not None for value in given.values()):
             raise UserError("a model of your own has no defense to set: give defense=NAME")
@@ -123,6 +128,8 @@ def candidate(
         put_on = str(wanted).rpartition(".")[2].lower()
         name, settings = f"{name}+{put_on}", {**settings, **_flat("defense", cfg.defense)}
         settings["defense"] = put_on if type(own) is Defense else f"{settings['defense']}+{put_on}"
+    if cfg.transfer:
+        settings["transfer"] = "+".join(sorted(map(_without_seed, cfg.transfer)))
     return Candidate(name, model, defense, traits, base, code, settings)
 
 
@@ -191,7 +198,8 @@ def settings_of(trained: DictConfig, defense: Any) -> dict[str, Any]:
 
     Where things lie and on what machine they run is left out.
     """
-    names = {key: trained.choices.get(key, "own") for key in ("backbone", "defense", "recipe")}
+    groups = ("backbone", "defense", "recipe", "optimizer")
+    names = {key: trained.choices.get(key, "own") for key in groups}
     threat = trained.get("threat")
     settings = {
         **names,
@@ -208,9 +216,26 @@ def settings_of(trained: DictConfig, defense: Any) -> dict[str, Any]:
         **_flat("defense", defense),
     }
     for key, value in settings.items():
-        if value is not None and key.rpartition(".")[2] in PATHS:
-            settings[key] = re.sub(BY_RUN, "", Path(value).resolve().name)
+        word = key.rpartition(".")[2]
+        if value is not None and word in RUNS | PATHS:
+            settings[key] = _without_seed(value)
+            if word in RUNS:
+                settings[key] += _kind(value)
     return settings
+
+
+def _without_seed(run: str) -> str:
+    return re.sub(BY_RUN, "", Path(run).resolve().name)
+
+
+def _kind(run: str) -> str:
+    """What sets a run apart from those of its name but for the seed; nothing if it is gone."""
+    try:
+        trained = config.read(runs.find(run) / runs.CONFIG)
+    except UserError:
+        return ""
+    settings = settings_of(trained, trained.defense)
+    return f"-{short_hash({key: v for key, v in settings.items() if key != 'seed'})}"
 
 
 def _data_name(trained: DictConfig) -> str:

@@ -90,7 +90,7 @@ def train(
         kept = _kept(cfg, choices)
         kept.backbone, kept.defense, kept.recipe = node, guard, how
     identity = {
-        "config": {**config.plain(kept), "logger": None},  # who hears of it decides nothing
+        "config": runs.deciding(config.plain(kept)),
         "data": splits.fingerprints(),
         "start": model_sha256(model),
         "teachers": {name: model_sha256(teacher) for name, teacher in teachers.items()},
@@ -130,6 +130,7 @@ def train(
             )
             if first:
                 report.finish(summary)
+                runs.renew_config(folder, kept)
     if first:
         protocol = "autoattack" if type(defense) is Defense else "msa"
         code = {"plugins": list(cfg.plugins)}

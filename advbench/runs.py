@@ -26,6 +26,13 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 """Exists exactly if a training run is finished; it is written last."""
 
+AROUND = {
+    "data": ("path", "root", "download", "extra", "workers"),
+    "trainer": ("accelerator", "save_every"),
+    "choices": ("experiment",),
+}
+"""Keys of a training's config that say where and how it runs, and not to what outcome."""
+
 WITHOUT_WORK = {".lock", "log.txt", "plan.json", "base.safetensors", "epoch.pt", CONFIG}
 """Files that a run has before it has done anything."""
 
@@ -133,11 +140,27 @@ def occupied(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def deciding(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the outcome of a training, of its plain config.
+
+    Left out is where files are whose content is hashed beside it, who hears of the run, and the
+    name of the experiment, since what that chooses is there. Images that are read while they are
+    used are known by their names and sizes alone, so their place stays.
+    """
+    values = {key: value for key, value in kept.items() if key not in ("logger", "plugins")}
+    for group, keys in AROUND.items():
+        if isinstance(node := kept.get(group), Mapping):
+            stays = ("path", "root") if "workers" in node else ()
+            values[group] = {k: v for k, v in node.items() if k in stays or k not in keys}
+    return values
+
+
 def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
     """Write config.yaml where there is none.
 
-    compare: raise UserError if there is another one. Raises it for a directory of something else,
-    and for that of a training where an evaluation is to be kept, which compares its plan instead.
+    compare: of a training: raise UserError if there is one that decides otherwise. Raises it for a
+    directory of something else, and for that of a training where an evaluation is to be kept, which
+    compares its plan instead.
     """
     path = folder / CONFIG
     if path.exists() and not compare:
@@ -147,11 +170,9 @@ def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
             )
         return
     if path.exists():
-        known, wanted = config.plain(config.read(path)), config.plain(cfg)
-        for values in (known, wanted):
-            values.pop("logger", None)  # who hears of a run does not make it another one
-        if known != wanted:
-            differs = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
+        known, wanted = (deciding(config.plain(one)) for one in (config.read(path), cfg))
+        differs = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
+        if differs:
             raise UserError(
                 f"'{folder}' holds a run with another config (it differs in: "
                 f"{', '.join(differs)}); give hydra.run.dir=DIR with a new DIR"
@@ -160,3 +181,10 @@ def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
     if any(child.name != ".lock" for child in folder.iterdir()):
         raise UserError(f"'{folder}' is not empty and holds no run; give hydra.run.dir=DIR")
     write_text(path, OmegaConf.to_yaml(cfg))
+
+
+def renew_config(folder: Path, cfg: DictConfig) -> None:
+    """Keep a config that decides the same: its data are where they were said to be last."""
+    text = OmegaConf.to_yaml(cfg)
+    if (folder / CONFIG).read_text(encoding="utf-8") != text:
+        write_text(folder / CONFIG, text)

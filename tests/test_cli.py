@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import advbench
-from advbench import cli, config, shell
+from advbench import cli, config, runs, shell
 from advbench.cli import main
 from advbench.report import catalogue
 from advbench.results import Results
@@ -109,8 +109,8 @@ def test_the_same_command_does_not_work_twice(
 
 def test_multirun_makes_a_run_per_job(place: Path) -> None:
     assert main(["train", "-m", "seed=1,2", "recipe=standard", "trainer.epochs=1"]) == 0
-    runs = sorted(place.glob("outputs/train/*/summary.json"))
-    assert len(runs) == 2 and all("standard-s" in str(run) for run in runs)
+    found = sorted(place.glob("outputs/train/*/summary.json"))
+    assert len(found) == 2 and all("standard-s" in str(run) for run in found)
     assert main(["eval", "protocol=clean"]) == 0  # the newest finished run
     (file,) = place.glob("outputs/eval/*standard-s2*clean*/results.json")
     assert Results.load(file).stages == ()
@@ -398,6 +398,55 @@ def test_a_directory_with_another_run_is_refused(
         capsys,
     )  # fmt: skip
     complain(["train", "hydra.run.dir=conf_of_mine", "resume=conf"], "is not the directory", capsys)
+
+
+def test_a_training_is_the_same_wherever_its_data_are(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And however it is said, saved and logged; its data are then where they were last."""
+    Path("there").mkdir()
+    Path("there/moved.npz").write_bytes(Path("ok.npz").read_bytes())
+    random = np.random.default_rng(1)
+    save("other.npz", x_train=random.integers(0, 256, (64, 8, 8, 3), np.uint8))
+    fast = ["recipe=standard", "trainer.epochs=1", "trainer.batch_size=16"]
+    command = ["train", "data=npz", *fast, "seed=14"]
+    assert main([*command, "data.path=ok.npz"]) == 0
+    (folder,) = place.glob("outputs/train/npz-*-s14-*")
+    moved = [*command, "data.path=there/moved.npz"]
+    around = ["trainer.save_every=0", "trainer.accelerator=cpu", f"hydra.run.dir={folder}"]
+    for again in (moved, [*moved, *around]):
+        capsys.readouterr()
+        assert main(again) == 0
+        assert "finished already" in capsys.readouterr().out
+    kept = config.read(folder / "config.yaml")
+    assert (kept.data.path, kept.trainer.save_every) == ("there/moved.npz", 0)
+    assert main([*command, "data.path=other.npz", f"hydra.run.dir={folder}"]) == 2
+    assert config.read(folder / "config.yaml") == kept
+    assert main([*command, "data.path=other.npz"]) == 0
+    assert len(list(place.glob("outputs/train/npz-*-s14-*"))) == 2
+
+
+def test_what_decides_nothing_is_known() -> None:
+    """Of the shipped data and trainers, key by key: all others belong to the run's name."""
+    ignored: dict[str, set[str]] = {}
+    for name in config.options("data"):
+        ignored[name] = _ignored("data", config.plain(config.shipped("data", name)))
+    ignored["trainer"] = _ignored("trainer", config.plain(config.shipped("trainer", "default")))
+    assert ignored.pop("run")  # of eval
+    published = {"root", "download", "extra"}
+    assert ignored == {
+        "trainer": {"accelerator", "save_every"}, "digits": {"extra"}, "npz": {"path", "extra"},
+        "imagefolder": {"workers", "extra"}, "imagenet": {"workers", "extra"},
+        **dict.fromkeys(("cifar10", "cifar100", "fashion_mnist", "mnist", "svhn"), published),
+    }  # fmt: skip
+    assert runs.deciding({"data": {}, "seed": 1, "logger": {}, "plugins": ["a.py"]}) == {
+        "data": {}, "seed": 1,
+    }  # fmt: skip
+
+
+def _ignored(group: str, node: dict[str, Any]) -> set[str]:
+    same = runs.deciding({group: node})
+    return {key for key in node if runs.deciding({group: {**node, key: "another"}}) == same}
 
 
 def test_a_run_cannot_read_the_environment_or_lead_elsewhere(

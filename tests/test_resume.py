@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from small import STEPS, Planted, Stripes, assert_same_result, fit, position, run_script
+from small import STEPS, Planted, Stripes, assert_same_result, fit, position, run_script, table
 
 from advbench.errors import UserError
 from advbench.training import loop
@@ -58,6 +58,44 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, trainer, optimiz
     assert prepared == [False], "prepared once, in eval mode"
     assert notes == ["going on at epoch 3 of 3, step 6 of 6"]
     assert len(list(parts.iterdir())) == 4
+
+
+@pytest.mark.parametrize("after", ["position", "last.safetensors", "model.safetensors"])
+def test_files_are_those_of_a_finished_epoch_wherever_it_is_killed(tmp_path, monkeypatch, after):
+    """Repeated on a GPU, an epoch may end otherwise: nothing may be left of the first attempt."""
+    trainer = Trainer(epochs=3, batch_size=16, val_steps=1)
+    whole, parts, written = tmp_path / "whole", tmp_path / "parts", []
+    saves = {"weights": loop.save_weights, "start": Progress.save_start}
+
+    def weights(model, path) -> None:
+        saves["weights"](model, path)
+        written.append(path.name)
+        if written.count(after) == 2:
+            raise KeyboardInterrupt
+
+    def start(progress: Progress, state) -> None:
+        if after == "position" and state["position"]["epoch"] == 2:
+            raise KeyboardInterrupt
+        saves["start"](progress, state)
+
+    with monkeypatch.context() as patch:
+        # Every epoch is the best so far.
+        best = iter([(0.5, epoch / 10) for epoch in (1, 2, 3, 1, 2, 2, 3)])
+        patch.setattr(loop, "accuracies", lambda *_, **__: next(best))
+        fit(whole, trainer)
+        with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
+            kill.setattr(loop, "save_weights", weights)
+            kill.setattr(Progress, "save_start", start)
+            fit(parts, trainer)
+        ended = 1 if after == "position" else 2
+        assert position(parts) == (ended, 0)
+        if after == "position":
+            assert written == ["last.safetensors", "model.safetensors"], "of the first epoch"
+            assert len(table(parts)) == 1
+        else:
+            next(best)
+        fit(parts, trainer)
+    assert_same_result(whole, parts)
 
 
 def test_the_newest_state_is_of_this_epoch_and_this_attempt(tmp_path):

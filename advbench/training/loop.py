@@ -11,8 +11,9 @@ for each epoch, for each batch x, y of its feed: # original and extra images
     clip, optimizer.step
     defense.after_step, average of the weights
     about once a second: loss sound? progress; every ``save_every`` seconds: resume.pt
-after each epoch: loss and weights sound? validation, last.safetensors,
-    the best so far -> model.safetensors, metrics.csv, epoch.pt; catastrophic overfitting: stop
+after each epoch: loss and weights sound? validation, epoch.pt, and what follows from it:
+    last.safetensors, the best so far -> model.safetensors, metrics.csv;
+    catastrophic overfitting: stop
 where loss or weights are lost: back to epoch.pt at a tenth of the rate, once
 summary.json
 """
@@ -109,6 +110,8 @@ class Fit:
             self.progress.save_start(self._state())
             return
         self._restore(saved)
+        if not self.position.batch:
+            self._publish()
         self.report.note(
             f"going on at epoch {self.position.epoch + 1} of {settings.epochs}, "
             f"step {self.position.batch + 1} of {self.steps_per_epoch}"
@@ -190,27 +193,34 @@ class Fit:
         position.rows.append(row)
 
         merit = [robust, clean] if self.select_robust and robust is not None else [clean]
-        best = merit >= position.best  # at first the list is empty, and less than any other
-        if best:
+        if merit >= position.best:  # at first the list is empty, and less than any other
             position.best, position.best_epoch = merit, position.epoch + 1
-        if fabric.is_global_zero:
-            save_weights(self.learner.kept, self.folder / "last.safetensors")
-            if best:
-                save_weights(self.learner.kept, self.folder / "model.safetensors")
-            write_table(self.folder / "metrics.csv", position.rows)
         if found := catastrophic_overfitting(position.rows, len(self.splits.val)):
             position.guards["catastrophic_overfitting"] = found
         position.epoch += 1
         position.batch = 0
         position.epoch_seconds = 0.0
         self.means = Means()
+        # Until it is written, a killed run repeats the epoch; on a GPU perhaps with other bits, so
+        # nothing else may be left of the first attempt.
+        self.progress.save_start(self._state())
+        self.pace.saved()
+        self._publish()
         self.report.epoch(row)
         if found:
             self.report.note(told(found))
         self._tell()
-        # Last: until it is written, a killed run repeats what came before, with the same result.
-        self.progress.save_start(self._state())
-        self.pace.saved()
+
+    def _publish(self) -> None:
+        """The files of the epoch that ended. All is in ``epoch.pt``: a killed run writes them when
+        it goes on.
+        """
+        if not self.fabric.is_global_zero or not self.position.rows:
+            return
+        save_weights(self.learner.kept, self.folder / "last.safetensors")
+        if self.position.best_epoch == self.position.epoch:
+            save_weights(self.learner.kept, self.folder / "model.safetensors")
+        write_table(self.folder / "metrics.csv", self.position.rows)
 
     def _go_back(self, why: str) -> None:
         """To the start of the epoch, wherever in it this is, so that no save or kill matters."""

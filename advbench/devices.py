@@ -63,3 +63,11 @@ def is_first() -> bool:
     """Whether this process is the first of its run's, as torchrun, Fabric and srun tell it."""
     ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
     return int(next((rank for rank in ranks if rank), "0")) == 0
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left."""
+    text = str(problem).lower()
+    return isinstance(problem, torch.OutOfMemoryError) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate")
+    )

@@ -635,6 +635,39 @@ def test_what_does_not_fit_several_devices_is_a_user_error():
     Trainer(batch_size=3).check(net(plain=True), data, 3)
 
 
+@dataclass(frozen=True)
+class Failing(Recorder):
+    """Raises in the first step."""
+
+    error: str = "CUDA out of memory. Tried to allocate 20.00 GiB"
+
+    def after_step(self, model: Classifier, step: Step) -> None:
+        raise RuntimeError(self.error)
+
+
+def test_out_of_memory_says_what_takes_less(tmp_path):
+    for trainer, take in (
+        (Trainer(batch_size=48), "trainer.batch_size=24 or trainer.precision=bf16-mixed$"),
+        (Trainer(batch_size=7, precision="bf16-mixed"), "trainer.batch_size=3$"),
+    ):
+        with pytest.raises(UserError, match=f"^out of memory: take {take}"):
+            fit(tmp_path / str(trainer.batch_size), trainer, defense=Failing())
+    for devices, batch_size, half in ((4, 24, 12), (4, 12, 4), (3, 15, 6)):
+        with (
+            pytest.raises(UserError, match=f"trainer.batch_size={half} or"),
+            Trainer(batch_size=batch_size)._enough_memory(devices),
+        ):
+            raise torch.OutOfMemoryError
+    for precision, take in (("32-true", "trainer.precision"), ("bf16-mixed", "a smaller backbone")):
+        with (
+            pytest.raises(UserError, match=f"take {take}"),
+            Trainer(batch_size=4, precision=precision)._enough_memory(4),
+        ):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        fit(tmp_path / "bug", defense=Failing(error="a bug of ours"))
+
+
 def test_shipped_configs_write_out_every_field_and_its_default():
     found = []
     for group, names in (("optimizer", ("sgd", "adamw")), ("trainer", ("default",))):

@@ -19,6 +19,7 @@ from torch.fx.experimental.optimization import fuse
 
 from advbench.attacks import losses
 from advbench.attacks.base import Clean
+from advbench.devices import out_of_memory
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.packing import packed
 
@@ -146,14 +147,6 @@ def ask(model: nn.Module, clean: Clean) -> tuple[Tensor, Tensor]:
             return logits, torch.zeros_like(x)
         gradient = torch.autograd.grad(losses.margin(logits.float(), clean.y).sum(), x)[0]
     return logits.detach().float(), gradient
-
-
-def out_of_memory(problem: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no memory left."""
-    text = str(problem).lower()
-    return isinstance(problem, torch.OutOfMemoryError) or any(
-        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate")
-    )
 
 
 class Shapes:

@@ -17,7 +17,8 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
-from advbench.devices import asking_for
+from advbench.devices import asking_for, out_of_memory
+from advbench.errors import UserError
 from advbench.files import canonical
 from advbench.recipes.base import Recipe
 from advbench.training.checkpoint import (
@@ -75,8 +76,8 @@ class Trainer(Settings):
         A training that diverges goes back to the start of the epoch and on at a tenth of the
         learning rate, once; one that overfits catastrophically ends (``advbench.training.guards``).
 
-        Raises UserError for a mistake of the user, and when the training diverges again; its last
-        good weights are then in ``last.safetensors``.
+        Raises UserError for a mistake of the user, where memory runs out, and when the training
+        diverges again; its last good weights are then in ``last.safetensors``.
         """
         identity = json.loads(canonical(identity))
         fabric = self._fabric()
@@ -90,7 +91,7 @@ class Trainer(Settings):
             require_identity(canonical(summary.identity), identity, folder)
             remove_progress(folder)
             return summary
-        with _kernels(self.deterministic):
+        with _kernels(self.deterministic), self._enough_memory(fabric.world_size):
             return Fit(
                 settings=self,
                 fabric=fabric,
@@ -106,6 +107,21 @@ class Trainer(Settings):
                 report=report,
                 prepared=prepared,
             ).run()
+
+    @contextmanager
+    def _enough_memory(self, devices: int) -> Iterator[None]:
+        """Raises UserError where a device, or the machine, runs out of memory inside."""
+        try:
+            yield
+        except RuntimeError as problem:
+            if not out_of_memory(problem):
+                raise
+            half = max(1, self.batch_size // devices // 2) * devices
+            smaller = [f"trainer.batch_size={half}"] if half < self.batch_size else []
+            if self.precision != "bf16-mixed":
+                smaller.append("trainer.precision=bf16-mixed")
+            take = " or ".join(smaller or ["a smaller backbone"])
+            raise UserError(f"out of memory: take {take}") from problem
 
     def _fabric(self) -> Fabric:
         with asking_for(self.accelerator, self.devices, self.num_nodes):

@@ -153,8 +153,10 @@ def _check_options(verb: str, words: list[str]) -> None:
 
 def _existing(verb: str, rest: list[str]) -> set[Path]:
     """Which directories on the way to the runs there are, before Hydra makes the others."""
+    from advbench import runs
+
     said = [word.partition("=")[2] for word in rest if word.startswith(DIRECTORIES)]
-    wanted = [Path(name).absolute() for name in (*said, f"outputs/{verb}")]
+    wanted = [Path(name).absolute() for name in (*said, runs.OUTPUTS / verb)]
     return {path for name in wanted for path in (name, *name.parents) if path.exists()}
 
 
@@ -287,6 +289,7 @@ def _report(arguments: list[str]) -> int:
 
 
 def _list(arguments: list[str]) -> int:
+    from advbench import runs
     from advbench.report import catalogue, inventory
 
     parser = _Parser(
@@ -299,7 +302,7 @@ def _list(arguments: list[str]) -> int:
     parser.add_argument("paths", nargs="*", help="of 'list runs': where to look; default: outputs")
     given = parser.parse_args(arguments)
     if given.group in ("run", "runs"):
-        inventory.show([Path(path) for path in given.paths or ["outputs"]])
+        inventory.show([Path(path) for path in given.paths or [runs.OUTPUTS]])
     elif given.paths:
         raise UserError(f"list {given.group} takes no paths; 'advbench list runs PATH' does")
     else:
@@ -330,9 +333,9 @@ def _doctor(arguments: list[str]) -> int:
     parser.add_argument("--data-root", default="data", help="where data sets are; default: data")
     parser.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(arguments)
-    from advbench import doctor
+    from advbench import doctor, runs
 
-    findings = doctor.examine(Path(given.data_root), Path("outputs"))
+    findings = doctor.examine(Path(given.data_root), runs.OUTPUTS)
     if given.json:
         print(json.dumps(doctor.to_json(findings), indent=2))
     else:

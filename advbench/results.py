@@ -13,6 +13,7 @@ from advbench.errors import UserError
 from advbench.files import write_json
 
 SCHEMA = "advbench.results/1"
+RESULTS = "results.json"
 
 
 Z95 = 1.959963984540054

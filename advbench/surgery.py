@@ -108,11 +108,6 @@ def probe_images(input_shape: Sequence[int], n: int = 2) -> Tensor:
     return torch.rand(n, *input_shape, generator=torch.Generator().manual_seed(0))
 
 
-def count_modules(model: nn.Module, kind: Kind) -> int:
-    """How many different modules of ``kind`` are inside the model."""
-    return sum(isinstance(module, kind) for name, module in model.named_modules() if name)
-
-
 def count_calls(model: nn.Module, kind: Kind, x: Tensor) -> dict[str, int]:
     """How often one forward pass calls each module of ``kind``, by name; 0 where it does not.
 

@@ -24,6 +24,7 @@ from advbench.defenses.base import Defense, Step
 from advbench.models import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
+from advbench.surgery import Kind
 from advbench.training.optimizers import SGD, Optimizer
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
@@ -117,6 +118,11 @@ def position(folder: Path) -> tuple[int, int]:
             kept = torch.load(folder / name, weights_only=True)["state"]["position"]
             found.append((kept["epoch"], kept["batch"]))
     return max(found, default=(-1, 0))
+
+
+def count_modules(model: nn.Module, kind: Kind) -> int:
+    """How many different modules of ``kind`` are inside the model."""
+    return sum(isinstance(module, kind) for name, module in model.named_modules() if name)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from omegaconf import OmegaConf
+from small import count_modules
 from torch import Tensor, nn
 
 from advbench.backbones import external
@@ -21,7 +22,7 @@ from advbench.backbones.base import Classifier
 from advbench.backbones.preact_resnet import PreactBlock
 from advbench.backbones.resnet import ZeroPadding
 from advbench.errors import UserError
-from advbench.surgery import check_sites, count_calls, count_modules
+from advbench.surgery import check_sites, count_calls
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "backbone"
 SITES = tuple(ACTIVATIONS.values())

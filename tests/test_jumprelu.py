@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from small import count_modules
 from torch import Tensor, fx, nn
 
 from advbench.attacks.base import Clean, Oracle, craft
@@ -34,7 +35,7 @@ from advbench.models import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
-from advbench.surgery import count_calls, count_modules
+from advbench.surgery import count_calls
 from advbench.training.checkpoint import save_weights
 from advbench.training.step import TrainingStep
 

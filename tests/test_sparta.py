@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small import count_modules
 from torch import Tensor, fx, nn
 
 from advbench.attacks.threat import Threat
@@ -38,7 +39,7 @@ from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.recipes.trades import TRADES
-from advbench.surgery import count_calls, count_modules, twin
+from advbench.surgery import count_calls, twin
 from advbench.training.checkpoint import save_weights
 from advbench.training.step import TrainingStep
 

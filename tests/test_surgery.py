@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from small import count_modules
 from torch import Tensor, nn
 from torchvision import models as zoo
 
@@ -10,7 +11,6 @@ from advbench.errors import UserError
 from advbench.surgery import (
     check_sites,
     count_calls,
-    count_modules,
     input_shapes,
     replace_modules,
     split_sites,

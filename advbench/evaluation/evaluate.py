@@ -31,9 +31,9 @@ from advbench.evaluation.search import Watch
 from advbench.evaluation.searcher import Speed
 from advbench.evaluation.store import Records, Store
 from advbench.files import model_sha256, write_atomic, write_json
-from advbench.results import Accuracy, Results, StageResult
+from advbench.results import RESULTS, Accuracy, Results, StageResult
 
-PLAN, RESULTS = "plan.json", "results.json"
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)

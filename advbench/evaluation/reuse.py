@@ -13,7 +13,7 @@ from torch import Tensor
 from advbench.errors import UserError
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.store import Records, Store, read_samples
-from advbench.results import Results
+from advbench.results import RESULTS, Results
 
 ALWAYS = ("model_sha256", "traits", "batch_size", "code", "device", "versions")
 UNDER_ATTACK = (*ALWAYS, "threat", "seed", "speed")
@@ -104,6 +104,6 @@ def _plans(archive: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def _finished(folder: Path) -> dict[str, tuple[Records, float]]:
     """The records of a finished evaluation, by stage, with the seconds they took."""
-    results = Results.load(folder / "results.json")
+    results = Results.load(folder / RESULTS)
     seconds = {stage.name: stage.seconds for stage in results.stages}
     return {name: (part, seconds.get(name, 0.0)) for name, part in read_samples(folder).items()}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from advbench.console import printable
 from advbench.errors import UserError
-from advbench.results import Accuracy, Results, threat_name, wilson
+from advbench.results import RESULTS, Accuracy, Results, threat_name, wilson
+from advbench.runs import CONFIG
 
 if TYPE_CHECKING:  # a table needs neither, and importing torch takes seconds
     from advbench.attacks.threat import Threat
     from advbench.evaluation.store import Records
 
-RESULTS, CONFIG = "results.json", "config.yaml"
 NAMES = ("defense", "backbone", "recipe", "model")
 """Settings that name a model; ``model`` is that of one of the user's own."""
 INSIDE = {"defense": "defense.members", "recipe": "recipe.of"}

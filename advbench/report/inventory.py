@@ -21,7 +21,7 @@ from rich.text import Text
 from advbench import runs
 from advbench.console import FAILED, WIDE, printable, table_console
 from advbench.errors import UserError
-from advbench.results import Results
+from advbench.results import RESULTS, Results
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
 STYLES = {"finished": "green", "at work": "cyan", "failed": "red", "damaged": "red"}
@@ -156,8 +156,8 @@ def _training(folder: Path, cfg: Mapping[str, Any]) -> Run:
 
 def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
     results, robust, n = None, "-", ""
-    if (folder / "results.json").is_file():
-        results = Results.load(folder / "results.json")
+    if (folder / RESULTS).is_file():
+        results = Results.load(folder / RESULTS)
         low, high = (100 * end for end in results.robust.ci95)
         robust = f"{100 * results.robust.acc:.1f} [{low:.1f}, {high:.1f}]"
         n = f", n = {results.data['n']}"
@@ -171,7 +171,7 @@ def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
         where="" if finished else _stage(folder),
         what=f"{_choice(cfg, 'protocol')} of {of}{n}",
         robust=robust if finished or results is None else f"<= {robust}",
-        files=("results.json", "journal", "plan.json", runs.CONFIG),
+        files=(RESULTS, "journal", "plan.json", runs.CONFIG),
     )
 
 

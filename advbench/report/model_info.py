@@ -17,7 +17,7 @@ from advbench.errors import UserError
 from advbench.files import write_json
 from advbench.report.collection import UNKNOWN
 from advbench.report.conditions import text_of, unusual
-from advbench.results import Results
+from advbench.results import RESULTS, Results
 
 TO_FILL = ("link", "name", "authors", "additional_data", "venue", "reported")
 THREATS = {"linf": "Linf", "l2": "L2"}
@@ -80,7 +80,7 @@ def export(run: Path, out: Path | None) -> None:
 
     Raises UserError for a directory without results, and rather than overwrite a file.
     """
-    path = run / "results.json" if run.is_dir() else run
+    path = run / RESULTS if run.is_dir() else run
     if not path.is_file():
         raise UserError(f"'{run}' holds no results.json: give the directory of an evaluation")
     results = Results.load(path)

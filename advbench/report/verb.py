@@ -6,13 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from advbench import runs
 from advbench.console import printable
 from advbench.errors import UserError
 from advbench.files import write_text
 from advbench.report import compare, formats, leaderboard, terminal
 from advbench.report.collection import find, groups
-
-OUTPUTS = Path("outputs")
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +36,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Do what was asked for. Raises UserError for options that do not go together."""
-    paths = given.paths or [OUTPUTS]
+    paths = given.paths or [runs.OUTPUTS]
     if given.html is not None or given.plots is not None:
         _draw(paths, given)
         return

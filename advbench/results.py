@@ -132,6 +132,11 @@ class Results:
         """Stages that came to their end."""
         return tuple(s for s in self.stages if s.name not in self.missing)
 
+    @property
+    def attacked(self) -> bool:
+        """Whether any attack was begun: without one ``robust`` says nothing but ``clean``."""
+        return bool(self.begun)
+
     def to_json(self) -> dict[str, Any]:
         order = (
             "schema",

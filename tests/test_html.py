@@ -297,6 +297,21 @@ def test_like_with_like(tmp_path: Path) -> None:
     assert {row["data-threat"] for row in rows} == {"linf 0.15", "l2 0.5"}
 
 
+def test_what_was_not_attacked_has_no_robust_accuracy(tmp_path: Path) -> None:
+    changes = {"stages": (), "robust": results().clean, "measures": {"wra": 0.95}}
+    protocol = {"name": "clean", "version": "1", "seed": 0}
+    write(tmp_path / "a", results("bare", protocol=protocol, **changes), bare=True)
+    write(tmp_path / "b", results("net"), bare=True)
+    found = page(tmp_path)
+    rows = [row for row in found.all("tr") if row.get("class") == "run"]
+    assert [str(row["data-words"]).split()[0] for row in rows] == ["net", "bare"]
+    assert ["data-open" in row for row in rows] == [False, True]
+    assert "clean 95.0 83.5\u201398.6 robust - - 3 s" in found.text
+    assert "Robust -: nothing was attacked." in found.text
+    told = "bare digits, linf 0.15, clean 1 - Clean accuracy 95.0 % [83.5, 98.6] No figures"
+    assert told in found.text and found.text.count("WRA") == 1  # that of the other
+
+
 def test_what_differs_is_in_the_heading(tmp_path: Path) -> None:
     for steps in (10, 50):
         protocol = {"name": "pgd", "version": "1", "steps": steps, "restarts": 1, "seed": 0}

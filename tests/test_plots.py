@@ -297,6 +297,24 @@ def test_means_over_seeds_are_called_that() -> None:
     assert alone.get_title(loc="left") == "" and len(alone.collections) == 2
 
 
+def test_what_was_not_attacked_is_drawn_as_clean_alone() -> None:
+    def bare(jump: float) -> Entry:
+        settings = {**results().settings, "defense.jump": jump}
+        return entry(f"j{jump}", settings=settings, stages=(), robust=Accuracy.of(N - WRONG, N))
+
+    found = [bare(jump) for jump in (0, 1, 2)]
+    assert dossier.sweeps(found) == []
+    (axes,) = dossier.board_plate(found).draw().axes
+    assert [c.get_label() for c in axes.containers] == ["clean"]
+    assert len(axes.get_yticklabels()) == 3
+    (axes,) = dossier.board_plate([*found, entry("attacked")]).draw().axes
+    assert [c.get_label() for c in axes.containers] == ["clean", "robust"]
+    ranked = dossier.ranked([found[0], entry("attacked", robust=Accuracy.of(1, N))])
+    assert [e.results.run for e in ranked[0]] == ["attacked", "j0"]
+    drawn = dossier.Dossier(found[0], evidence=Evidence.of({"clean": attacked()["clean"]})).plates()
+    assert [plate.name for plate in drawn] == ["classes"]
+
+
 def test_labels_of_a_sweep_do_not_collide() -> None:
     rows = [(float(i), Accuracy.of(38, N), Accuracy.of(20 + i % 2, N)) for i in range(5)]
     figure = plots.tradeoff("jump", rows)

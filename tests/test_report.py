@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,34 @@ def test_a_mixed_table_has_the_strong_above_the_weak_and_the_unfinished_below() 
     names = [group.first.results.protocol["name"] for group in mixed.groups]
     assert names == ["autoattack", "zzz", "pgd", "autoattack"]
     assert mixed.groups[-1].first.results.missing
+
+
+def unattacked(**changes: Any) -> Results:
+    """Of protocol=clean: what nothing attacked."""
+    return results(190, protocol={"name": "clean", "version": "1", "seed": 0}, stages=(), **changes)
+
+
+def test_what_was_not_attacked_has_no_robust_accuracy() -> None:
+    """It is no 95 % that PGD's 25 % would stand below."""
+    begun = results().stages[0]
+    found = entries(
+        unattacked(),
+        results(50, protocol=PGD),
+        results(190, stages=(replace(begun, attacked=0),), missing=("apgd-ce",)),
+        results(120, stages=(begun,), missing=("apgd-ce",)),
+    )
+    (mixed,) = leaderboard.boards(groups(found), mix=True)
+    shown = mixed.sheet()
+    column = shown.headings.index("robust")
+    assert [row[column].partition(" ")[0] for row in shown.rows] == ["25.0", "60.0", "-", "-"]
+    assert leaderboard.READING_CLEAN in shown.notes
+    rows = list(csv.DictReader(io.StringIO(formats.render([mixed], "csv"))))
+    kept = [(row["robust"], row["robust_sd"], row["robust_low"]) for row in rows]
+    assert kept[2:] == [("", "", "")] * 2 and float(kept[0][0]) == 0.25
+    assert json.loads(formats.render([mixed], "json"))["tables"][0]["rows"][2]["robust"] is None
+    assert "-" in formats.render([mixed], "latex") and "- |" in formats.render([mixed], "md")
+    (alone,) = leaderboard.boards(groups(entries(results(50, protocol=PGD))))
+    assert leaderboard.READING_CLEAN not in alone.sheet().notes
 
 
 def test_a_title_says_what_tells_tables_apart() -> None:
@@ -535,6 +564,7 @@ def test_csv_gives_back_the_same_numbers(tmp_path: Path) -> None:
     assert len(rows) == len(groups_shown) == 4
     for row, group in zip(rows, groups_shown, strict=True):
         for name, mean in (("clean", group.clean), ("robust", group.robust)):
+            assert mean is not None
             assert float(row[name]) == mean.acc
             assert (float(row[f"{name}_low"]), float(row[f"{name}_high"])) == mean.ci95
             assert row[f"{name}_sd"] == ("" if mean.sd is None else repr(mean.sd))
@@ -732,6 +762,7 @@ def test_pairs_are_counted_by_hand(tmp_path: Path) -> None:
     b = evaluated(tmp_path / "b", B, settings={"defense": "hpm"})
     found = compare.of([a, b])
     assert found.robust == compare.Paired(both=140, a_only=10, b_only=5, neither=45)
+    assert found.robust is not None
     assert found.robust.difference == 0.025 and found.robust.n == 200
     clean = [(x != 0, y != 0) for x, y in zip(A, B, strict=True)]
     assert found.clean == compare.Paired(
@@ -767,6 +798,19 @@ def test_a_comparison_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["report", "--compare", str(a), str(b), "--format", "json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["robust"]["ci95"] == [low, high] and plain["b_lost"] == {"apgd-ce": 30}
+
+
+def test_what_was_not_attacked_is_compared_on_clean_images_alone(tmp_path: Path) -> None:
+    clean = {"protocol": {"name": "clean", "version": "1"}, "stages": ()}
+    held = [-1 if where else 0 for where in A]
+    both = [evaluated(tmp_path / name, held, **clean) for name in ("a", "b")]
+    said = compare.text(both)
+    assert "robust: no comparison, for they were not both attacked" in said
+    assert "clean: no difference shown" in said and "on the same 200 images" in said
+    assert json.loads(compare.text(both, form="json"))["robust"] is None
+    assert "robust: no comparison" in compare.text(
+        [both[0], evaluated(tmp_path / "c", A)], mix=True
+    )
 
 
 def test_two_evaluations_of_one_model_are_called_that(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from advbench.console import duration
 from advbench.report import collection
 from advbench.report.bits import chip, chips, count, joined, percent, verdict
-from advbench.report.collection import Entry, Group, Mean
+from advbench.report.collection import UNKNOWN, Entry, Group, Mean
 from advbench.report.conditions import Wording, is_weak, text_of
-from advbench.report.leaderboard import READING_SEEDS, READING_WEAK, rank
+from advbench.report.leaderboard import READING_CLEAN, READING_SEEDS, READING_WEAK, rank
 from advbench.report.markup import Markup, el
 
 COLUMNS = (
@@ -33,7 +33,7 @@ def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -
 
     ranked: evaluations by conditions.  anchors: ids in the page, by ``id`` of the entry.
     """
-    bodies, rows, seeded = [], 0, False
+    bodies, rows, seeded, bare = [], 0, False, False
     wording = Wording([Group((same[0],)) for same in ranked])
     for same in ranked:
         varied = collection.varying(same)
@@ -53,6 +53,7 @@ def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -
             class_="group",
         )
         seeded |= any(len(group.entries) > 1 for group in best)
+        bare |= any(group.robust is None for group in best)
         lines = [_row(group, varied, anchors) for group in best]
         rows += len(lines)
         bodies.append(el("tbody", head, lines))
@@ -76,6 +77,8 @@ def leaderboard(ranked: Sequence[Sequence[Entry]], anchors: Mapping[int, str]) -
     notes = []
     if any(is_weak(same[0].conditions["protocol"]) for same in ranked):
         notes.append(READING_WEAK)
+    if bare:
+        notes.append(READING_CLEAN)
     if seeded:
         notes.append(READING_SEEDS)
     return el(
@@ -144,7 +147,7 @@ def _row(group: Group, varied: Sequence[str], anchors: Mapping[int, str]) -> Mar
         "tr",
         cells,
         class_="run",
-        data_open=bool(first.results.missing),
+        data_open=bool(first.results.missing) or group.robust is None,  # last, however sorted
         data_words=words.lower(),
         **{f"data_{key}": value for key, value in facets.items()},
     )
@@ -154,7 +157,9 @@ def _interval(mean: Mean) -> str:
     return f"{percent(mean.ci95[0])}\u2013{percent(mean.ci95[1])}"
 
 
-def _accuracy(name: str, mean: Mean) -> Markup:
+def _accuracy(name: str, mean: Mean | None) -> Markup:
+    if mean is None:
+        return el("td", el("span", name, class_="tag"), UNKNOWN, class_=f"c-{name}", data_sort=0)
     spread = None if mean.sd is None else el("span", f"±{percent(mean.sd)}", class_="sd")
     return el(
         "td",
@@ -167,16 +172,15 @@ def _accuracy(name: str, mean: Mean) -> Markup:
     )
 
 
-def _track(clean: Mean, robust: Mean) -> Markup:
+def _track(clean: Mean, robust: Mean | None) -> Markup:
     """Both accuracies with their intervals on a line from 0 to 100 %."""
-    marks = []
+    marks, said = [], []
     for name, mean in (("clean", clean), ("robust", robust)):
+        if mean is None:
+            continue
+        said.append(f"{name} {percent(mean.acc)} %, {_interval(mean)}")
         low, high = mean.ci95
         band = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
         marks.append(el("i", class_=f"band {name}", style=band))
         marks.append(el("i", class_=f"dot {name}", style=f"left:{100 * mean.acc:.2f}%"))
-    said = (
-        f"clean {percent(clean.acc)} %, {_interval(clean)}; "
-        f"robust {percent(robust.acc)} %, {_interval(robust)}"
-    )
-    return el("div", marks, class_="track", role="img", aria_label=said)
+    return el("div", marks, class_="track", role="img", aria_label="; ".join(said))

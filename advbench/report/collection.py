@@ -249,7 +249,10 @@ class Group:
         return Mean.of([entry.results.clean for entry in self.entries], self.first.n)
 
     @property
-    def robust(self) -> Mean:
+    def robust(self) -> Mean | None:
+        """None where nothing was attacked."""
+        if not all(entry.results.attacked for entry in self.entries):
+            return None
         return Mean.of([entry.results.robust for entry in self.entries], self.first.n)
 
     @property

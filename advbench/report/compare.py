@@ -56,13 +56,14 @@ class Paired:
 class Comparison:
     """What two evaluations say of the images that both have seen.
 
-    a_lost, b_lost: by stage, how many images that the other held.  notes: what is to be known.
+    robust: None unless both were attacked.  a_lost, b_lost: by stage, how many images that the
+    other held.  notes: what is to be known.
     """
 
     a: Entry
     b: Entry
     clean: Paired
-    robust: Paired
+    robust: Paired | None
     a_lost: dict[str, int]
     b_lost: dict[str, int]
     notes: tuple[str, ...]
@@ -164,6 +165,8 @@ def _compared(a: Entry, b: Entry, notes: list[str]) -> Comparison:
         )
     fell_a, fell_b = first.fell[mine], second.fell[yours]
 
+    attacked = a.results.attacked and b.results.attacked
+
     def paired(right_a: np.ndarray, right_b: np.ndarray) -> Paired:
         both, either = int((right_a & right_b).sum()), int((right_a | right_b).sum())
         a_right, b_right = int(right_a.sum()), int(right_b.sum())
@@ -177,7 +180,7 @@ def _compared(a: Entry, b: Entry, notes: list[str]) -> Comparison:
         a=a,
         b=b,
         clean=paired(fell_a != 0, fell_b != 0),
-        robust=paired(fell_a < 0, fell_b < 0),
+        robust=paired(fell_a < 0, fell_b < 0) if attacked else None,
         a_lost=lost(fell_a, first.stages, fell_b < 0),
         b_lost=lost(fell_b, second.stages, fell_a < 0),
         notes=tuple(notes),
@@ -210,7 +213,7 @@ def text(paths: Sequence[Path], mix: bool = False, form: str | None = None) -> s
 
 
 def _lines(comparison: Comparison) -> list[str]:
-    a, b, n = comparison.a, comparison.b, comparison.robust.n
+    a, b, n = comparison.a, comparison.b, comparison.clean.n
     wording = Wording([Group((a,)), Group((b,))])
     conditions = wording.of(a)
     unlike = {key for key in differences([a.conditions, b.conditions]) if key != "n"}
@@ -219,6 +222,9 @@ def _lines(comparison: Comparison) -> list[str]:
     lines.append(f"on the same {n} images" + ("" if unlike else f": {', '.join(shared)}"))
     lines.append("")
     for name, paired in (("robust", comparison.robust), ("clean", comparison.clean)):
+        if paired is None:
+            lines.append("robust: no comparison, for they were not both attacked")
+            continue
         word = "robust" if name == "robust" else "accurate on clean images"
         lines.append(f"{name}: {sentence(paired, word)}")
         lines.append(
@@ -275,7 +281,9 @@ def _who(entry: Entry) -> str:
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:
-    def numbers(paired: Paired) -> dict[str, Any]:
+    def numbers(paired: Paired | None) -> dict[str, Any] | None:
+        if paired is None:
+            return None
         more = {"difference": paired.difference, "ci95": paired.ci95, "p": paired.p}
         return {"n": paired.n, **asdict(paired), **more}
 

@@ -74,10 +74,12 @@ def differences(conditions: Iterable[Mapping[str, Any]], every: bool = False) ->
 
 def place(group: Group) -> Any:
     """Where its conditions stand among others of the same data: strong protocols first, whatever
-    the threat and n, and weak ones last."""
+    the threat and n, then weak ones, and last what was not attacked."""
     conditions = group.first.conditions
     name = conditions["protocol"]
     strength = STRONG.index(name) if name in STRONG else len(STRONG) + is_weak(name)
+    if group.robust is None:
+        strength = len(STRONG) + 2
     rest = {key: order(value) for key, value in conditions.items() if key.startswith("protocol.")}
     return (
         [order(conditions[key]) for key in ("data", "data.split", "data.sha256")],

@@ -76,7 +76,7 @@ class Dossier:
                 f"Band: Wilson 95 %.{self._unfinished()}",
                 lambda: plots.curve({results.run: results}),
             )
-        else:
+        elif results.attacked:
             yield Plate(
                 "stages",
                 "What each stage left",
@@ -94,6 +94,8 @@ class Dossier:
             f"images.{partly}{self._only_worst(evidence)}",
             lambda: plots.classes(evidence, self.names),
         )
+        if not results.attacked:
+            return
         yield Plate(
             "confusion",
             "What broken images are taken for",
@@ -198,10 +200,15 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 
 
 def ranked(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Evaluations under the same conditions together, the most robust first and what did not
-    finish last; strong protocols before weak ones."""
+    """Evaluations under the same conditions together, the most robust first and last what did not
+    finish or was not attacked; strong protocols before weak ones."""
+
+    def where(entry: Entry) -> tuple[bool, bool, float]:
+        results = entry.results
+        return not results.attacked, bool(results.missing), -results.robust.acc
+
     alike: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda e: (bool(e.results.missing), -e.results.robust.acc)):
+    for entry in sorted(entries, key=where):
         alike.setdefault(repr(sorted(entry.conditions.items())), []).append(entry)
     return sorted(alike.values(), key=lambda same: place(Group((same[0],))))
 
@@ -240,20 +247,24 @@ class Sweep:
 def sweeps(same: Sequence[Entry]) -> list[Sweep]:
     """What was swept among evaluations that may be ranked together."""
     found = []
-    families: dict[tuple[str, str], dict[float, list[Group]]] = {}
+    families: dict[tuple[str, str], dict[float, list[tuple[Mean, Group]]]] = {}
     for group in groups(e for e in same if not e.results.missing):
+        if (robust := group.robust) is None:
+            continue
         settings = {k: v for k, v in group.first.results.settings.items() if k != SEED}
         for key, value in settings.items():
             if key in NAMES or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             rest = repr(sorted((k, repr(v)) for k, v in settings.items() if k != key))
-            families.setdefault((key, rest), {}).setdefault(float(value), []).append(group)
+            families.setdefault((key, rest), {}).setdefault(float(value), []).append(
+                (robust, group)
+            )
     for (key, _), values in families.items():
         if len(values) >= FEWEST_IN_SWEEP:
-            lowest = {v: min(values[v], key=lambda g: g.robust.acc) for v in sorted(values)}
-            rows = tuple((v, group.clean, group.robust) for v, group in lowest.items())
+            lowest = {v: min(values[v], key=lambda pair: pair[0].acc) for v in sorted(values)}
+            rows = tuple((v, group.clean, robust) for v, (robust, group) in lowest.items())
             repeated = any(len(alike) > 1 for alike in values.values())
-            found.append(Sweep(key, lowest[min(values)].first, rows, repeated))
+            found.append(Sweep(key, lowest[min(values)][1].first, rows, repeated))
     return found
 
 
@@ -310,7 +321,7 @@ def board_plate(same: Sequence[Entry]) -> Plate:
     return Plate(
         "leaderboard",
         "Leaderboard",
-        f"Bars: Wilson 95 %.{_over_seeds(group.robust for group in found)}",
+        f"Bars: Wilson 95 %.{_over_seeds(group.clean for group in found)}",
         lambda: plots.board(rows),
     )
 

@@ -139,7 +139,9 @@ def _record(group: Group, settings: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _spread(name: str, mean: Mean) -> dict[str, Any]:
+def _spread(name: str, mean: Mean | None) -> dict[str, Any]:
+    if mean is None:
+        return dict.fromkeys((name, f"{name}_sd", f"{name}_low", f"{name}_high"))
     low, high = mean.ci95
     return {name: mean.acc, f"{name}_sd": mean.sd, f"{name}_low": low, f"{name}_high": high}
 

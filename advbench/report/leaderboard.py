@@ -30,6 +30,7 @@ READING = "robust: an upper bound, what the attacks left; [Wilson 95 %]; passes 
 READING_SEEDS = (
     "± sd over training seeds; the interval is that of the images, which all seeds share"
 )
+READING_CLEAN = f"robust {UNKNOWN}: nothing was attacked"
 READING_VERDICT = f"verdict {UNKNOWN}: not computed"
 READING_WEAK = "weak: the protocol flatters; compare with nothing that another protocol found"
 
@@ -108,6 +109,7 @@ class Board:
         notes = (
             READING,
             READING_SEEDS if several else "",
+            READING_CLEAN if UNKNOWN in columns["robust"] else "",
             READING_VERDICT if UNKNOWN in columns["verdict"] else "",
             READING_WEAK if weak else "",
         )
@@ -207,10 +209,12 @@ def _in_order(found: Iterable[Group], keys: Sequence[str]) -> tuple[Group, ...]:
 
 
 def rank(group: Group) -> Any:
-    """The most robust first among equals; what did not finish comes last."""
+    """The most robust first among equals; last what did not finish, and what was not attacked."""
     names = [group.first.name(key) for key in NAMES]
-    best = -group.robust.acc, -group.clean.acc
-    return bool(group.first.results.missing), place(group), best, names, str(group.first.folder)
+    robust = group.robust
+    last = robust is None, bool(group.first.results.missing)
+    best = 0.0 if robust is None else -robust.acc, -group.clean.acc
+    return last, place(group), best, names, str(group.first.folder)
 
 
 def _settings(found: Sequence[Group], shown: Sequence[str]) -> list[str]:
@@ -224,7 +228,9 @@ def _settings(found: Sequence[Group], shown: Sequence[str]) -> list[str]:
     return [texts[id(group)] for group in found]
 
 
-def _accuracy(mean: Mean) -> str:
+def _accuracy(mean: Mean | None) -> str:
+    if mean is None:
+        return UNKNOWN
     low, high = mean.ci95
     spread = "" if mean.sd is None else f" ± {100 * mean.sd:.1f}"
     return f"{100 * mean.acc:.1f}{spread} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -384,19 +384,22 @@ def _legible(values: Sequence[float]) -> list[float]:
     return [*kept, values[-1]]
 
 
-def board(rows: Mapping[str, tuple[Share, Share]]) -> Figure:
+def board(rows: Mapping[str, tuple[Share, Share | None]]) -> Figure:
     """Clean and robust accuracy of models, by name, from the top to the bottom."""
     figure, axes = canvas(0.75 + 0.2 * len(rows))
-    y = np.arange(len(rows))
     for label, colour, mark, part in (
         ("clean", CLEAN, "s", [clean for clean, _ in rows.values()]),
         ("robust", ROBUST, "o", [robust for _, robust in rows.values()]),
     ):
+        y = [i for i, share in enumerate(part) if share is not None]
+        part = [share for share in part if share is not None]
+        if not part:
+            continue
         centre, lengths = _whiskers(part)
         axes.errorbar(centre, y, xerr=lengths, fmt=mark, color=colour, label=label)
         if _deviations(axes, centre, y, part, upright=False):
             axes.set_title(WIDE, loc="left", color=MUTED)
-    axes.set_yticks(y, [short(name, 34) for name in rows])
+    axes.set_yticks(range(len(rows)), [short(name, 34) for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     _percent(axes, "x")
     axes.set_xlabel("accuracy (%)")

@@ -65,6 +65,7 @@ def run(
     training is shown already, to which its own is added.  figures: None for numbers alone.
     """
     results = entry.results
+    robust = f"{percent(results.robust.acc)} %" if results.attacked else collection.UNKNOWN
     summary = el(
         "summary",
         el(
@@ -73,13 +74,13 @@ def run(
             el("span", joined(chips(entry, varied)), class_="chips"),
         ),
         el("span", f"{entry.data}, {entry.threat_name}, {protocol_of(entry)}", class_="about"),
-        el("span", f"{percent(results.robust.acc)} %", class_="value"),
+        el("span", robust, class_="value"),
     )
     parts: list[Child] = [_headline(entry)]
     if figures is not None:
         parts += _evidence(dossier.read(entry, library), anchor, trainings, figures)
     parts += [
-        _stages(entry),
+        _stages(entry) if results.attacked else None,
         _indicators(entry),
         _reproduce(entry, figures is not None),
         _provenance(entry),
@@ -89,11 +90,13 @@ def run(
 
 def _headline(entry: Entry) -> Markup:
     results = entry.results
-    facts = [
-        ("Robust accuracy", f"{results.robust}, an upper bound"),
-        ("Clean accuracy", str(results.clean)),
-        *((MEASURES.get(k, k), f"{100 * v:.1f} %") for k, v in results.measures.items()),
-    ]
+    facts = [("Clean accuracy", str(results.clean))]
+    if results.attacked:
+        facts = [
+            ("Robust accuracy", f"{results.robust}, an upper bound"),
+            *facts,
+            *((MEASURES.get(k, k), f"{100 * v:.1f} %") for k, v in results.measures.items()),
+        ]
     if results.missing:
         facts.append(
             ("Unfinished", f"time was up before the end of {', '.join(map(str, results.missing))}")

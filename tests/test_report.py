@@ -143,8 +143,8 @@ def test_what_varies_is_what_was_swept() -> None:
 def test_names_tell_what_is_inside() -> None:
     chain = {"defense": "chain", "defense.members": "sparta+hpm", "recipe": "awp"}
     (entry,) = entries(results(settings={**chain, "recipe.of": "trades"}))
-    assert (entry.defense, entry.recipe) == ("chain(sparta+hpm)", "awp(trades)")
-    assert (entry.threat_name, str(entry.threat)) == ("linf 8/255", "linf 8/255")
+    assert (entry.defense, entry.name("recipe")) == ("chain(sparta+hpm)", "awp(trades)")
+    assert entry.threat_name == "linf 8/255"
 
 
 # --- what is ranked with what -------------------------------------------------------------------

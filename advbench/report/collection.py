@@ -15,8 +15,7 @@ from advbench.errors import UserError
 from advbench.results import RESULTS, Accuracy, Results, threat_name, wilson
 from advbench.runs import CONFIG
 
-if TYPE_CHECKING:  # a table needs neither, and importing torch takes seconds
-    from advbench.attacks.threat import Threat
+if TYPE_CHECKING:  # a table does not need them, and importing torch takes seconds
     from advbench.evaluation.store import Records
 
 NAMES = ("defense", "backbone", "recipe", "model")
@@ -48,14 +47,6 @@ class Entry:
         return self.name("defense")
 
     @property
-    def backbone(self) -> str:
-        return self.name("backbone")
-
-    @property
-    def recipe(self) -> str:
-        return self.name("recipe")
-
-    @property
     def seed(self) -> int | None:
         """Of the training; None for a model that advbench did not train."""
         return self.results.settings.get(SEED)
@@ -68,12 +59,6 @@ class Entry:
     def n(self) -> int:
         """Images evaluated."""
         return self.results.data["n"]
-
-    @property
-    def threat(self) -> Threat:
-        from advbench.attacks.threat import Threat
-
-        return Threat(self.results.threat["norm"], self.results.threat["eps"])
 
     @property
     def threat_name(self) -> str:

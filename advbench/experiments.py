@@ -65,7 +65,7 @@ def train(
     threat: Threat = config.build(cfg.threat, "threat", plugins=plugins)
     splits: Splits = config.build(cfg.data, "data", plugins=plugins)
     how = config.spelled_out(cfg.recipe, "recipe")
-    teachers = _teachers(how, plugins)
+    teachers = _teachers(how, plugins, cfg.data, splits.info)
     recipe = config.build_recipe(how, plugins, threat=threat, teachers=teachers)
     optimizer = config.build(cfg.optimizer, "optimizer", plugins=plugins)
     trainer = config.build(cfg.trainer, "trainer", plugins=plugins)
@@ -272,12 +272,40 @@ def _kept(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:
     return kept
 
 
-def _teachers(recipe: Any, plugins: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The models of the runs that a recipe learns from, or the one inside it."""
+def _teachers(
+    recipe: Any, plugins: tuple[str, ...], data: DictConfig, info: Info
+) -> dict[str, nn.Module]:
+    """The models of the runs that a recipe learns from, or the one inside it.
+
+    Raises UserError for a run on other data than the student's.
+    """
     if recipe is not None and recipe.get("of") is not None:
-        return _teachers(recipe.of, plugins)
+        return _teachers(recipe.of, plugins, data, info)
     named = {key: recipe.get(key) for key in TEACHERS} if recipe is not None else {}
-    return {key: models.from_run(runs.find(run), plugins)[0] for key, run in named.items() if run}
+    found = {}
+    for key, run in ((key, run) for key, run in named.items() if run):
+        model, _, taught = models.from_run(runs.find(run), plugins)
+        knows, has = (
+            f"images {tuple(one.input_shape)} of {one.num_classes} classes" for one in (model, info)
+        )
+        if knows != has:
+            raise UserError(
+                f"{key}={run} knows {knows} and {info.name} has {has}: take a run on the same data"
+            )
+        before, now = _published(taught.data), _published(data)
+        if before and now and before != now:
+            raise UserError(
+                f"{key}={run} was trained on {before} and the student is to learn {now}: "
+                "take a run on the same data"
+            )
+        found[key] = model
+    return found
+
+
+def _published(data: DictConfig) -> str | None:
+    """The name of a published data set; None for the user's own, of which the name says little."""
+    home, _, name = str(data.get("_target_")).rpartition(".")
+    return name if home == "advbench.data.sources" and "name" not in data else None
 
 
 def _check_fit(backbone: Any, info: Info) -> None:

@@ -22,8 +22,10 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.cli import main
 from advbench.config import options
+from advbench.data import sources
 from advbench.defenses.base import Defense, Part, Step
 from advbench.errors import UserError
+from advbench.experiments import _teachers
 from advbench.recipes.awp import AWP
 from advbench.recipes.base import Recipe, frozen
 from advbench.recipes.fgsm_rs import FGSMRS
@@ -451,6 +453,48 @@ def test_an_attack_that_two_classes_do_not_allow_is_one_line(runs: Path, capsys,
     told = capsys.readouterr().err
     assert "the dlr loss needs at least 3 classes and there are 2" in told
     assert not (runs / "two" / "epoch.pt").exists(), "nothing was begun"
+
+
+OTHER_DATA = {
+    # The digits of the teachers, told to be something else.
+    "advbench.data.sources.mnist": "=pgd_at was trained on digits and the student .* learn mnist",
+    "advbench.data.sources.npz": None,
+    "mine.Digits": None,
+}
+
+
+@pytest.mark.parametrize("target", OTHER_DATA)
+def test_a_teacher_of_other_data_is_one_line(runs: Path, target: str):
+    recipe = OmegaConf.create({"of": {"robust_teacher": "pgd_at", "standard_teacher": "standard"}})
+    own = {"path": "digits.npz", "name": None} if target.endswith("npz") else {}
+    data = OmegaConf.create({"_target_": target, **own})
+    info = sources.digits().info
+    if (message := OTHER_DATA[target]) is None:
+        assert _teachers(recipe, (), data, info).keys() == TEACHERS.keys()
+        return
+    with pytest.raises(UserError, match=message):
+        _teachers(recipe, (), data, info)
+
+
+def test_a_teacher_of_other_images_or_classes_is_one_line(runs: Path, capsys):
+    x = np.random.default_rng(0).random((40, 6, 6), np.float32)
+    for y, knows in (
+        (np.arange(40) % 10, "(1, 6, 6) of 10"),
+        (np.arange(40) % 2, "(1, 6, 6) of 2"),
+    ):
+        np.savez("small.npz", x_train=x, y_train=y)
+        command = [
+            "train",
+            "recipe=mtard",
+            "data=npz",
+            "data.path=small.npz",
+            "hydra.run.dir=small",
+        ]
+        assert main([*command, *(f"recipe.{key}={run}" for key, run in TEACHERS.items())]) == 2
+        told = capsys.readouterr().err
+        assert "robust_teacher=pgd_at knows images (1, 8, 8) of 10 classes and npz:small" in told
+        assert f"has images {knows} classes: take a run on the same data" in told
+        assert told.count("\n") == 1 and not (runs / "small").exists()
 
 
 WRONG = {

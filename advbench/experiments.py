@@ -37,6 +37,9 @@ from advbench.training.trainer import Trainer
 TEACHERS = ("robust_teacher", "standard_teacher")
 """Parameters of a recipe that name runs."""
 
+OF_DIGITS = "linf_015"
+"""The threat that configs/train.yaml takes where nothing is said: too large for photographs."""
+
 
 @dataclass(frozen=True)
 class Home:
@@ -108,6 +111,10 @@ def train(
             screen.log = folder / "log.txt"
             state = "finished already" if runs.trained_to_end(folder) else "training"
             screen.line(f"{state}: {folder}")
+            if kept.choices.get("threat") == OF_DIGITS and kept.choices.get("data") != "digits":
+                screen.line(
+                    f"note: threat={OF_DIGITS} is made for digits; for photographs it is linf_8"
+                )
         run = tracking.Run(folder, config.plain(kept))
         with (
             Bar(screen) as bar,

@@ -410,7 +410,9 @@ def test_a_training_is_the_same_wherever_its_data_are(
     save("other.npz", x_train=random.integers(0, 256, (64, 8, 8, 3), np.uint8))
     fast = ["recipe=standard", "trainer.epochs=1", "trainer.batch_size=16"]
     command = ["train", "data=npz", *fast, "seed=14"]
+    capsys.readouterr()
     assert main([*command, "data.path=ok.npz"]) == 0
+    assert "note: threat=linf_015 is made for digits" in capsys.readouterr().out
     (folder,) = place.glob("outputs/train/npz-*-s14-*")
     moved = [*command, "data.path=there/moved.npz"]
     around = ["trainer.save_every=0", "trainer.accelerator=cpu", f"hydra.run.dir={folder}"]

@@ -226,6 +226,7 @@ def test_another_training_of_the_name_is_not_shown(
         folder = tmp_path / project / "outputs/train" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(made)))
+        (folder / "summary.json").write_text("{}")
         return folder
 
     def evaluated(project: str, name: str, run: Path, *words: str) -> Entry:
@@ -239,7 +240,8 @@ def test_another_training_of_the_name_is_not_shown(
 
     ours, theirs = train("a"), train("b", "optimizer.lr=0.25")
     first = evaluated("a", "one", ours)
-    noisy = train("a", "defense=hpm", "defense.momentum=0.5", name="noisy")
+    begun = "init_from=outputs/train/first"
+    noisy = train("a", "defense=hpm", "defense.momentum=0.5", begun, name="noisy")
     second = evaluated("a", "two", noisy, "defense.inference=static")
     monkeypatch.chdir(theirs.parents[2])
     assert first.training == ours and second.training == noisy
@@ -249,10 +251,10 @@ def test_another_training_of_the_name_is_not_shown(
     for words in (["threat=l2_05"], ["seed=1"], ["trainer.epochs=7"], ["backbone.activation=silu"]):
         train("a", *words)  # trained again
         assert Entry(first.folder, first.results).training is None
-    train("a", "defense=hpm", "defense.momentum=0.25", name="noisy")
+    train("a", "defense=hpm", "defense.momentum=0.25", begun, name="noisy")
     assert Entry(second.folder, second.results).training is None
     monkeypatch.chdir(tmp_path)
-    train("", "logger=csv", "trainer.devices=2")  # the same, elsewhere and on another machine
+    train("", "trainer.accelerator=cpu")  # the same, elsewhere
     assert Entry(first.folder, first.results).training == Path("outputs/train/first")
 
 

@@ -125,8 +125,9 @@ class Entry:
         return None
 
     def _is_of(self, run: Path) -> bool:
-        """Whether a training has the settings that the results name, but for those of the defense
-        that the evaluation chose: of two of one name it may be the other."""
+        """Whether a training has the settings that the results name: of two of one name it may be
+        the other. What the evaluation chose of the defense counts as little as runs it began from.
+        """
         from advbench import config, subjects
 
         try:
@@ -137,10 +138,13 @@ class Entry:
         told, defense = self.results.settings, self.config.get("defense")
         given = defense if isinstance(defense, Mapping) else {}
         chosen = {"defense" if k == "_target_" else k for k, v in given.items() if v is not None}
+
+        def open_to(key: str) -> bool:
+            word = key.rpartition(".")[2]  # other runs were looked up from elsewhere
+            return word in subjects.RUNS or (key.startswith("defense") and word in chosen)
+
         return {"backbone", "recipe", SEED} <= told.keys() and all(
-            told.get(key, value) == value
-            or (key.startswith("defense") and key.rpartition(".")[2] in chosen)
-            for key, value in own.items()
+            told.get(key, value) == value or open_to(key) for key, value in own.items()
         )
 
     @cached_property

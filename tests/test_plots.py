@@ -13,7 +13,7 @@ from evaluations import LOST, WRONG, N, attacked, curve, digits, records, result
 from PIL import Image
 
 from advbench.errors import UserError
-from advbench.report import dossier, figures, plots, svg
+from advbench.report import dossier, figures, plots, svg, together
 from advbench.report.collection import Entry, Group
 from advbench.report.evidence import UNKNOWN, Evidence
 from advbench.report.gallery import BRIGHTER, DARKER, Gallery, Picture
@@ -196,13 +196,13 @@ def test_sweeps_are_found() -> None:
         return entry(f"r{jump}{more}", settings=settings, robust=Accuracy.of(correct, N))
 
     found = [member(1, 10), member(0, 30), member(0.5, 20), entry("other")]
-    (sweep,) = dossier.sweeps(found)
+    (sweep,) = together.sweeps(found)
     assert sweep.key == "defense.jump"
     assert [value for value, _, _ in sweep.rows] == [0, 0.5, 1]
     assert [robust.acc for _, _, robust in sweep.rows] == [30 / N, 20 / N, 10 / N]
-    assert dossier.sweeps(found[:2]) == []  # two points are no curve
+    assert together.sweeps(found[:2]) == []  # two points are no curve
     # A second setting that moves along makes it another comparison.
-    assert dossier.sweeps([member(0, 1, steps=1), member(1, 2, steps=2), member(2, 3)]) == []
+    assert together.sweeps([member(0, 1, steps=1), member(1, 2, steps=2), member(2, 3)]) == []
     (axes,) = plots.tradeoff(sweep.key, sweep.rows).axes
     assert [t.get_text() for t in axes.texts] == ["0", "0.5", "1"]
     assert not sweep.repeated
@@ -210,7 +210,7 @@ def test_sweeps_are_found() -> None:
     assert all(text.startswith("jumprelu, pgd_at, linf 0.15, pgd 1 (weak).") for text in told)
     again = replace(results("again"), protocol={"name": "pgd", "version": "1", "seed": 7})
     more = Entry(Path("again"), replace(again, settings=found[0].results.settings))
-    (sweep,) = dossier.sweeps([found[0], found[1], more, found[2]])
+    (sweep,) = together.sweeps([found[0], found[1], more, found[2]])
     assert [robust.acc for _, _, robust in sweep.rows] == [30 / N, 20 / N, 10 / N]
     assert sweep.repeated and all("the lowest" in plate.caption for plate in sweep.plates())
 
@@ -228,8 +228,8 @@ def test_a_sweeps_axis_has_the_values_to_scale() -> None:
 
 def test_the_unfinished_comes_last_and_is_called_that() -> None:
     found = [entry("short", missing=("second",), robust=Accuracy.of(39, N)), entry("whole")]
-    assert [e.results.run for e in dossier.ranked(found)[0]] == ["whole", "short"]
-    (axes,) = dossier.board_plate(found).draw().axes
+    assert [e.results.run for e in together.ranked(found)[0]] == ["whole", "short"]
+    (axes,) = together.board_plate(found).draw().axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["whole", "unfinished: short"]
 
@@ -248,7 +248,7 @@ def test_curves_are_told_apart_by_their_settings() -> None:
     again = Entry(
         again.folder, replace(again.results, protocol={**again.results.protocol, "seed": 1})
     )
-    plate = dossier.curves_plate([jumped(0, 0.9, 0.5), again, jumped(0.5, 0.8, 0.6)])
+    plate = together.curves_plate([jumped(0, 0.9, 0.5), again, jumped(0.5, 0.8, 0.6)])
     assert plate is not None and "Of repeated evaluations the lowest." in plate.caption
     (axes,) = plate.draw().axes
     shown = {str(line.get_label()): line.get_ydata()[-1] for line in axes.lines}  # pyright: ignore
@@ -258,7 +258,7 @@ def test_curves_are_told_apart_by_their_settings() -> None:
 
 def test_labels_tell_what_differs() -> None:
     def label(*found: Entry) -> list[str]:
-        return dossier.labels([Group((each,)) for each in found])
+        return together.labels([Group((each,)) for each in found])
 
     one, other = jumped(0, 0.9), jumped(0, 0.9)
     seeded = {**one.results.settings, "seed": 1}
@@ -277,23 +277,23 @@ def test_means_over_seeds_are_called_that() -> None:
         return entry(f"s{seed}", settings=settings, robust=Accuracy.of(correct, N))
 
     found = [member(jump, seed, 20 + 4 * seed) for jump in (0, 1, 2) for seed in (0, 1, 2)]
-    plate = dossier.board_plate(found[:3])
+    plate = together.board_plate(found[:3])
     assert "Means over 3 training seeds" in plate.caption
     (axes,) = plate.draw().axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["none, convnet, pgd_at (3 seeds)"]
     assert "sd over training seeds" in axes.get_title(loc="left")
     ends = [c.get_segments()[0][:, 0] for c in axes.collections]  # pyright: ignore
     assert any(np.allclose(pair, [100 * (24 - 4) / N, 100 * (24 + 4) / N]) for pair in ends)
-    (sweep,) = dossier.sweeps(found)
+    (sweep,) = together.sweeps(found)
     for plate in sweep.plates():
         assert "Means over 3 training seeds; wide: ± sd over them." in plate.caption
         (axes,) = plate.draw().axes
         assert "wide: ± sd over training seeds" in axes.get_title(loc="left")
-    plate = dossier.board_plate([*found[:3], member(3, 0, 20)])
+    plate = together.board_plate([*found[:3], member(3, 0, 20)])
     assert "Means over 1 to 3 training seeds" in plate.caption
     (axes,) = plate.draw().axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["jump 0 (3 seeds)", "jump 3"]
-    (alone,) = dossier.board_plate(found[:1]).draw().axes
+    (alone,) = together.board_plate(found[:1]).draw().axes
     assert alone.get_title(loc="left") == "" and len(alone.collections) == 2
 
 
@@ -303,13 +303,13 @@ def test_what_was_not_attacked_is_drawn_as_clean_alone() -> None:
         return entry(f"j{jump}", settings=settings, stages=(), robust=Accuracy.of(N - WRONG, N))
 
     found = [bare(jump) for jump in (0, 1, 2)]
-    assert dossier.sweeps(found) == []
-    (axes,) = dossier.board_plate(found).draw().axes
+    assert together.sweeps(found) == []
+    (axes,) = together.board_plate(found).draw().axes
     assert [c.get_label() for c in axes.containers] == ["clean"]
     assert len(axes.get_yticklabels()) == 3
-    (axes,) = dossier.board_plate([*found, entry("attacked")]).draw().axes
+    (axes,) = together.board_plate([*found, entry("attacked")]).draw().axes
     assert [c.get_label() for c in axes.containers] == ["clean", "robust"]
-    ranked = dossier.ranked([found[0], entry("attacked", robust=Accuracy.of(1, N))])
+    ranked = together.ranked([found[0], entry("attacked", robust=Accuracy.of(1, N))])
     assert [e.results.run for e in ranked[0]] == ["attacked", "j0"]
     drawn = dossier.Dossier(found[0], evidence=Evidence.of({"clean": attacked()["clean"]})).plates()
     assert [plate.name for plate in drawn] == ["classes"]

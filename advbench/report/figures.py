@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from advbench.files import write_atomic
-from advbench.report import dossier, plots
+from advbench.report import dossier, plots, together
 from advbench.report.collection import Entry, find
 from advbench.report.dossier import Plate
 from advbench.report.gallery import Library
@@ -39,11 +39,11 @@ def save(paths: Sequence[Path], folder: Path) -> None:
 def _together(entries: Sequence[Entry]) -> Iterator[Plate]:
     """Figures over evaluations that may be ranked together, with their conditions in the name."""
     taken = set[str]()
-    for same in dossier.ranked(entries):
+    for same in together.ranked(entries):
         first = same[0]
         about = slug(f"{first.data}-{first.threat_name}-{first.results.protocol['name']}")
-        found = [dossier.board_plate(same), dossier.curves_plate(same)]
-        for sweep in dossier.sweeps(same):
+        found = [together.board_plate(same), together.curves_plate(same)]
+        for sweep in together.sweeps(same):
             found += [
                 Plate(f"{plate.name}-{slug(sweep.key)}", plate.title, plate.caption, plate.draw)
                 for plate in sweep.plates()

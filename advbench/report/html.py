@@ -15,7 +15,7 @@ from pathlib import Path
 
 from advbench.errors import UserError
 from advbench.files import write_text
-from advbench.report import collection, dossier, gallery, sheet
+from advbench.report import collection, gallery, sheet, together
 from advbench.report.bits import count
 from advbench.report.board import leaderboard
 from advbench.report.collection import Entry
@@ -41,7 +41,7 @@ def write(paths: Sequence[Path], target: Path) -> None:
 
 def page(entries: Sequence[Entry]) -> str:
     """The page as text."""
-    ranked = dossier.ranked(entries)
+    ranked = together.ranked(entries)
     ordered = [entry for same in ranked for entry in same]
     varied = {id(entry): collection.varying(same) for same in ranked for entry in same}
     anchors = {id(entry): f"run-{i}" for i, entry in enumerate(ordered, 1)}
@@ -108,9 +108,9 @@ def _together(ranked: Sequence[Sequence[Entry]], figures: Figures) -> Markup | N
     for same in ranked:
         if figures.full:
             break
-        for found in dossier.sweeps(same):
+        for found in together.sweeps(same):
             parts += [figures.draw(plate) for plate in found.plates()]
-        if plate := dossier.curves_plate(same):
+        if plate := together.curves_plate(same):
             parts.append(figures.draw(plate))
     if not parts:
         return None

@@ -623,7 +623,7 @@ def test_what_does_not_fit_several_devices_is_a_user_error():
     Trainer(batch_size=6).check(net(), data, 3)
     for trainer, devices, message in (
         (Trainer(batch_size=7), 3, "over 3 devices; take 6"),
-        (Trainer(batch_size=8), 4, "split holds 3 for 4 devices, each of which needs one"),
+        (Trainer(batch_size=8), 4, "split holds 3 for 4 devices, which need one each"),
         (
             Trainer(batch_size=3), 3,
             r"batch_size=3 is one image for each device.*batch_size=6 or more.*sync_batchnorm=true",

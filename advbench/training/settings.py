@@ -95,8 +95,8 @@ class Settings:
             )
         if len(splits.val) < devices:
             raise UserError(
-                f"the validation split holds {len(splits.val)} for {devices} devices, each of which "
-                "needs one: give data.val=0.1, or fewer devices"
+                f"the validation split holds {len(splits.val)} for {devices} devices, which "
+                "need one each: give data.val=0.1, or fewer devices"
             )
 
     def _require(self, name: str, holds: bool, range_: str) -> None:

@@ -196,6 +196,14 @@ def test_lines_without_a_terminal(tmp_path: Path) -> None:
     assert [line[20:] for line in log.splitlines()] == text.splitlines()
 
 
+def test_without_an_attack_there_is_no_robust_accuracy(tmp_path: Path) -> None:
+    bare = replace(RESULTS, stages=(), robust=RESULTS.clean)
+    for terminal in (True, False):
+        text, log = ended(bare, tmp_path, terminal)
+        assert "nothing attacked" in text and "an upper bound" not in text + log
+        assert "robust accuracy - (nothing attacked)" in log
+
+
 def test_the_verdict_and_what_it_rests_on(tmp_path: Path) -> None:
     for terminal in (True, False):
         text, _ = ended(JUDGED, tmp_path, terminal)

@@ -158,8 +158,9 @@ def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
     results, robust, n = None, "-", ""
     if (folder / RESULTS).is_file():
         results = Results.load(folder / RESULTS)
-        low, high = (100 * end for end in results.robust.ci95)
-        robust = f"{100 * results.robust.acc:.1f} [{low:.1f}, {high:.1f}]"
+        if results.attacked:
+            low, high = (100 * end for end in results.robust.ci95)
+            robust = f"{100 * results.robust.acc:.1f} [{low:.1f}, {high:.1f}]"
         n = f", n = {results.data['n']}"
     finished = results is not None and not results.missing
     of = Path(cfg.get("run") or cfg.get("model") or "?").name

@@ -57,7 +57,7 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
         f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"
         for stage in results.begun
     ]
-    lines += [f"clean accuracy  {results.clean}", f"robust accuracy {results.robust}, {bound()}"]
+    lines += [f"clean accuracy  {results.clean}", f"robust accuracy {_robust(results)}"]
     lines += [f"  {MEASURES[k]}: {100 * value:.1f} %" for k, value in results.measures.items()]
     if label is not None:
         lines.append(f"verdict: {label}")
@@ -67,7 +67,7 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     lines.append(f"results: {folder}")
 
     facts = _facts()
-    facts.add_row("robust accuracy", f"{results.robust}  {bound()}")
+    facts.add_row("robust accuracy", _robust(results))
     facts.add_row("clean accuracy", str(results.clean))
     for name, value in results.measures.items():
         facts.add_row(MEASURES[name], f"{100 * value:.1f} %")
@@ -86,7 +86,7 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     said = "" if label is None else f", {label}"
     open_end = ", unfinished" if results.missing else ""
     screen.outcome(
-        f"robust {results.robust}, {bound()}{said}{open_end}; clean {results.clean}: {folder}",
+        f"robust {_robust(results)}{said}{open_end}; clean {results.clean}: {folder}",
         lines,
         panel,
     )
@@ -97,8 +97,9 @@ def strongest(results: Results) -> StageResult | None:
     return max((s for s in results.stages if s.broken), key=lambda s: s.broken, default=None)
 
 
-def bound() -> str:
-    return "an upper bound"
+def _robust(results: Results) -> str:
+    """Robust accuracy as what it is."""
+    return f"{results.robust}, an upper bound" if results.attacked else "- (nothing attacked)"
 
 
 def _unfinished(results: Results) -> str:

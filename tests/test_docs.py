@@ -21,12 +21,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from filelock import FileLock
 
 from advbench.cli import main
 from advbench.report.outcome import MEASURES
+from advbench.training import trainer
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
@@ -148,6 +151,10 @@ def test_errors_that_no_command_of_the_page_provokes(
     with FileLock("good/.lock"):
         assert main(command) == 2
     said = [capsys.readouterr().err]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Fit, "run", Mock(side_effect=torch.OutOfMemoryError))
+        assert main(command) == 2
+    said.append(capsys.readouterr().err)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     model = ["model=robustbench:cifar10/Linf/Carmon2019Unlabeled", "data=digits"]
     assert main(["eval", *model]) == 2

@@ -336,7 +336,7 @@ def test_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
     case = samples(net())
     x = np.round(case.fetch(case.ids).x.numpy().transpose(0, 2, 3, 1) * 255).astype(np.uint8)
     y = case.split.labels.numpy()
-    np.savez(tmp_path / "test.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    np.savez(tmp_path / "test.npz", x_test=x, y_test=y)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for devices in (1, 2):
         done = subprocess.run(

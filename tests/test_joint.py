@@ -438,7 +438,7 @@ def test_msa_is_planned_from_the_traits() -> None:
     assert isinstance(margin.attack, APGD)
     assert (margin.attack.steps, margin.attack.restarts) == (200, 3)
     draws = [s.draws for s in AdaptiveProtocol().plan(PLANS[3][0]) if "eot" in s.name]
-    assert draws == [20, 40, 80]
+    assert draws == [20, 40, 80, 160, 320]
 
 
 def test_reasons_say_what_follows() -> None:

@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+def reason_of(problem: BaseException) -> str:
+    """What somebody else's exception says, in one line; its kind where it says nothing."""
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint with the nearest of ``choices``, or all of them when none is near and they are few.
 

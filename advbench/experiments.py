@@ -288,9 +288,10 @@ def _teachers(
     """
     if recipe is not None and recipe.get("of") is not None:
         return _teachers(recipe.of, plugins, data, info)
-    named = {key: recipe.get(key) for key in TEACHERS} if recipe is not None else {}
     found = {}
-    for key, run in ((key, run) for key, run in named.items() if run):
+    for key in TEACHERS:
+        if recipe is None or not (run := recipe.get(key)):
+            continue
         model, _, taught = models.from_run(runs.find(run), plugins)
         knows, has = (
             f"images {tuple(one.input_shape)} of {one.num_classes} classes" for one in (model, info)

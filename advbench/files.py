@@ -80,22 +80,28 @@ def code_sha256(path: str | Path) -> str:
     return hashlib.sha256(canonical(content).encode()).hexdigest()
 
 
-def _with_neighbours(file: Path, found: frozenset[Path] = frozenset()) -> frozenset[Path]:
-    found |= {file}
-    root = min(
-        found, key=lambda path: len(path.parts)
-    ).parent  # imports inside a package begin there
+def _with_neighbours(file: Path) -> set[Path]:
+    root, found, waiting = file.parent, set(), [file]
+    while waiting:
+        if (file := waiting.pop()) in found:
+            continue
+        found.add(file)
+        for beside in (root / name for name in _imported(file)):
+            package = beside.rglob("*.py") if (beside / "__init__.py").is_file() else ()
+            waiting += [o for o in (beside.with_suffix(".py"), *package) if o.is_file()]
+    return found
+
+
+def _imported(file: Path) -> set[str]:
+    """First words of the modules that a Python file imports; of relative imports too."""
+    names: list[str] = []
     with contextlib.suppress(SyntaxError, ValueError):  # importing it will say so
         for node in ast.walk(ast.parse(file.read_bytes())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
-                names = [node.module or alias.name for alias in node.names]
-            for beside in (root / name.partition(".")[0] for name in names):
-                package = beside.rglob("*.py") if (beside / "__init__.py").is_file() else ()
-                for other in (beside.with_suffix(".py"), *package):
-                    if other.is_file() and other not in found:
-                        found = _with_neighbours(other, found)
-    return found
+                names += [node.module or alias.name for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+    return {name.partition(".")[0] for name in names}
 
 
 def hashes(files: Iterable[str]) -> dict[str, str]:
@@ -106,7 +112,7 @@ def hashes(files: Iterable[str]) -> dict[str, str]:
 def _plain(value: Any, seen: frozenset[int]) -> Any:
     """A setting of a module in words that say all of it; None for what is no plain value.
 
-    seen: the modules that it is a setting of.
+    seen: the modules and functions that it is a setting of, by id.
     """
     import numpy as np
     import torch
@@ -123,11 +129,14 @@ def _plain(value: Any, seen: frozenset[int]) -> Any:
         return {str(key): _plain(part, seen) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part, seen) for part in value]
+    if id(value) in seen:
+        return None
     if isinstance(value, nn.Module):  # in a list, where it is not registered
-        return None if id(value) in seen else model_sha256(value, seen)
-    if isinstance(value, types.FunctionType):
-        code, cells = value.__code__, [cell.cell_contents for cell in value.__closure__ or ()]
-        return [code.co_code.hex(), _plain([*code.co_consts, *cells], seen), list(code.co_names)]
+        return model_sha256(value, seen)
+    if isinstance(value, types.FunctionType):  # which may hold itself, or a name not yet bound
+        code, cells = value.__code__, (c for c in value.__closure__ or () if c != types.CellType())
+        held = [*code.co_consts, *(cell.cell_contents for cell in cells)]
+        return [code.co_code.hex(), _plain(held, seen | {id(value)}), list(code.co_names)]
     return None
 
 
@@ -135,7 +144,7 @@ def model_sha256(model: nn.Module, seen: frozenset[int] = frozenset()) -> str:
     """Hash of a model: structure, plain settings, source of its classes, parameters and buffers.
 
     Source: of classes outside the installed libraries. What their functions call is not seen.
-    seen: modules that it is part of, and that are hashed already.
+    seen: what it is part of, and is hashed already, by id.
     """
     from torch import nn
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import advbench
+from advbench.attacks.libraries import ReferenceAutoAttack
 from advbench.attacks.threat import Threat
 from advbench.data.base import ArraySplit
 from advbench.defenses.base import Traits
@@ -23,6 +24,7 @@ from advbench.evaluation.protocol import (
     PGDProtocol,
     Protocol,
     SquareProtocol,
+    Stage,
     Subject,
 )
 from advbench.evaluation.samples import Samples
@@ -57,6 +59,15 @@ def case(model: nn.Module, protocol: Protocol, traits: Traits | None = None, **m
         "net", model, traits or Traits(), Samples(ArraySplit(x, y), torch.arange(N), y.device),
         "made", Threat("linf", 0.3), protocol, slots=8, **more,
     )  # fmt: skip
+
+
+class OneMember(Protocol):
+    """APGD on the cross-entropy by the authors' code."""
+
+    name = "one-member"
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        return [Stage("apgd-ce", ReferenceAutoAttack(member="apgd-ce"), "a test")]
 
 
 # --- images that nobody looked at ---------------------------------------------------------------
@@ -183,6 +194,21 @@ def test_nets_in_lists_and_functions_are_seen() -> None:
     assert model_sha256(Listed(1.0, 0.5)) != first
 
 
+def test_a_function_that_holds_itself_is_hashed() -> None:
+    def hashed(step: int, bound: bool = True) -> str:
+        def count(x: int) -> int:
+            return x if x < step else count(x - step) + late
+
+        if bound:
+            late = step
+        model = Linear()
+        model.count = count  # pyright: ignore[reportArgumentType]
+        return model_sha256(model)
+
+    assert hashed(1) == hashed(1) != hashed(2)
+    assert hashed(1, bound=False) != hashed(1)
+
+
 class Chatty(Linear):
     """A model with a ``traits`` of its own, which are none of ours."""
 
@@ -201,6 +227,26 @@ def test_a_foreign_attribute_is_not_taken_for_traits() -> None:
 
 
 # --- libraries ----------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Has no memory for more than 4 rows, and says it as a CPU does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linear()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and len(x) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 GiB")
+        return self.inner(x)
+
+
+def test_the_authors_code_goes_on_in_smaller_batches_where_memory_ends() -> None:
+    evaluation = case(Small(), OneMember())
+    results = evaluation.execute(None, evaluation.stages())
+    assert (results.clean.acc, results.robust.acc, results.missing) == (1, 0, ())
 
 
 def test_what_pyautoattack_raises_is_one_line() -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from advbench.attacks.base import Attack, Clean, Oracle, Rows, started
 from advbench.attacks.random import Random, hash_of
 from advbench.attacks.threat import Threat
-from advbench.errors import UserError, did_you_mean
+from advbench.devices import out_of_memory
+from advbench.errors import UserError, did_you_mean, reason_of
 
 _L2_BALLS = ("PGDL2", "PGDRSL2")
 _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -67,11 +68,10 @@ def _one_line(attack: str, how: str = "") -> Iterator[None]:
     """Whatever a library raises becomes a UserError, but for a want of memory."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except Exception as problem:
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise UserError(f"{attack} failed{how}: {reason}") from problem
+        if isinstance(problem, UserError) or out_of_memory(problem):
+            raise
+        raise UserError(f"{attack} failed{how}: {reason_of(problem)}") from problem
 
 
 @dataclass(frozen=True)

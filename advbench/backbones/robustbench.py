@@ -22,7 +22,7 @@ from torch import nn
 
 from advbench.backbones.base import Classifier
 from advbench.backbones.external import as_classifier
-from advbench.errors import UserError, did_you_mean
+from advbench.errors import UserError, did_you_mean, reason_of
 from advbench.surgery import probe_images
 
 PREFIX = "robustbench:"
@@ -97,10 +97,9 @@ def load(entry: Entry, folder: str = FOLDER, pretrained: bool = True) -> nn.Modu
                 entry.name, model_dir=folder, dataset=entry.data, threat_model=entry.threat
             )
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"the weights of '{entry.name}' can't be had ({reason:.160}): try again, or put the "
-            f"file at '{file}' by hand"
+            f"the weights of '{entry.name}' can't be had ({reason_of(error):.160}): try "
+            f"again, or put the file at '{file}' by hand"
         ) from error
     return model.eval()
 

@@ -35,6 +35,14 @@ def place(device: Device) -> torch.device:
     return torch.empty(0, device=device).device
 
 
+def filled_batches(order: Tensor, size: int) -> Tensor:
+    """An order of sample ids, (N,), cut into batches: (M, size). The last is filled up from the
+    order's beginning.
+    """
+    total = len(order)
+    return order[torch.arange(-(-total // size) * size) % total].view(-1, size)
+
+
 def fingerprint(images: Tensor, labels: Tensor) -> str:
     """Of images and labels in memory or in a mapped file, on the CPU, in their order and layout."""
     digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())

@@ -46,10 +46,8 @@ class NpzSource(Source):
         if count is None:
             self._require(self._reference)
             key = f"y_{self._reference}"
-            what, labels = (
-                self._file.what(key),
-                as_labels(self._file.read(key), self._file.what(key)),
-            )
+            what = self._file.what(key)
+            labels = as_labels(self._file.read(key), what)
             lowest, count = int(labels.min()), int(labels.max()) + 1
             if self.has_train and (lowest > 0 or count < 2):
                 raise UserError(

@@ -18,7 +18,7 @@ from torchvision.datasets.utils import check_integrity
 
 from advbench.data.arrays import array_split
 from advbench.data.base import ArraySplit, Part, Source
-from advbench.errors import UserError
+from advbench.errors import UserError, reason_of
 
 DIGIT_CLASSES = tuple("0123456789")
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -216,7 +216,7 @@ class TorchvisionSource(Source):
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = reason_of(error)
     if "File not found or corrupted" in text:
         return "what the server sent is not the file; often it is a web page that asks to log in"
     return text if len(text) <= 160 else f"{text[:157]}..."

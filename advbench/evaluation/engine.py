@@ -19,6 +19,7 @@ from advbench.attacks.random import hash_of
 from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate, Traits
+from advbench.devices import out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.joint import JointSearch, no_room
 from advbench.evaluation.ledger import Ledger
@@ -26,7 +27,7 @@ from advbench.evaluation.protocol import Stage
 from advbench.evaluation.reuse import Archive
 from advbench.evaluation.samples import Samples, fixed_batches
 from advbench.evaluation.search import Search, Watch
-from advbench.evaluation.searcher import Shapes, Speed, out_of_memory, searcher
+from advbench.evaluation.searcher import Shapes, Speed, searcher
 from advbench.evaluation.store import Records, Store
 
 CLEAN = "clean"

@@ -68,7 +68,7 @@ class Evaluation:
         """The plan. Raises UserError where model, data and protocol do not fit."""
         classes = probe(self.model, self.samples, self.traits)
         stages = self.protocol.plan(self.subject(classes))
-        if any(stage.target == "model" and stage.attack.gradient for stage in stages):
+        if any(stage.follows_model for stage in stages):
             check_gradient(self.model, self.samples)
         return stages
 

@@ -20,11 +20,11 @@ from advbench.attacks.base import Clean, Oracle, Rows
 from advbench.attacks.random import KeyedRandom
 from advbench.attacks.referee import Referee, finite
 from advbench.attacks.threat import Threat
+from advbench.devices import out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import NO_GRADIENT, TELL_SECONDS, Watch
-from advbench.evaluation.searcher import out_of_memory
 from advbench.evaluation.store import Records, Store
 
 

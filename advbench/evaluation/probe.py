@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from advbench.defenses.base import Traits
-from advbench.errors import UserError
+from advbench.devices import out_of_memory
+from advbench.errors import UserError, reason_of
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.searcher import out_of_memory
 
 PROBE = 16  # images
 
@@ -87,7 +87,7 @@ def _ask(model: nn.Module, x: Tensor) -> Tensor:
             raise UserError(
                 f"the device has no memory for {len(x)} images of the data, {tuple(x.shape[1:])}"
             ) from problem
-        reason = " ".join(str(problem).split()) or type(problem).__name__
         raise UserError(
-            f"the model can't take the data's images, {tuple(x.shape[1:])} (C, H, W): {reason:.300}"
+            f"the model can't take the data's images, {tuple(x.shape[1:])} (C, H, W): "
+            f"{reason_of(problem):.300}"
         ) from problem

@@ -41,6 +41,11 @@ class Stage:
     eps: float | None = None
     only_if: str | None = None
 
+    @property
+    def follows_model(self) -> bool:
+        """Whether it needs the gradient of the real model."""
+        return self.target == "model" and self.attack.gradient
+
     def to_json(self) -> dict[str, Any]:
         attack = {"type": type(self.attack).__name__, **asdict(self.attack)}
         own = {"draws": self.draws, "eps": self.eps, "only_if": self.only_if}
@@ -114,8 +119,7 @@ class Protocol(ABC):
             )
         for stage in stages:
             stage.attack.check(subject.num_classes, subject.threat)
-            along = stage.target == "model" and stage.attack.gradient
-            if along and subject.traits.gradient == "none":
+            if stage.follows_model and subject.traits.gradient == "none":
                 raise UserError(
                     f"protocol={self.title} follows the model's gradient ({stage.name}) and the "
                     "model has none: use protocol=square, or protocol=msa"

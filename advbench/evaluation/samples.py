@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advbench.attacks.base import Clean
-from advbench.data.base import Split
+from advbench.data.base import Split, filled_batches
 from advbench.errors import UserError
 
 
@@ -54,8 +54,7 @@ def fixed_batches(total: int, size: int) -> Tensor:
             f"the model is judged in batches of {size} images and there are {total}: give it more "
             "images, or a model with smaller batches"
         )
-    order = _order(total)
-    return torch.cat([order, order[: -total % size]]).view(-1, size)
+    return filled_batches(_order(total), size)
 
 
 def _order(total: int) -> Tensor:

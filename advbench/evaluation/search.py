@@ -29,12 +29,13 @@ from advbench.attacks.base import Oracle, Rows
 from advbench.attacks.random import KeyedRandom
 from advbench.attacks.referee import Referee, finite
 from advbench.attacks.threat import Threat
+from advbench.devices import out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.forecast import Forecast
 from advbench.evaluation.ledger import Ledger
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.searcher import Shapes, out_of_memory
+from advbench.evaluation.searcher import Shapes
 from advbench.evaluation.store import Store
 
 NO_GRADIENT = (

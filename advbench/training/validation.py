@@ -12,7 +12,7 @@ from advbench.attacks.base import Clean, craft
 from advbench.attacks.pgd import PGD
 from advbench.attacks.random import KeyedRandom
 from advbench.attacks.threat import Threat
-from advbench.data.base import Split
+from advbench.data.base import Split, filled_batches
 from advbench.defenses.base import Traits
 from advbench.recipes.base import frozen
 from advbench.training.processes import gather
@@ -75,9 +75,8 @@ def fixed_batches(total: int, size: int) -> list[tuple[Tensor, int]]:
     fewer than ``size``. Returns the ids of each batch, (size,), and how many of these, from the
     first on, have not been met before.
     """
-    order = permutation(total, 0, 0, "validation")
-    filled = order[torch.arange(-(-total // size) * size) % total]
-    return [(ids, min(size, total - i * size)) for i, ids in enumerate(filled.split(size))]
+    filled = filled_batches(permutation(total, 0, 0, "validation"), size)
+    return [(ids, min(size, total - i * size)) for i, ids in enumerate(filled)]
 
 
 def _read(split: Split, chunks: list[Tensor], fabric: Fabric) -> Iterable[tuple[Tensor, Tensor]]:

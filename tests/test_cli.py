@@ -542,12 +542,12 @@ def run(*arguments: str, folder: Path) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again(place: Path, tmp_path: Path) -> None:
-    """Training and evaluation, killed three times each, end as the uninterrupted ones do."""
-    training = ["train", "trainer.epochs=6", "recipe.steps=3", "trainer.save_every=0"]
+    """Training and evaluation, killed twice each, end as the uninterrupted ones do."""
+    training = ["train", "trainer.epochs=4", "recipe.steps=3", "trainer.save_every=0"]
     attack = ["eval", "protocol=pgd", "protocol.steps=200", "protocol.restarts=3",
               "trainer.batch_size=40"]  # fmt: skip
     ends = []
-    for name, kills in (("whole", 0), ("cut", 3)):
+    for name, kills in (("whole", 0), ("cut", 2)):
         folder = tmp_path / name
         folder.mkdir()
         for arguments, final in ((training, "summary.json"), (attack, "results.json")):

@@ -900,7 +900,8 @@ def test_resources() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_search_finds_the_same(whole: Path, tmp_path: Path) -> None:
-    case = replace(evaluation(), speed=Speed(compile="default"))
+    # One size of batch, because each is compiled.
+    case = replace(evaluation(slots=4), speed=Speed(compile="default"))
     case.execute(tmp_path, case.stages())
     ours, theirs = read_samples(tmp_path), read_samples(whole)
     differ = sum(int((ours[n].broken != theirs[n].broken).sum()) for n in ("clean", "apgd"))

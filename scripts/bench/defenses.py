@@ -84,11 +84,13 @@ def table_of(scale: str) -> dict[str, Row]:
     if scale == "digits":
         return rows
     common = " data=npz data.path={data} backbone=resnet20 threat=linf_8 trainer.epochs="
-    cheap = ("plain", "mfdv_snn", "mfdv_snn-1")  # no attack in training: longer
+    long = f"{common}{{long}}"
+    attacked = f"{common}{{epochs}} recipe.steps={{steps}}"
+    cheap = ("plain", "mfdv_snn", "mfdv_snn-1")  # no attack in training
     return {
         name: row
         if row.of
-        else replace(row, train=row.train + common + ("{long}" if name in cheap else "{epochs}"))
+        else replace(row, train=row.train + (long if name in cheap else attacked))
         for name, row in rows.items()
     }
 
@@ -127,7 +129,8 @@ def measure(args: argparse.Namespace, seed: int) -> None:
     rows = table_of(args.scale)
     home = args.folder / args.scale
     runs = {name: home / f"{row.of or name}-s{seed}" for name, row in rows.items()}
-    known = {**runs, "data": args.data, "epochs": args.epochs, "long": 5 * args.epochs}
+    known = {**runs, "data": args.data, "epochs": args.epochs, "steps": args.steps}
+    known["long"] = 3 * args.epochs
     wanted = args.rows or list(rows)
     for name in dict.fromkeys(["plain", "robust", *wanted]):
         owner = rows[rows[name].of or name]
@@ -216,8 +219,9 @@ def main() -> None:
     parser.add_argument("--square", type=int, default=5000)
     parser.add_argument("--data", help="of cifar10: an npz file")
     parser.add_argument(
-        "--epochs", type=int, default=2, help="of cifar10; five times as many without attacks"
+        "--epochs", type=int, default=2, help="of cifar10; three times as many without attacks"
     )
+    parser.add_argument("--steps", type=int, default=5, help="of cifar10's attacks in training")
     parser.add_argument("--out", type=Path, help="write the lines to this file too")
     parser.add_argument("--table", action="store_true", help="print what is finished")
     args = parser.parse_args()

@@ -79,3 +79,28 @@ def test_what_does_not_fit_stays_as_it_is() -> None:
         point = x.clone().requires_grad_()
         slopes.append(torch.autograd.grad(net(point).square().sum(), point)[0])
     torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize(
+    ("how", "turned"),
+    [
+        ({"kernel_size": 3, "padding": 1}, True),
+        ({"kernel_size": (1, 3), "padding": (0, 2)}, True),
+        ({"kernel_size": 5, "padding": 1, "dilation": 2}, True),
+        ({"kernel_size": 1, "padding": 1}, False),  # it would cut the image
+        ({"kernel_size": 3, "padding": 1, "stride": (1, 2)}, False),
+        ({"kernel_size": 3, "padding": 2, "groups": 2}, False),
+    ],
+)
+def test_gradients_of_all_kinds_of_convolutions(how: dict, turned: bool) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, **how).requires_grad_(False)
+    x = torch.randn(3, 4, 11, 9)
+    quick = packed(fx.symbolic_trace(nn.Sequential(conv)), x)
+    (own,) = (module for module in quick.modules() if isinstance(module, PackedConv))
+    assert (own.turned is not None) is turned
+    slopes = []
+    for net in (quick, conv):
+        point = x.clone().requires_grad_()
+        slopes.append(torch.autograd.grad(net(point).square().sum(), point)[0])
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)

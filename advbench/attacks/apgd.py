@@ -22,7 +22,7 @@ from advbench.attacks.base import (
     wrong_class,
 )
 from advbench.attacks.random import Random
-from advbench.attacks.threat import Threat, per_row, project, unit
+from advbench.attacks.threat import Threat, per_row, project, projection, unit
 from advbench.errors import UserError, did_you_mean
 
 MOMENTUM = 0.75  # alpha, 2020, eq. 2
@@ -221,19 +221,19 @@ class APGD(Attack):
         return check & sparser
 
     def _move(self, rows: APGDRows, point: Tensor, gradient: Tensor, threat: Threat) -> Tensor:
-        x, norm, eps = rows.x, threat.norm, self._eps(rows, threat)
-        step = per_row(rows.step, x)
+        x, norm, step = rows.x, threat.norm, per_row(rows.step, rows.x)
+        keep = projection(x, norm, self._eps(rows, threat))
         if norm == "l1":
             size = gradient.flatten(1).abs()
             rank = ((1 - rows.sparsity) * size.shape[1]).long().clamp(0, size.shape[1] - 1)
             threshold = size.sort(dim=1).values.gather(1, rank[:, None])
             sparse = torch.where(size >= threshold, gradient.flatten(1).sign(), 0.0)
-            return project(point + step * unit(sparse.view_as(x), "l1"), x, norm, eps)
+            return keep(point + step * unit(sparse.view_as(x), "l1"))
         direction = gradient.sign() if norm == "linf" else unit(gradient, norm)
-        ahead = project(point + step * direction, x, norm, eps)
+        ahead = keep(torch.addcmul(point, step, direction))
         weight = per_row(torch.where(rows.phase_iteration == 0, 1.0, MOMENTUM), x)
-        drift = (point - rows.previous) * (1 - weight)
-        return project(point + (ahead - point) * weight + drift, x, norm, eps)
+        # alpha (ahead - point) + (1 - alpha) (point - previous), added to the point
+        return keep(torch.lerp(2 * point - rows.previous, ahead, weight))
 
     def _begin_phase(self, rows: APGDRows, which: Tensor, threat: Threat, fresh: bool) -> None:
         """Set the rows of ``which`` (mask) to the beginning of their phase, at their point."""

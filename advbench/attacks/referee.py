@@ -11,6 +11,7 @@ from advbench.attacks import losses
 from advbench.attacks.threat import Threat
 
 CONFIRMATIONS = (3, 10)
+CHUNK = 16  # images per forward pass: proposals come by ones and twos, and in crowds
 
 
 class Judgement(NamedTuple):
@@ -47,7 +48,9 @@ class Referee:
         ``CONFIRMATIONS`` times as many fresh evaluations.
     """
 
-    def __init__(self, model: nn.Module, threat: Threat, chunk: int = 8, draws: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, threat: Threat, chunk: int = CHUNK, draws: int = 1
+    ) -> None:
         self.model = model
         self.threat = threat
         self.chunk = chunk

@@ -176,9 +176,7 @@ class Square(Attack):
         ).tolist()
         if last >= 2 * BLOCK - SKIPS:
             rows.dealt, rows.deck = self._deal(rows.x, rows.iteration, threat.norm, random)
-        rows.point, idle = self._proposals(
-            rows, torch.arange(len(rows), device=rows.x.device), threat
-        )
+        rows.point, idle = self._proposals(rows, slice(None), threat)
         if oldest >= self.steps:
             done = per_row(rows.iteration >= self.steps, rows.x)
             rows.point = torch.where(done, rows.point_best, rows.point)
@@ -192,10 +190,12 @@ class Square(Attack):
             rows.iteration[idle] += 1
             idle = idle[again]
 
-    def _proposals(self, rows: SquareRows, at: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
+    def _proposals(
+        self, rows: SquareRows, at: Tensor | slice, threat: Threat
+    ) -> tuple[Tensor, Tensor]:
         """The next proposals of the rows ``at``, and which of these are the best point itself."""
-        age = rows.iteration[at]
-        drawn = rows.deck[at, age - rows.dealt[at]]
+        age, deck = rows.iteration[at], rows.deck[at]
+        drawn = deck[torch.arange(len(age), device=age.device), age - rows.dealt[at]]
         x, best = rows.x[at], rows.point_best[at]
         young, old = (bisect_left(HALVINGS, n) for n in torch.stack(age.aminmax()).tolist())
         if young == old or threat.norm == "linf":
@@ -205,7 +205,7 @@ class Square(Attack):
         for halvings in range(young, old + 1):  # the same sums, whatever the ages of the others
             one = (drawn[:, 1] == halvings).nonzero().squeeze(1)
             point[one], _ = self._propose(x[one], best[one], drawn[one], threat, halvings)
-        return point, at[:0]
+        return point, age[:0]
 
     def _deal(self, x: Tensor, age: Tensor, norm: str, random: Random) -> tuple[Tensor, Tensor]:
         """The windows of each row's current BLOCK of proposals and of the next.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -101,16 +102,25 @@ def project(point: Tensor, x: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     onto the intersection; for l2 the ball comes first and the box second, which is feasible because
     x itself lies in the box.
     """
+    return projection(x, norm, eps)(point)
+
+
+def projection(x: Tensor, norm: str, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
+    """``project`` for several points of the same images."""
     radius = per_row(eps, x) if isinstance(eps, Tensor) else eps
     if norm == "linf":
-        return torch.clamp(torch.minimum(torch.maximum(point, x - radius), x + radius), 0.0, 1.0)
-    delta = point - x
+        low, high = (x - radius).clamp_(min=0.0), (x + radius).clamp_(max=1.0)
+        return lambda point: point.clamp(low, high)
     if norm == "l2":
-        length = per_row(norm_of(delta, "l2"), x)
-        # A length of exactly eps must not be scaled: rounding would walk the point inwards.
-        scale = torch.where(length > radius, radius / length.clamp_min(1e-12), 1.0)
-        return torch.clamp(x + delta * scale, 0.0, 1.0)
-    return x + _project_l1_box(delta, x, eps)
+        return lambda point: _project_l2(point - x, x, radius)
+    return lambda point: x + _project_l1_box(point - x, x, eps)
+
+
+def _project_l2(delta: Tensor, x: Tensor, radius: float | Tensor) -> Tensor:
+    length = per_row(norm_of(delta, "l2"), x)
+    # A length of exactly eps must not be scaled: rounding would walk the point inwards.
+    scale = torch.where(length > radius, radius / length.clamp_min(1e-12), 1.0)
+    return torch.clamp(x + delta * scale, 0.0, 1.0)
 
 
 def _project_l1_box(delta: Tensor, x: Tensor, eps: float | Tensor) -> Tensor:

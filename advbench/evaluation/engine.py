@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from advbench.attacks.base import Clean, Oracle, attackable
 from advbench.attacks.expectation import Expectation
 from advbench.attacks.random import hash_of
-from advbench.attacks.referee import Referee
+from advbench.attacks.referee import CHUNK, Referee
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate, Traits
 from advbench.devices import out_of_memory
@@ -164,12 +164,13 @@ class Engine:
                 hurry=self._late,
             )
             return lambda unit, wanted: joint.run(unit.rows, wanted)
+        draws = VOTES if self.traits.stochastic else 1
         single = Search(
             stage,
             self.samples,
             threat,
             oracle,
-            Referee(self.model, threat, draws=VOTES if self.traits.stochastic else 1),
+            Referee(self.model, threat, min(CHUNK, self.shapes.largest), draws),
             self.shapes,
             store,
             seed=self.seed,

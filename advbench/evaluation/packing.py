@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 SUMS = (operator.add, operator.iadd, torch.add)
 RELUS = (torch.relu, torch.relu_, F.relu)
+How = tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
 
 
 class _Convolve(torch.autograd.Function):
@@ -44,19 +45,30 @@ class _Convolve(torch.autograd.Function):
 class PackedConv(nn.Module):
     """A convolution that pads with zeros, plus another tensor where given, and a ReLU if ``relu``.
 
-    shape: of its input, (N, C, H, W), for which the weights are laid out; others work as well.
+    shape, shape_out: of its input and output, (N, C, H, W), for which the weights are laid out;
+    others work as well.
     """
 
-    def __init__(self, conv: nn.Conv2d, shape: list[int], relu: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, shape: list[int], shape_out: list[int], relu: bool) -> None:
         super().__init__()
-        self.how = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
-        self.relu = relu
-        self.plain = conv.weight.detach()
-        # Plain attributes: what is laid out can neither be copied nor saved.
-        self.bias = None if conv.bias is None else conv.bias.detach()
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            conv.weight.detach(), *self.how, shape
+        padding, stride, dilation = (
+            [int(n) for n in pair] for pair in (conv.padding, conv.stride, conv.dilation)
         )
+        self.how = padding, stride, dilation, conv.groups
+        self.relu = relu
+        # Plain attributes: what is laid out can neither be copied nor saved.
+        self.plain = conv.weight.detach()
+        self.bias = None if conv.bias is None else conv.bias.detach()
+        self.weight = _laid_out(self.plain, self.how, shape)
+        # The gradient in the input is a convolution too, by the filters turned round, and in thin
+        # layers faster as such; with steps between the pixels it is not.
+        sides = zip(padding, dilation, conv.kernel_size, strict=True)
+        rest = [step * (side - 1) - pad for pad, step, side in sides]
+        self.turned: Tensor | None = None
+        if stride == [1, 1] and conv.groups == 1 and min(rest) >= 0:
+            self.how_back = rest, stride, dilation, 1
+            turned = self.plain.flip(2, 3).transpose(0, 1).contiguous()
+            self.turned = _laid_out(turned, self.how_back, shape_out)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled():
@@ -65,18 +77,28 @@ class PackedConv(nn.Module):
 
     def back(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient in an input of that shape."""
+        if self.turned is not None:
+            return _pointwise()(gradient, self.turned, None, *self.how_back, "none", [], "")
         padding, stride, dilation, groups = self.how
         x = torch.empty(shape, memory_format=torch.channels_last)  # for its form alone
         others = None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
         return torch.ops.aten.convolution_backward(gradient, x, self.plain, *others)[0]
 
     def convolve(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        run: Any = torch.ops.mkldnn._convolution_pointwise
         filters = self.weight, self.bias, *self.how
         if other is None:
-            return run(x, *filters, "relu" if self.relu else "none", [], "")
+            return _pointwise()(x, *filters, "relu" if self.relu else "none", [], "")
         after = "relu" if self.relu else None
-        return run.binary(x, other, *filters, "add", 1.0, after, [], "")
+        return _pointwise().binary(x, other, *filters, "add", 1.0, after, [], "")
+
+
+def _pointwise() -> Any:
+    """oneDNN's operator, where this build of PyTorch has it."""
+    return torch.ops.mkldnn._convolution_pointwise
+
+
+def _laid_out(weight: Tensor, how: How, shape: list[int]) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *how, shape)
 
 
 @torch.no_grad()
@@ -101,8 +123,9 @@ def packed(model: fx.GraphModule, x: Tensor) -> fx.GraphModule:
         after = _only_user(chain[-1])
         if relu := after is not None and _is_relu(after, modules):
             chain.append(after)
-        name, shape = f"packed_{number}", list(node.args[0].meta["tensor_meta"].shape)
-        model.add_module(name, PackedConv(conv, shape, relu))
+        name = f"packed_{number}"
+        shape, shape_out = (list(n.meta["tensor_meta"].shape) for n in (node.args[0], node))
+        model.add_module(name, PackedConv(conv, shape, shape_out, relu))
         with model.graph.inserting_after(chain[-1]):
             inputs = node.args[0], *([] if other is None else [other])
             fresh = model.graph.call_module(name, inputs)

@@ -203,6 +203,7 @@ class Search:
     def _back_off(self) -> None:
         """Memory ran out: begin the searches under way again, fewer side by side."""
         self.shapes.shrink()
+        self.referee.chunk = min(self.referee.chunk, self.shapes.largest)
         back = self.place[self.place >= 0].sort().values.tolist()
         self.waiting.extendleft(reversed(back))
         self.rows = None

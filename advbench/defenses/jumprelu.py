@@ -141,7 +141,7 @@ class JumpReLU(Defense):
 
     def surrogates(self, model: Any) -> Mapping[str, Surrogate]:
         """The same values with other gradients, and other jumps; none where the jump is 0."""
-        if jump_of(model) <= 0:
+        if (jump := jump_of(model)) <= 0:
             return {}
         slopes = {
             "bpda_relu": ("relu", 1.0, "1[z > 0]"),
@@ -150,7 +150,7 @@ class JumpReLU(Defense):
             "bpda_sigmoid-full": ("sigmoid", 1.0, "sigmoid((z - jump) / t), t = jump"),
         }
         factors = {
-            "base": (0.0, "the net without its jump, as in the paper's gray box"),
+            "base": (0.0, f"the net without its jump of {jump:g}, as in the paper's gray box"),
             "half": (0.5, "half the jump: fewer dead units, nearly the same net"),
             "double": (2.0, "twice the jump: only the largest units count"),
         }

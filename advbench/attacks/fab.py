@@ -184,14 +184,16 @@ def _newton(slope: Tensor, full: Tensor, stops: Tensor, goal: Tensor) -> Tensor:
     slope: (N, d).  full: (P, N, d), zero where the slope is.  stops: (P, N, d), where full is
     reached.  goal: (P, N, 1).  Returns (P, N, 1).
     """
-    lam, mask = torch.zeros_like(goal), torch.empty_like(full)
+    lam, closed = torch.zeros_like(goal), torch.zeros_like(goal)
+    before, mask = None, torch.empty_like(full)
     for _ in range(PASSES):
-        closed = torch.le(stops, lam, out=mask).mul_(full).sum(2, keepdim=True)
         steep = torch.gt(stops, lam, out=mask).mul_(slope).sum(2, keepdim=True)
-        root = torch.maximum(lam, ((goal - closed) / steep.clamp_min(TINY)).clamp_max(HUGE))
-        if torch.equal(root, lam):
-            break
-        lam = root
+        if before is not None:
+            if torch.equal(steep, before):  # nothing stopped on the way: lam is the root
+                break
+            closed = torch.le(stops, lam, out=mask).mul_(full).sum(2, keepdim=True)
+        ahead = ((goal - closed) / steep.clamp_min(TINY)).clamp_max(HUGE)
+        lam, before = torch.maximum(lam, ahead), steep
     return lam
 
 

@@ -46,7 +46,10 @@ GROUPS = {
 INSIDE = {"defense": "members", "recipe": "of"}
 """The parameter by which a component holds others of its group: the chain's, and awp's."""
 
-FROM_THE_RUN = {"data": "data=npz data.path=FILE.npz", "threat": "threat=linf_8"}
+FROM_THE_RUN = {
+    "data": "data=npz data.path=FILE.npz",
+    "threat": "threat=linf_8, or threat.norm=l2 threat.eps=0.5",
+}
 """Groups that ``eval`` takes from the run that it evaluates, and what to say without one."""
 
 
@@ -319,12 +322,14 @@ def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
     """The node, or where it is left to the run, the run's with the values that were given."""
     if node is not None and node.get("_target_") is not None:
         return node
+    given = {} if node is None else plain(node)
+    if trained is None and not {"norm", "eps"} - {k for k, v in given.items() if v is not None}:
+        trained = OmegaConf.create({group: shipped(group, "linf_8")})  # a threat in full
     if trained is None:
         raise UserError(f"a model of your own needs its {group}: give {FROM_THE_RUN[group]}")
     merged = OmegaConf.create(plain(trained[group]))
     if "download" in merged:  # a run that came from elsewhere does not decide this
         merged.download = False
-    given = {} if node is None else plain(node)
     if given.get("norm") not in (None, merged.get("norm")) and given.get("eps") is None:
         raise UserError(f"threat.norm={given['norm']} needs a budget: give threat.eps=... as well")
     for key, value in given.items():

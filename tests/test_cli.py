@@ -121,6 +121,7 @@ def test_a_model_of_your_own(place: Path) -> None:
     torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
                .state_dict(), "w.pt")  # fmt: skip
     assert main(["eval", "model=m.py:build", "weights=w.pt", *own]) == 0
+    own[2:3] = ["threat.norm=linf", "threat.eps=8/255"]  # the same
     assert main(["eval", "model=m.py:resnet", *own]) == 0
     files = list(place.glob("outputs/eval/m-fgsm*/results.json"))
     assert len(files) == 2

@@ -305,8 +305,16 @@ def test_plans_are_what_the_protocols_say() -> None:
         assert all(stage.why and stage.target == "model" for stage in plan)
         json.dumps([stage.to_json() for stage in plan])
     for engine in ("fast", "reference"):
+        some = AutoAttackProtocol("plus", engine, attacks=["square", "apgd-ce"])
+        plan = some.plan(Subject(Traits(), 10, threat, 0))
+        assert [stage.name for stage in plan] == ["square", "apgd-ce"]
+        whole = AutoAttackProtocol("plus", engine).plan(Subject(Traits(), 10, threat, 0))
+        assert [stage.attack for stage in plan] == [whole[3].attack, whole[0].attack]
         protocol = AutoAttackProtocol(engine=engine)
         assert protocol.plan(Subject(Traits(), 5, threat, 0))[1].attack.targets == 4  # pyright: ignore
+    for wrong, said in ((["sqare"], "did you mean 'square'"), ([], "attacks nothing")):
+        with pytest.raises(UserError, match=said):
+            AutoAttackProtocol(attacks=wrong)
     with pytest.raises(UserError, match="needs at least 4 classes"):
         AutoAttackProtocol(engine="reference").plan(Subject(Traits(), 3, threat, 0))
 

@@ -278,6 +278,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "autoattack 1 (suite plus, engine reference)": {
         **AUTOATTACK, "suite": "plus", "engine": "reference",
     },
+    "autoattack 1 (attacks ['square'])": {**AUTOATTACK, "attacks": ["square"]},
     "adaptive 1 (steps 1)": {"name": "adaptive", "version": "1", "steps": 1, "restarts": 3},
     "curve 1 (weak, eps [0.1])": {"name": "curve", "version": "1", "points": 8, "eps": [0.1]},
     "paper/hpm 1 (weak)": {"name": "paper/hpm", "version": "1", "step_size": "2/255"},
@@ -288,7 +289,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("said", UNUSUAL)
 def test_parameters_that_are_not_as_shipped_are_told(said: str) -> None:
     """Though nothing else in the report differs; of a protocol of the user's own nobody knows."""
-    assert len(UNUSUAL) == 7
+    assert len(UNUSUAL) == 8
     (entry,) = entries(results(protocol=UNUSUAL[said]))
     (board,) = leaderboard.boards(groups([entry]))
     assert board.title == f"digits test, n = 200, linf 8/255, {said}"

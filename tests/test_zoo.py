@@ -302,6 +302,7 @@ def test_what_has_no_place_there(results: Results) -> None:
         ({"threat": {"norm": "l1", "eps": 12.0}}, "no leaderboard for l1"),
         ({"protocol": {"name": "pgd", "version": 1}}, "weaker than what RobustBench reports"),
         ({"protocol": {"name": "autoattack", "version": "1", "suite": "rand"}}, "this one is not"),
+        ({"protocol": {"name": "autoattack", "attacks": ["square"]}}, "leaves out members"),
     ):
         with pytest.raises(UserError, match=told):
             model_info(replace(results, **changes))

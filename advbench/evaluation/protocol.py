@@ -95,8 +95,8 @@ class Protocol(ABC):
         traits, reasons = subject.traits, []
         if traits.stochastic:
             reasons.append(
-                "the model is stochastic: an image counts as broken if most of 10 evaluations are "
-                "wrong, and again most of 30 and of 100 fresh ones"
+                "the model is stochastic: an image is wrong if most of 10 evaluations are, and "
+                "what an attack finds has to be so again in most of 30 and of 100 fresh ones"
             )
         if traits.batch_dependent:
             reasons.append(
@@ -300,22 +300,26 @@ class AutoAttackProtocol(Protocol):
     suite: standard, plus, or rand, whose gradients are means over 20 draws.  engine: fast is ours,
     reference is the authors' own code. With fewer than four classes, where its DLR losses are not
     defined, fast takes the margin; there are never more targets than wrong classes.
+    attacks: some of them instead of the suite's, in their order, with the parameters that they have
+    in the suite. What they leave is no result of AutoAttack.
     """
 
     name: ClassVar[str] = "autoattack"
     suite: str = "standard"
     engine: str = "fast"
+    attacks: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("suite", self.suite, _MEMBERS),
-            ("engine", self.engine, _ENGINES),
-        ):
+        given = [("suite", self.suite, _MEMBERS), ("engine", self.engine, _ENGINES)]
+        given += [("attacks", name, WHY) for name in self.attacks or ()]
+        for what, value, known in given:
             if value not in known:
                 raise UserError(f"no protocol.{what} '{value}'{did_you_mean(value, known)}")
+        if self.attacks == []:
+            raise UserError("protocol.attacks=[] attacks nothing: use protocol=clean")
 
     def stages(self, subject: Subject) -> list[Stage]:
-        members = _MEMBERS[self.suite]
+        members = tuple(self.attacks or _MEMBERS[self.suite])
         if self.engine == "reference":
             targets = min(9, subject.num_classes - 1)
             return [

@@ -77,7 +77,9 @@ def place(group: Group) -> Any:
     the threat and n, then weak ones, and last what was not attacked."""
     conditions = group.first.conditions
     name = conditions["protocol"]
-    strength = STRONG.index(name) if name in STRONG else len(STRONG) + is_weak(name)
+    part = conditions.get("protocol.attacks") is not None  # of AutoAttack
+    strong = name in STRONG and not part
+    strength = STRONG.index(name) if strong else len(STRONG) + is_weak(name)
     if group.robust is None:
         strength = len(STRONG) + 2
     rest = {key: order(value) for key, value in conditions.items() if key.startswith("protocol.")}

@@ -42,6 +42,10 @@ def model_info(results: Results) -> dict[str, Any]:
             f"protocol={name} is weaker than what RobustBench reports: evaluate with "
             "protocol=autoattack, msa or adaptive"
         )
+    if results.protocol.get("attacks") is not None:
+        raise UserError(
+            "protocol.attacks leaves out members of AutoAttack: evaluate with protocol=autoattack"
+        )
     if results.protocol.get("suite") == "rand" and not noisy:
         raise UserError(
             "protocol.suite=rand leaves out two attacks and is for stochastic models, which this "

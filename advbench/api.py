@@ -13,7 +13,7 @@ from advbench import config, models, runs
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.arrays import array_split
-from advbench.defenses.base import Defense, Surrogate, Traits
+from advbench.defenses.base import Defense, Surrogate, Traits, surrogates_of
 from advbench.errors import UserError
 from advbench.evaluation.budget import seconds
 from advbench.evaluation.evaluate import Evaluation
@@ -83,11 +83,12 @@ def evaluate(
     if not isinstance(defense, Defense):
         defense = Defense()
     own = getattr(model, "traits", None)
-    named = defense.surrogates(model) if protocol.surrogates else {}
+    traits = traits or (own if isinstance(own, Traits) else Traits())
+    named = surrogates_of(defense, model, traits) if protocol.surrogates else {}
     evaluation = Evaluation(
         run=name,
         model=model,
-        traits=traits or (own if isinstance(own, Traits) else Traits()),
+        traits=traits,
         surrogates=named if surrogates is None else surrogates,
         samples=Samples(split, subset(len(split), n), anchor.device),
         data="arrays",

@@ -27,7 +27,8 @@ from advbench.evaluation.evaluate import Evaluation, finished_results
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
-from advbench.files import hashes, model_sha256, short_hash, write_atomic
+from advbench.files import hashes, short_hash, write_atomic
+from advbench.fingerprint import model_sha256
 from advbench.report import curves, outcome
 from advbench.results import Results
 from advbench.training import tracking

@@ -5,19 +5,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
-import inspect
 import json
 import os
-import re
-import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing torch takes seconds, and most commands on files need none
-    from torch import Tensor, nn
-
-_LIBRARIES = ("torch", "torchvision", "timm", "advbench")
+    from torch import Tensor
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -107,60 +102,3 @@ def _imported(file: Path) -> set[str]:
 def hashes(files: Iterable[str]) -> dict[str, str]:
     """The content of the user's own files, and of what they import from beside them, by name."""
     return {Path(file).name: code_sha256(file) for file in files}
-
-
-def _plain(value: Any, seen: frozenset[int]) -> Any:
-    """A setting of a module in words that say all of it; None for what is no plain value.
-
-    seen: the modules and functions that it is a setting of, by id.
-    """
-    import numpy as np
-    import torch
-    from torch import nn
-
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value) if value.dtype != object else None
-    if isinstance(value, torch.Tensor):
-        content = hashlib.sha256(tensor_bytes(value)).hexdigest()
-        return f"{value.dtype}/{tuple(value.shape)}/{content}"
-    if isinstance(value, dict):
-        return {str(key): _plain(part, seen) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part, seen) for part in value]
-    if id(value) in seen:
-        return None
-    if isinstance(value, nn.Module):  # in a list, where it is not registered
-        return model_sha256(value, seen)
-    if isinstance(value, types.FunctionType):  # which may hold itself, or a name not yet bound
-        code, cells = value.__code__, (c for c in value.__closure__ or () if c != types.CellType())
-        held = [*code.co_consts, *(cell.cell_contents for cell in cells)]
-        return [code.co_code.hex(), _plain(held, seen | {id(value)}), list(code.co_names)]
-    return None
-
-
-def model_sha256(model: nn.Module, seen: frozenset[int] = frozenset()) -> str:
-    """Hash of a model: structure, plain settings, source of its classes, parameters and buffers.
-
-    Source: of classes outside the installed libraries. What their functions call is not seen.
-    seen: what it is part of, and is hashed already, by id.
-    """
-    from torch import nn
-
-    # What every module has: its tensors, which are hashed by name, its hooks and its mode.
-    common = set(vars(nn.Module()))
-    seen |= {id(module) for module in model.modules()}
-    # Some modules print the address of a function; it differs from process to process.
-    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
-    for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in common}
-        settings = sorted((key, _plain(value, seen)) for key, value in own.items())
-        digest.update(f"{name}/{settings}".encode())
-        if type(module).__module__.partition(".")[0] not in _LIBRARIES:
-            with contextlib.suppress(OSError, TypeError):  # no source, as in a notebook
-                digest.update(inspect.getsource(type(module)).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()

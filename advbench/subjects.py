@@ -16,7 +16,7 @@ from advbench import config, models, runs
 from advbench.attacks.threat import Threat
 from advbench.backbones import robustbench
 from advbench.data.base import Info, Splits
-from advbench.defenses.base import Defense, Surrogate, Traits, worst
+from advbench.defenses.base import Defense, Surrogate, Traits, surrogates_of, worst
 from advbench.defenses.chain import Chain
 from advbench.errors import UserError, did_you_mean
 from advbench.files import code_sha256, hashes, short_hash
@@ -70,10 +70,11 @@ class Candidate:
         """Other targets: those that the defense names, the undefended model that it was put on, and
         the runs ``transfer``. Raises UserError for runs that are no targets.
         """
-        found = dict(self.defense.surrogates(self.model))
-        if self.base is not None and "base" not in found:
+        found = surrogates_of(self.defense, self.model, self.traits)
+        if self.base is not None:
             why = "the undefended model that the defense was put on"
-            found["base"] = Surrogate(self.base, exact=False, loss="ce", why=why)
+            name = "undefended" if "base" in found else "base"
+            found[name] = Surrogate(self.base, exact=False, loss="ce", why=why)
         for run in transfer:
             name = f"transfer-{runs.find(run).resolve().name}"
             if name in found:

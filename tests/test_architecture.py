@@ -25,6 +25,7 @@ LAYERS = [
     ["defenses"],
     ["attacks", "backbones", "data", "provenance"],
     ["results"],
+    ["fingerprint"],
     ["surgery", "files", "devices", "searchpath", "shell"],
     ["errors"],
 ]

@@ -31,7 +31,7 @@ from advbench.defenses.awnet import AWNet, MixBN, ModulatedConv, RoutedTrunk
 from advbench.defenses.base import Part, PartName, Step, Traits
 from advbench.errors import UserError
 from advbench.evaluation.searcher import Searcher, Speed, ask, searcher
-from advbench.files import model_sha256
+from advbench.fingerprint import model_sha256
 from advbench.models import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard

@@ -34,7 +34,7 @@ from advbench.defenses.sparta import Sparta
 from advbench.errors import UserError
 from advbench.evaluation.probe import probe
 from advbench.evaluation.samples import Samples, subset
-from advbench.files import model_sha256
+from advbench.fingerprint import model_sha256
 from advbench.models import load_weights
 from advbench.recipes.awp import AWP
 from advbench.recipes.base import Recipe

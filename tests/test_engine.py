@@ -40,7 +40,7 @@ from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.searcher import Searcher, Shapes, Speed, ask, searcher
 from advbench.evaluation.store import Store, read_samples
-from advbench.files import model_sha256
+from advbench.fingerprint import model_sha256
 from advbench.results import Results
 
 SHAPE = (1, 6, 6)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import advbench
+from advbench.attacks.base import Clean, Oracle, Rows, started, wrong_class
 from advbench.attacks.libraries import ReferenceAutoAttack
-from advbench.attacks.threat import Threat
+from advbench.attacks.pgd import PGD
+from advbench.attacks.referee import Referee
+from advbench.attacks.threat import Threat, norm_of, unit
+from advbench.backbones.base import Classifier
 from advbench.data.base import ArraySplit
-from advbench.defenses.base import Traits
+from advbench.defenses.base import Defense, Surrogate, Traits, surrogates_of
+from advbench.defenses.jumprelu import JumpReLU
 from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol, MSAProtocol
 from advbench.evaluation.engine import Engine
@@ -28,7 +36,9 @@ from advbench.evaluation.protocol import (
     Subject,
 )
 from advbench.evaluation.samples import Samples
-from advbench.files import code_sha256, model_sha256
+from advbench.evaluation.searcher import Searcher, Speed, searcher
+from advbench.files import code_sha256
+from advbench.fingerprint import model_sha256
 
 SHAPE, N = (1, 4, 4), 60
 
@@ -224,6 +234,126 @@ def test_a_foreign_attribute_is_not_taken_for_traits() -> None:
         protocol=PGDProtocol(steps=1),
     )  # fmt: skip
     assert results.data["n"] == 4
+
+
+# --- a search that is weaker than it looks -------------------------------------------------------
+
+
+def test_noise_of_ones_own_is_averaged_over_in_every_surrogate() -> None:
+    trunk = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten())
+    model = Classifier(trunk, num_features=8, num_classes=10, input_shape=SHAPE)
+    guard = JumpReLU(jump=0.1)
+    model = guard.apply(model.eval())
+    noisy = surrogates_of(guard, model, Traits(stochastic=True))
+    still = surrogates_of(guard, model, Traits())
+    assert len(noisy) == len(still) == 7
+    assert all(one.stochastic for one in noisy.values())
+    assert not any(one.stochastic for one in still.values())
+    subject = Subject(Traits(stochastic=True), 10, Threat("linf", 0.1), 0, noisy)
+    plan = [stage for stage in MSAProtocol().plan(subject) if stage.attack.gradient]
+    assert len(plan) > 7 and {stage.draws for stage in plan} == {20}
+    own = {"mean": Surrogate(model, False, "ce", "")}
+    defense = Mock(spec=Defense, **{"surrogates.return_value": own})
+    defense.traits.return_value = Traits(stochastic=True)  # it knows which of them draw
+    assert not surrogates_of(defense, model, Traits(stochastic=True))["mean"].stochastic
+
+
+class Lifted(Linear):
+    """Adds the same to all logits, which changes no decision."""
+
+    def __init__(self, lift: float) -> None:
+        super().__init__(scale=0.1)
+        self.layer = nn.Linear(2, 2).requires_grad_(False)
+        self.layer.weight.copy_(torch.eye(2))
+        self.layer.bias.fill_(lift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(super().forward(x))
+
+
+@pytest.mark.parametrize(("lift", "precision"), [(0.0, "bf16"), (100.0, "32")])
+def test_bf16_is_for_margins_that_it_can_see(lift: float, precision: str) -> None:
+    x, y = torch.rand(8, *SHAPE), torch.zeros(8, dtype=torch.int64)
+    fast = searcher(Lifted(lift), Speed("bf16"), Clean(torch.arange(8), x, y))
+    assert isinstance(fast, Searcher) and fast.precision == precision
+
+
+def test_a_surrogate_in_training_mode_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten()).eval()
+    learning = copy.deepcopy(model).train()
+    surrogates = {"twin": Surrogate(learning, False, "ce", "")}
+    with pytest.raises(UserError, match="'twin' is in training mode"):
+        case(model, MSAProtocol(), surrogates=surrogates)
+    case(model, MSAProtocol(), surrogates={"twin": Surrogate(nn.Sequential(model), True, "ce", "")})
+
+
+class Planned(Protocol):
+    name = "planned"
+
+    def __init__(self, **last: Any) -> None:
+        self.last = last
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        return [Stage("first", PGD(), ""), Stage("last", PGD(), "", **self.last)]
+
+
+def test_stages_that_would_measure_nothing_are_refused() -> None:
+    linf = Threat("linf", 0.1)
+    for last, traits, said in (
+        ({"eps": 0.2}, Traits(), "beyond the threat, linf 0.1"),
+        ({"only_if": "frist"}, Traits(stochastic=True), "no earlier stage; did you mean 'first'?"),
+        ({"only_if": "last"}, Traits(stochastic=True), "no earlier stage"),
+        ({"only_if": "first"}, Traits(), "judged in groups"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            Planned(**last).plan(Subject(traits, 10, linf))
+    for last, traits in (
+        ({"eps": 0.1}, Traits()),
+        ({"only_if": "first"}, Traits(stochastic=True)),
+    ):
+        assert len(Planned(**last).plan(Subject(traits, 10, linf))) == 2
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e-20, 1e-30])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_smallest_gradient_is_a_direction(norm: str, scale: float) -> None:
+    delta = torch.randn(5, 3, 4, 4)
+    delta[1] = 0.0
+    found = unit(scale * delta, norm)
+    torch.testing.assert_close(found, unit(delta, norm))
+    assert torch.equal(found[1], torch.zeros(3, 4, 4))
+    torch.testing.assert_close(norm_of(found, norm)[[0, 2, 3, 4]], torch.ones(4))
+
+
+def test_infinite_pixels_break_nothing() -> None:
+    x = torch.full((3, *SHAPE), 0.5)
+    for norm in ("linf", "l2", "l1"):
+        proposal = x.clone()
+        proposal[0, 0, 0, 0], proposal[1, 0, 0, 0] = torch.inf, -torch.inf
+        referee = Referee(Lifted(0.0), Threat(norm, 0.1))
+        judged = referee.judge(x, torch.zeros(3, dtype=torch.int64), proposal)
+        assert judged.point.isfinite().all() and not judged.broken.any()
+
+
+def test_the_l1_budget_holds_for_large_images() -> None:
+    x = torch.rand(2, 3, 224, 224)
+    threat = Threat("l1", 12.0)
+    referee = Referee(nn.Flatten(), threat)
+    judged = referee.judge(x, torch.zeros(2, dtype=torch.int64), x + torch.randn_like(x))
+    moved = (judged.point.double() - x.double()).flatten(1).abs().sum(1)
+    assert (moved <= 12.0 * (1 + 1e-5)).all() and threat.contains(judged.point, x).all()
+
+
+def test_a_masked_class_is_a_target_before_the_true_one() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([1.0, -torch.inf, 0.5, -torch.inf]).expand(len(x), 4)
+
+    y = torch.tensor([0, 1, 2, 3])
+    x = torch.rand(4, *SHAPE)
+    for rank in range(3):
+        rows = Rows(**started(Clean(torch.arange(4), x, y), x, torch.zeros_like(y)))
+        assert not (wrong_class(Oracle(Masked()), rows, torch.full((4,), rank)) == y).any()
 
 
 # --- libraries ----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from advbench.data.base import ArraySplit, Source, Split, Splits
 from advbench.defenses.base import Traits
 from advbench.defenses.jumprelu import GRID, Jump, JumpReLU, jump_of
 from advbench.errors import UserError
-from advbench.files import model_sha256
+from advbench.fingerprint import model_sha256
 from advbench.models import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT

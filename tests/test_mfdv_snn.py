@@ -18,7 +18,7 @@ from advbench.config import build, options, shipped
 from advbench.defenses.base import Part, PartName, Step, Traits
 from advbench.defenses.mfdv_snn import MFDVSNN, RHO_MIN, VarianceHead
 from advbench.errors import UserError
-from advbench.files import model_sha256
+from advbench.fingerprint import model_sha256
 from advbench.models import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard

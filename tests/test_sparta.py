@@ -33,7 +33,7 @@ from advbench.defenses.sparta import (
     SpatialGate,
 )
 from advbench.errors import UserError
-from advbench.files import model_sha256
+from advbench.fingerprint import model_sha256
 from advbench.models import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT

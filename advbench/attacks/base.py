@@ -287,7 +287,9 @@ def wrong_class(oracle: Oracle, rows: Rows, rank: Tensor) -> Tensor:
 
     rank: (N,), zero for the largest wrong logit on the clean image.
     """
-    logits = oracle.logits(rows.x).scatter(1, rows.y[:, None], -torch.inf)
+    logits = oracle.logits(rows.x)
+    # Below y stands nothing: not even a class that the model masks.
+    logits = logits.clamp_min(torch.finfo(logits.dtype).min).scatter(1, rows.y[:, None], -torch.inf)
     rows.forwards += oracle.draws
     return logits.argsort(dim=1, descending=True).gather(1, rank[:, None]).squeeze(1)
 

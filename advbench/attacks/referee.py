@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from advbench.attacks import losses
-from advbench.attacks.threat import Threat
+from advbench.attacks.threat import Threat, widest
 
 CONFIRMATIONS = (3, 10)
 CHUNK = 16  # images per forward pass: proposals come by ones and twos, and in crowds
@@ -38,7 +38,8 @@ class Referee:
     """Scores proposals on the real model in float32.
 
     What is judged is never the proposal itself but its projection into the threat around x: a
-    point outside the budget, or outside [0, 1], can't count. NaN pixels are put back to x's.
+    point outside the budget, or outside [0, 1], can't count. Pixels that are not finite are put
+    back to x's.
 
     chunk: images per forward pass. It is always full, so that what the referee finds does not
         depend on how many proposals came at once.
@@ -59,8 +60,10 @@ class Referee:
     def judge(self, x: Tensor, y: Tensor, proposal: Tensor) -> Judgement:
         """x, proposal: (N, C, H, W).  y: (N,)."""
         proposal = proposal.detach().to(torch.float32)
-        proposal = torch.where(proposal.isnan(), x, proposal)
-        point = self.threat.project(proposal, x)
+        proposal = torch.where(proposal.isfinite(), proposal, x)
+        # In float64: over the pixels of a large image sums in float32 miss the budget.
+        wide = proposal.to(widest(x)), x.to(widest(x))
+        point = self.threat.project(*wide).to(x.dtype)
         judged = self.score(point, y)
         for times in CONFIRMATIONS if self.draws > 1 else ():
             claimed = judged.broken.nonzero().squeeze(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from advbench.attacks.base import Answer, Attack, Clean, Oracle, Rows, need_classes, started
 from advbench.attacks.random import Random
-from advbench.attacks.threat import Threat, per_row
+from advbench.attacks.threat import Threat, per_row, widest
 from advbench.errors import UserError
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -155,7 +155,7 @@ class Square(Attack):
             if threat.norm == "l2":
                 tiles *= threat.radius / tiles.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             # Sums over all pixels of a large image are too coarse in float32.
-            wide = x.to(_widest(x))
+            wide = x.to(widest(x))
             point = threat.project(wide + tiles, wide).to(x.dtype)
         fields = started(clean, point, restart)
         dealt, deck = self._deal(x, fields["iteration"], threat.norm, random)
@@ -305,17 +305,12 @@ def _project_sparse(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
     count = over.new_zeros(len(x), dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
     rank = torch.arange(len(row), device=x.device) - (count.cumsum(0) - count)[row]
     # In float64, where the width of the packed rows does not show in a sum.
-    packed = x.new_zeros(2, len(x), int(count.max()), dtype=_widest(x))
+    packed = x.new_zeros(2, len(x), int(count.max()), dtype=widest(x))
     packed[0, row, rank] = point.flatten(1)[row, pixel].to(packed.dtype)
     packed[1, row, rank] = x.flatten(1)[row, pixel].to(packed.dtype)
     flat = boxed.flatten(1)
     flat[row, pixel] = threat.project(packed[0], packed[1])[row, rank].to(x.dtype)
     return flat.view_as(x)
-
-
-def _widest(x: Tensor) -> torch.dtype:
-    """float64 where the device has it."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _signs(bits: Tensor, like: Tensor) -> Tensor:

@@ -87,12 +87,22 @@ def norm_of(delta: Tensor, norm: str) -> Tensor:
     flat = delta.flatten(1)
     if norm == "linf":
         return flat.abs().amax(1)
-    return flat.norm(p=2 if norm == "l2" else 1, dim=1)
+    if norm == "l2":
+        return flat.norm(dim=1)
+    # A sum over the pixels of a large image is too coarse in float32.
+    return flat.abs().sum(1, dtype=widest(delta)).to(delta.dtype)
+
+
+def widest(like: Tensor) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def unit(delta: Tensor, norm: str) -> Tensor:
-    """Each row scaled to norm one; a zero row stays zero."""
-    return delta / per_row(norm_of(delta, norm), delta).clamp_min(1e-12)
+    """Each row scaled to norm one, however small it is; a zero row stays zero."""
+    largest = per_row(norm_of(delta, "linf"), delta)
+    delta = delta / torch.where(largest > 0, largest, 1.0)
+    return delta if norm == "linf" else delta / per_row(norm_of(delta, norm), delta).clamp_min(1.0)
 
 
 def project(point: Tensor, x: Tensor, norm: str, eps: float | Tensor) -> Tensor:

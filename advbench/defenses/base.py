@@ -7,7 +7,7 @@ that ``model.state_dict()`` holds the whole defense.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -127,6 +127,14 @@ class Surrogate:
     bonus: bool = False
     stochastic: bool = False
     foreign: bool = False
+
+
+def surrogates_of(defense: Defense, model: Any, traits: Traits) -> dict[str, Surrogate]:
+    """The defense's, of a model with these traits: noise that is not the defense's is in all."""
+    found = dict(defense.surrogates(model))
+    if traits.stochastic and not defense.traits(model).stochastic:
+        return {name: replace(one, stochastic=True) for name, one in found.items()}
+    return found
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from advbench.devices import out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.joint import JointSearch, no_room
 from advbench.evaluation.ledger import Ledger
+from advbench.evaluation.probe import are_shares
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.reuse import Archive
 from advbench.evaluation.samples import Samples, fixed_batches
 from advbench.evaluation.search import Search, Watch
-from advbench.evaluation.searcher import Shapes, Speed, searcher
+from advbench.evaluation.searcher import Searcher, Shapes, Speed, searcher
 from advbench.evaluation.store import Records, Store
 
 CLEAN = "clean"
@@ -235,6 +236,10 @@ class Engine:
             self.watch.note(
                 f"no faster copy of '{target}': the search runs on it as it is, in float32"
             )
+        if isinstance(fast, Searcher) and fast.precision != self.speed.precision:
+            self.watch.note(
+                f"bfloat16 blurs the margins of '{target}', so the search runs in float32"
+            )
         if not surrogate.stochastic and not self.shapes.placeless:
             self.watch.note(
                 "an image's logits depend, in their last bits, on its place in the batch: "
@@ -247,8 +252,10 @@ class Engine:
         if surrogate.anchored or surrogate.bonus:
             return surrogate.model
         target = surrogate.model
-        if target is self.model and self.traits.output == "probabilities":
-            target = LogProbabilities(target).eval()
+        if self.traits.output == "probabilities" and not surrogate.foreign:
+            with torch.no_grad():  # what shares the model's weights may end before its softmax
+                shares = are_shares(target(few.x))
+            target = LogProbabilities(target).eval() if shares else target
         return searcher(target, self.speed, few, surrogate.stochastic)
 
     def _back_off(self) -> None:

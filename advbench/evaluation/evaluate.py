@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.budget import Deadline
 from advbench.evaluation.engine import CLEAN, Engine, Nobody
-from advbench.evaluation.probe import check_gradient, probe
+from advbench.evaluation.probe import check_gradient, learns, probe
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.resources import Crew
 from advbench.evaluation.reuse import Archive
@@ -30,10 +31,19 @@ from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import Watch
 from advbench.evaluation.searcher import Speed
 from advbench.evaluation.store import Records, Store
-from advbench.files import model_sha256, write_atomic, write_json
+from advbench.files import file_sha256, short_hash, write_atomic, write_json
+from advbench.fingerprint import model_sha256
 from advbench.results import RESULTS, Accuracy, Results, StageResult
 
 PLAN = "plan.json"
+
+
+@cache
+def _own_code() -> str:
+    """Hash of the code that decides what is found, between two versions too."""
+    home, parts = Path(__file__).parents[1], ("attacks", "backbones", "defenses", "evaluation")
+    files = (file for part in parts for file in sorted((home / part).glob("*.py")))
+    return short_hash([file_sha256(file) for file in files])
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,11 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise UserError(f"a batch size of {self.slots} is not at least 1")
+        for name, surrogate in self.surrogates.items():
+            if learns(surrogate.model):  # it would write into statistics that it shares
+                raise UserError(
+                    f"surrogate '{name}' is in training mode: call .eval() on its model"
+                )
 
     def stages(self) -> tuple[Stage, ...]:
         """The plan. Raises UserError where model, data and protocol do not fit."""
@@ -107,7 +122,8 @@ class Evaluation:
             "versions": {
                 name: version(name)
                 for name in ("advbench", "torch", "pyautoattack", "torchattacks")
-            },
+            }
+            | {"search": _own_code()},
         }
 
     def execute(

@@ -42,9 +42,7 @@ def probe(model: nn.Module, samples: Samples, traits: Traits) -> int:
             f"the data has labels up to {highest} and the model has {classes} classes (0 to "
             f"{classes - 1}): choose the data that the model was trained for"
         )
-    sums = logits.float().sum(1)
-    shares = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
-    if shares and traits.output == "logits":
+    if are_shares(logits) and traits.output == "logits":
         raise UserError(
             "the model returns probabilities, along which an attack soon has no gradient: return "
             "the logits, or say traits.output=probabilities"
@@ -65,6 +63,18 @@ def probe(model: nn.Module, samples: Samples, traits: Traits) -> int:
             "accuracy of a sample is not defined for it"
         )
     return classes
+
+
+def are_shares(outputs: Tensor) -> bool:
+    """Whether outputs, (N, K), look like probabilities."""
+    sums = outputs.float().sum(1)
+    return bool((outputs >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+
+
+def learns(model: nn.Module) -> bool:
+    """Whether a part of it is in training mode that draws, or remembers what it has seen."""
+    kinds = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd
+    return any(module.training and isinstance(module, kinds) for module in model.modules())
 
 
 def check_gradient(model: nn.Module, samples: Samples) -> None:

@@ -117,7 +117,8 @@ class Protocol(ABC):
             raise UserError(
                 f"protocol={self.title} has stages of the same name: {', '.join(names)}"
             )
-        for stage in stages:
+        for number, stage in enumerate(stages):
+            self._check(stage, names[:number], subject)
             stage.attack.check(subject.num_classes, subject.threat)
             if stage.follows_model and subject.traits.gradient == "none":
                 raise UserError(
@@ -130,6 +131,26 @@ class Protocol(ABC):
                     "batch-dependent: use protocol=msa, which attacks its fixed batches as a whole"
                 )
         return stages
+
+    def _check(self, stage: Stage, earlier: list[str], subject: Subject) -> None:
+        """Whether a stage's own settings make sense."""
+        if stage.eps is not None and stage.eps > subject.threat.radius * (1 + 1e-5):
+            raise UserError(
+                f"protocol={self.title}: stage {stage.name} goes to eps {stage.eps:g}, beyond the "
+                f"threat, {subject.threat}"
+            )
+        if stage.only_if is None:
+            return
+        if stage.only_if not in earlier:
+            raise UserError(
+                f"protocol={self.title}: stage {stage.name} waits for '{stage.only_if}', which is "
+                f"no earlier stage{did_you_mean(stage.only_if, earlier)}"
+            )
+        if not (subject.traits.stochastic or subject.traits.batch_dependent):
+            raise UserError(
+                f"protocol={self.title}: only_if (stage {stage.name}) is for models that are "
+                "judged in groups; of others each sample has left when it broke"
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.title, "version": self.version, **asdict(self)}

@@ -11,7 +11,7 @@ import copy
 import io
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +23,7 @@ from advbench.devices import out_of_memory
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.packing import packed
 
+BLUR = 0.05  # of a margin, in the median
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,6 +60,7 @@ class Searcher(nn.Module):
         self.model = model
         self.layout = layout
         self.device_type = device.type
+        self.precision = speed.precision
         self.dtype = PRECISIONS[speed.precision]
         self.call = (
             torch.compile(model, dynamic=False, mode=speed.compile) if speed.compile else model
@@ -96,8 +98,14 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
             for copied in (*(_packed(laid, few) if speed == Speed() else ()), laid):
                 # Compared in float32: bf16 differs by more than a wrong fold would.
                 exact = Searcher(copied, Speed(), clean.x.device, layout)
-                if _agree(model, exact, clean, stochastic):
-                    return Searcher(copied, speed, clean.x.device, layout).eval()
+                if not _agree(model, exact, clean, stochastic):
+                    continue
+                fast = Searcher(copied, speed, clean.x.device, layout).eval()
+                if speed.precision == "32" or stochastic or not _blurred(model, fast, clean):
+                    return fast
+                return Searcher(
+                    copied, replace(speed, precision="32"), clean.x.device, layout
+                ).eval()
     return model
 
 
@@ -136,6 +144,15 @@ def _agree(model: nn.Module, fast: nn.Module, clean: Clean, stochastic: bool) ->
         ):
             return False
     return True
+
+
+@torch.no_grad()
+def _blurred(model: nn.Module, narrow: nn.Module, clean: Clean) -> bool:
+    """Whether the margins of a narrow copy are too coarse to climb on, as where all logits share a
+    large offset.
+    """
+    true, seen = (losses.margin(net(clean.x).float(), clean.y) for net in (model, narrow))
+    return bool((seen - true).abs().median() > BLUR * true.abs().median())
 
 
 def ask(model: nn.Module, clean: Clean) -> tuple[Tensor, Tensor]:
@@ -180,6 +197,7 @@ class Shapes:
         if self.largest == 1:
             raise UserError("the memory of the device does not hold a single image's attack")
         self.largest //= 2
+        self._usable, self._try = {}, lambda size: False  # what was found out was of another size
 
     def probe(self, model: nn.Module, clean: Clean) -> None:
         """Find out what ``model`` is indifferent to. clean: ``largest`` rows, or fewer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -63,6 +64,15 @@ def is_first() -> bool:
     """Whether this process is the first of its run's, as torchrun, Fabric and srun tell it."""
     ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")]
     return int(next((rank for rank in ranks if rank), "0")) == 0
+
+
+def processors(key: str) -> list[str]:
+    """What Linux says of each processor under ``key``, such as "flags"; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
 def out_of_memory(problem: BaseException) -> bool:

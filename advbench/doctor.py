@@ -28,6 +28,7 @@ from advbench.attacks.threat import Threat
 from advbench.console import table_console
 from advbench.data import torchvision_sets
 from advbench.defenses.base import Defense
+from advbench.devices import processors
 from advbench.evaluation.resources import Resources
 from advbench.training.step import TrainingStep
 
@@ -117,7 +118,7 @@ def machine() -> Iterator[Finding]:
     limit = os.environ.get("OMP_NUM_THREADS")
     threads = f"{torch.get_num_threads()} threads on {cores} processors"
     yield Finding("machine", "cpu", threads + (f", OMP_NUM_THREADS={limit}" if limit else ""))
-    flags = _cpu_flags()
+    flags = {word for values in processors("flags") for word in values.split()}
     narrow = [flag for flag in NARROW if flag in flags]
     can = torch.backends.cpu.get_cpu_capability()
     word = f"in hardware ({', '.join(narrow)})" if narrow else "emulated: float32 is faster"
@@ -189,14 +190,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return set()
-    return {word for line in lines if line.startswith("flags") for word in line.split()}
 
 
 # --- whether it is right -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from advbench.attacks import losses
-from advbench.attacks.threat import Threat, widest
+from advbench.attacks.threat import Threat
 
 CONFIRMATIONS = (3, 10)
 CHUNK = 16  # images per forward pass: proposals come by ones and twos, and in crowds
@@ -61,9 +61,7 @@ class Referee:
         """x, proposal: (N, C, H, W).  y: (N,)."""
         proposal = proposal.detach().to(torch.float32)
         proposal = torch.where(proposal.isfinite(), proposal, x)
-        # In float64: over the pixels of a large image sums in float32 miss the budget.
-        wide = proposal.to(widest(x)), x.to(widest(x))
-        point = self.threat.project(*wide).to(x.dtype)
+        point = self.threat.project_closely(proposal, x)
         judged = self.score(point, y)
         for times in CONFIRMATIONS if self.draws > 1 else ():
             claimed = judged.broken.nonzero().squeeze(1)

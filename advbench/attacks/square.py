@@ -154,9 +154,7 @@ class Square(Attack):
             tiles = _tiles(x, threat.norm, random)
             if threat.norm == "l2":
                 tiles *= threat.radius / tiles.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            # Sums over all pixels of a large image are too coarse in float32.
-            wide = x.to(widest(x))
-            point = threat.project(wide + tiles, wide).to(x.dtype)
+            point = threat.project_closely(x.to(widest(x)) + tiles, x)
         fields = started(clean, point, restart)
         dealt, deck = self._deal(x, fields["iteration"], threat.norm, random)
         worst = torch.full((len(x),), -torch.inf, device=x.device)

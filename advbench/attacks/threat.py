@@ -73,6 +73,13 @@ class Threat:
         """The rows of ``point`` brought inside the budget and [0, 1]."""
         return project(point, x, self.norm, self.radius)
 
+    def project_closely(self, point: Tensor, x: Tensor) -> Tensor:
+        """``project`` in float64 where the device has it, in the type of ``x``: over the pixels of
+        a large image, sums in float32 miss the budget.
+        """
+        wide = widest(x)
+        return self.project(point.to(wide), x.to(wide)).to(x.dtype)
+
     def __str__(self) -> str:
         return threat_name(self.norm, self.radius)
 

@@ -100,12 +100,11 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
                 exact = Searcher(copied, Speed(), clean.x.device, layout)
                 if not _agree(model, exact, clean, stochastic):
                     continue
-                fast = Searcher(copied, speed, clean.x.device, layout).eval()
-                if speed.precision == "32" or stochastic or not _blurred(model, fast, clean):
-                    return fast
-                return Searcher(
-                    copied, replace(speed, precision="32"), clean.x.device, layout
-                ).eval()
+                fast = Searcher(copied, speed, clean.x.device, layout)
+                if speed.precision != "32" and not stochastic and _blurred(model, fast, clean):
+                    slow = replace(speed, precision="32")
+                    fast = Searcher(copied, slow, clean.x.device, layout)
+                return fast.eval()
     return model
 
 

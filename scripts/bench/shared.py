@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from advbench.devices import processors
 from advbench.files import write_text
 
 
@@ -30,10 +30,8 @@ def machine(device: str) -> str:
     """The processor that does the work."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):  # not Linux
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return f"{len(named)} x {named[0]}" if named else platform.machine()
+    if named := processors("model name"):
+        return f"{len(named)} x {named[0]}"
     return platform.processor() or platform.machine()
 
 

@@ -240,7 +240,7 @@ def evaluate(
                 screen.line(f"finished already: {folder}")
             of = f"{len(samples)} samples of {splits.info.name}, {threat}"
             screen.line(f"evaluating {subject.name} on {of}")
-            for reason in evaluation.reasons():
+            for reason in evaluation.reasons(stages):
                 screen.line(reason)
             for stage in stages:
                 screen.line(f"  {stage.name} on {stage.target}: {stage.why}")

@@ -93,7 +93,7 @@ class Task:
         with _labelled(label) if away else nullcontext(), _alone():
             status, score, text = self._run(cfg)
         if text and not _to_a_file(hydra_cfg.launcher):
-            prefix = f"{label} " if away else ""
+            prefix = f"{label} " if self.multirun else ""
             print(f"{prefix}{text}", file=sys.stderr, flush=True)
             text = ""
         outcome = Outcome(number, label, status, score, text)

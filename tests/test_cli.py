@@ -530,6 +530,7 @@ def test_a_mistake_leaves_the_users_own_directories(place: Path) -> None:
 def test_a_sweep_goes_on_after_a_mistake(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", "-m", "trainer.batch_size=9999,64", "seed=9", *FAST]
     assert main(command) == 2
+    assert capsys.readouterr().err.startswith("[0 trainer.batch_size=9999] advbench: ")
     assert len(list(place.glob("outputs/train/*-s9-*/summary.json"))) == 1
 
 

@@ -24,6 +24,7 @@ from advbench.evaluation.evaluate import Evaluation
 from advbench.evaluation.protocol import (
     AutoAttackProtocol,
     FABProtocol,
+    PGDProtocol,
     Protocol,
     Stage,
     Subject,
@@ -442,10 +443,18 @@ def test_msa_is_planned_from_the_traits() -> None:
 
 
 def test_reasons_say_what_follows() -> None:
-    said = " ".join(MSAProtocol().reasons(PLANS[4][0]))
-    assert "batches of 10 never change" in said and "straight through" in said
-    assert "means over 20 draws" in " ".join(MSAProtocol().reasons(PLANS[3][0]))
-    assert "names no surrogate" in " ".join(MSAProtocol().reasons(subject({}, gradient="none")))
+    def said(protocol: Protocol, case: Subject) -> str:
+        return " ".join(protocol.reasons(case, protocol.plan(case)))
+
+    joint, noisy = said(MSAProtocol(), PLANS[4][0]), PLANS[3][0]
+    assert "batches of 10 never change" in joint and "straight through" in joint
+    assert "means over 20 draws" in said(MSAProtocol(), noisy)
+    black_box = MSAProtocol(square=10)
+    assert "names no surrogate" in said(black_box, subject({}, gradient="none"))
+    assert "each step of apgd-ce, apgd-t, fab-t:" in said(AutoAttackProtocol(), noisy)
+    assert "each step of pgd-ce:" in said(PGDProtocol(), noisy)
+    assert "each step" not in said(AutoAttackProtocol(suite="rand"), noisy)
+    assert "each step" not in said(PGDProtocol(), subject({}))
 
 
 def test_more_draws_stop_where_they_break_nobody(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_a_sweep_here(
         task(config)
     assert task.settle() == 2
     out, err = capsys.readouterr()
-    assert err == "advbench: no such thing\n"
+    assert err == "[2 seed=2] advbench: no such thing\n"
     assert out.splitlines()[-1] == "best of 2: [1 seed=1] with 75.0 % validation accuracy"
     task.close()
     assert not any(here.iterdir())

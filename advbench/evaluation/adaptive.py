@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -40,8 +40,8 @@ class MSAProtocol(Protocol):
         if self.draws < 1 or self.square < 0:
             raise UserError(f"protocol={self.name} needs draws >= 1 and square >= 0")
 
-    def reasons(self, subject: Subject) -> list[str]:
-        reasons, gradient = super().reasons(subject), subject.traits.gradient
+    def reasons(self, subject: Subject, stages: Sequence[Stage]) -> list[str]:
+        reasons, gradient = super().reasons(subject, stages), subject.traits.gradient
         words = {
             "exact": "the model's own gradient is exact: AutoAttack runs along it",
             "discontinuous": "the model is discontinuous: its own gradient does not see the jumps",
@@ -50,7 +50,7 @@ class MSAProtocol(Protocol):
             "none": "the model has no gradient: black box and surrogates alone",
         }
         reasons.append(words[gradient])
-        if subject.traits.stochastic:
+        if subject.traits.stochastic and self.draws > 1:
             reasons.append(f"gradients of the model are means over {self.draws} draws")
         if gradient != "exact" and not subject.surrogates:
             reasons.append("it names no surrogate: the result is no more than a first look")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -87,9 +87,9 @@ class Evaluation:
             check_gradient(self.model, self.samples)
         return stages
 
-    def reasons(self) -> list[str]:
+    def reasons(self, stages: Sequence[Stage]) -> list[str]:
         """What the plan follows from, in words."""
-        return self.protocol.reasons(self.subject(0))
+        return self.protocol.reasons(self.subject(0), stages)
 
     def subject(self, classes: int) -> Subject:
         """What the plan is made from."""
@@ -149,7 +149,7 @@ class Evaluation:
         identity = self.identity()
         started = datetime.now(timezone.utc)
         if folder is not None and crew.rank == 0:
-            claim(folder, identity, stages, self.reasons())
+            claim(folder, identity, stages, self.reasons(stages))
         crew.wait()
         if folder is not None and (known := finished_results(folder)) is not None:
             return known

@@ -7,14 +7,14 @@ each sees only samples that are still correct.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from advbench.attacks.apgd import APGD
 from advbench.attacks.base import Attack
 from advbench.attacks.fab import FAB
-from advbench.attacks.libraries import ReferenceAutoAttack, TorchAttack
+from advbench.attacks.libraries import LibraryAttack, ReferenceAutoAttack, TorchAttack
 from advbench.attacks.losses import FEWEST_CLASSES
 from advbench.attacks.pgd import PGD
 from advbench.attacks.square import Square
@@ -90,14 +90,26 @@ class Protocol(ABC):
     def stages(self, subject: Subject) -> list[Stage]:
         """The stages, in order of running."""
 
-    def reasons(self, subject: Subject) -> list[str]:
-        """What follows from the traits, in words."""
+    def reasons(self, subject: Subject, stages: Sequence[Stage]) -> list[str]:
+        """What follows from the traits, in words, and what these stages of the plan leave out."""
         traits, reasons = subject.traits, []
         if traits.stochastic:
             reasons.append(
                 "the model is stochastic: an image is wrong if most of 10 evaluations are, and "
                 "what an attack finds has to be so again in most of 30 and of 100 fresh ones"
             )
+            single = [
+                stage.name
+                for stage in stages
+                if stage.follows_model
+                and stage.draws == 1
+                and not isinstance(stage.attack, LibraryAttack)  # which averages as it likes
+            ]
+            if single:
+                reasons.append(
+                    f"single draws decide each step of {', '.join(single)}: protocol=msa, and "
+                    "autoattack with protocol.suite=rand, follow means over 20 (EOT)"
+                )
         if traits.batch_dependent:
             reasons.append(
                 f"the model is batch-dependent: its batches of {traits.batch_size} never change "

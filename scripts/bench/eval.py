@@ -8,6 +8,9 @@ same number of threads. The floor of a tool's time is what its passes would cost
 rows that it sent forwards and backwards, each at the best price (a median) that any batch size,
 memory layout and fused copy of the model had before or after the runs. pyautoattack comes first:
 our engine makes the C library keep freed memory, which would help it too.
+
+--profile apgd-ce square: after all that each tool runs these members alone, on one batch, under
+PyTorch's profiler, which makes everything slower.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,7 @@ import torch
 from pyautoattack import AutoAttack
 from shared import append, machine
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import advbench
 from advbench import config, models
@@ -37,6 +44,7 @@ from advbench.evaluation.samples import subset
 from advbench.evaluation.searcher import Speed, ask, searcher
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
 TOOLS = ("fast", "fast-bf16", "pyautoattack", "torchattacks")
 
 
@@ -84,10 +92,28 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def fast(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, batch: int, precision: str) -> Any:
+@dataclass(frozen=True)
+class Work:
+    """What all tools do. members: of the standard suite; None is all of it."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    threat: Threat
+    batch: int
+    members: list[str] | None = None
+
+    def by(self, tool: str) -> dict[str, Any]:
+        if tool.startswith("fast"):
+            return fast(self, "bf16" if "bf16" in tool else "32")
+        return theirs(self, tool)
+
+
+def fast(work: Work, precision: str) -> dict[str, Any]:
+    y, protocol = work.y, AutoAttackProtocol(attacks=work.members)
     begin = time.perf_counter()
     results = advbench.evaluate(
-        model, x, y, threat=threat, protocol=AutoAttackProtocol(), batch_size=batch,
+        work.model, work.x, y, threat=work.threat, protocol=protocol, batch_size=work.batch,
         precision=precision,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
@@ -101,7 +127,8 @@ def fast(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, batch: int, pre
     }
 
 
-def theirs(tool: str, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, batch: int) -> Any:
+def theirs(work: Work, tool: str) -> dict[str, Any]:
+    model, x, y, threat, batch = work.model, work.x, work.y, work.threat, work.batch
     counted = Counted(model).eval()
     norm: Any = NORMS[threat.norm]
     begin = time.perf_counter()
@@ -110,6 +137,7 @@ def theirs(tool: str, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, ba
         classes = model(x[:1]).shape[1]
         for member in (suite.apgd_targeted, suite.fab):
             member.n_target_classes = min(member.n_target_classes, classes - 1)
+        suite.attacks_to_run = work.members or suite.attacks_to_run
         found, _ = suite.run_standard_evaluation(x, y, batch_size=batch)
     else:
         import torchattacks
@@ -136,6 +164,21 @@ def theirs(tool: str, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, ba
     }
 
 
+def longest(work: Callable[[], Any], device: str) -> list[dict[str, Any]]:
+    """The ten operators with the most time of their own, and its share of all operators' time."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=kinds) as profiler:
+        work()
+        _wait()
+    of = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, of))
+    total = sum(getattr(event, of) for event in events)
+    return [
+        {"name": event.key, "calls": event.count, "share": getattr(event, of) / total}
+        for event in events[:10]
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path, help="a finished training run")
@@ -145,6 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=["pyautoattack", "fast"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", nargs="+", default=[], choices=MEMBERS)
     parser.add_argument("--out", type=Path, help="append a line of JSON")
     given = parser.parse_args()
     logging.disable()
@@ -164,12 +208,9 @@ def main() -> None:
     with attackable(model):
         prices = Prices(model, Clean(ids, x, y), sorted({16, 32, 64, batch}))
         prices.measure()
-    rows = {}
+    work, rows = Work(model, x, y, threat, batch), {}
     for tool in given.tools:
-        if tool.startswith("fast"):
-            rows[tool] = fast(model, x, y, threat, batch, "bf16" if "bf16" in tool else "32")
-        else:
-            rows[tool] = theirs(tool, model, x, y, threat, batch)
+        rows[tool] = work.by(tool)
         print(tool, json.dumps(rows[tool]), flush=True)
     with attackable(model):
         prices.measure()
@@ -183,6 +224,15 @@ def main() -> None:
             f"| {row['forwards'] / len(y):.0f} | {row['backwards'] / len(y):.0f} "
             f"| {row['seconds'] / row['floor']:.2f} |"
         )
+    for tool, member in product(given.tools, given.profile):
+        if tool == "torchattacks":  # which has the whole suite only
+            continue
+        alone = replace(work, x=x[:batch], y=y[:batch], members=[member])
+        found = longest(partial(alone.by, tool), given.device)
+        rows[tool].setdefault("longest", {})[member] = found
+        print(f"\n| {tool}, {member}: operator | calls | share of the time |\n|---|---|---|")
+        for row in found:
+            print(f"| {row['name']} | {row['calls']} | {100 * row['share']:.1f} % |")
     if given.out is not None:
         record = {
             "date": time.strftime("%Y-%m-%d"), "run": given.run.name, "threat": str(threat),

@@ -42,7 +42,7 @@ def evaluate(
     n: int | None = None,
     seed: int = 0,
     batch_size: int | str = "auto",
-    precision: str = "32",
+    precision: int | str = 32,
     budget: str | None = None,
     traits: Traits | None = None,
     surrogates: Mapping[str, Surrogate] | None = None,
@@ -70,15 +70,22 @@ def evaluate(
         threat = config.build(config.shipped("threat", threat), "threat")
     if isinstance(protocol, str):
         protocol = config.build(config.shipped("protocol", protocol), "protocol")
-    assert isinstance(threat, Threat) and isinstance(protocol, Protocol)
+    if not isinstance(threat, Threat):
+        raise UserError(f"threat is {threat!r}: give a name, or Threat('linf', '8/255')")
+    if not isinstance(protocol, Protocol):
+        raise UserError(
+            f"protocol is {protocol!r}: give a name, or an object such as PGDProtocol()"
+        )
     shape = tuple(np.shape(x))
     if len(shape) != 4:
         raise UserError(f"x has shape {shape}: images are (N, C, H, W)")
-    images = torch.as_tensor(x).detach().cpu().movedim(1, -1).numpy()
+    given = torch.as_tensor(x).detach().cpu()
+    given = given.float() if given.dtype is torch.bfloat16 else given  # which numpy has not
+    images = given.movedim(1, -1).numpy()
     labels = torch.as_tensor(y).detach().cpu().numpy()
     split = array_split(images, labels, "x", "y")
     anchor = next(model.parameters(), torch.empty(0))
-    resources = Resources(anchor.device.type, batch_size=batch_size, precision=precision)
+    resources = Resources(anchor.device.type, batch_size=batch_size, precision=str(precision))
     defense = getattr(model, "defense", Defense())
     if not isinstance(defense, Defense):
         defense = Defense()
@@ -102,5 +109,7 @@ def evaluate(
     most = None if budget is None else seconds(budget)
     if folder is None:
         return evaluation.execute(None, stages, watch, budget=most)
+    if runs.kind_in(Path(folder)) == "train":
+        raise UserError(f"'{folder}' holds a training run: give another folder")
     with runs.occupied(Path(folder)):
         return evaluation.execute(Path(folder), stages, watch, budget=most)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -237,27 +238,39 @@ def build(node: Any, group: str, *, plugins: tuple[str, ...] = (), **given: Any)
     wrong type and a missing value; the component may raise it for a value out of range.
     """
     target = target_of(node, group, plugins)
+    values = {key: value for key, value in plain(node).items() if key != "_target_"}
+    return target(**checked(target, values, group, given), **given)
+
+
+def checked(
+    target: Callable[..., Any], values: Mapping[str, Any], where: str, given: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Values for all parameters of ``target`` but those that are ``given`` elsewhere.
+
+    where: the group, for messages. Raises UserError for a misspelt key, a wrong type and a missing
+    value.
+    """
     parameters = _schema(target, given)
     schema = OmegaConf.structured(parameters)
     known = [f.name for f in dataclasses.fields(parameters)]
-    for key, value in plain(node).items():
-        if key == "_target_" or key in given:
+    for key, value in values.items():
+        if key in given:
             continue
         if key not in known:
-            raise UserError(f"no key '{group}.{key}'{did_you_mean(key, known)}")
+            raise UserError(f"no key '{where}.{key}'{did_you_mean(key, known)}")
         try:
             OmegaConf.update(schema, key, value)
         except OmegaConfBaseException as problem:
             lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
             named = [line.split(": ")[1] for line in lines if line.startswith("full_key: ")]
-            where = ".".join([group, *(named or [key])[:1]])
-            raise UserError(f"{where}: {lines[0].rstrip('.')}") from problem
+            place = ".".join([where, *(named or [key])[:1]])
+            raise UserError(f"{place}: {lines[0].rstrip('.')}") from problem
     for key in known:
         if OmegaConf.is_missing(schema, key):
-            raise UserError(f"{group}.{key} has no value: give {group}.{key}=...")
+            raise UserError(f"{where}.{key} has no value: give {where}.{key}=...")
     arguments = OmegaConf.to_container(schema)
     assert isinstance(arguments, dict)
-    return target(**{str(k): v for k, v in arguments.items()}, **given)
+    return {str(key): value for key, value in arguments.items()}
 
 
 def build_defense(node: Any, plugins: tuple[str, ...] = ()) -> Any:
@@ -310,12 +323,31 @@ def _named(given: Any, group: str) -> Any:
             f"{group}.{INSIDE[group]}: {given!r} is no {group}: give NAME or {{NAME: {{KEY: 1}}}}"
         )
     ((name, values),) = given.items()
-    node = shipped(group, str(name))
+    node = _option(group, str(name))
     for key, value in values.items():
         if key not in node:
             raise UserError(f"no key '{group}.{key}'{did_you_mean(key, node)}")
         node[key] = value
     return spelled_out(node, group)
+
+
+def _option(group: str, name: str) -> DictConfig:
+    """The node of an option as Hydra finds it: the user's own before a shipped one.
+
+    Raises UserError if there is none, and for one that is composed of others.
+    """
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else ()
+    for source in sources:
+        file = Path(source.path, group, f"{name}.yaml")
+        if source.schema == "file" and file.is_file():
+            node = read(file)
+            if "defaults" in node:
+                raise UserError(
+                    f"{file} has a defaults list, which is not followed inside {group}."
+                    f"{INSIDE[group]}: write its values out"
+                )
+            return node
+    return shipped(group, name)
 
 
 def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:

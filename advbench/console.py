@@ -192,7 +192,7 @@ class TrainingView:
         self.bar.update(done, total, parts)
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        shown = ("train_acc", "val_clean", "val_robust")
+        shown = ("train_clean", "train_adversarial", "val_clean", "val_robust")
         parts = [f"{key} {100 * row[key]:5.1f} %" for key in shown if row.get(key) is not None]
         losses = [f"{k} {v:.3f}" for k, v in row.items() if k == "loss" or k.startswith("loss_")]
         losses = losses if len(losses) > 2 else losses[:1]  # one term is the sum

@@ -66,6 +66,17 @@ def is_first() -> bool:
     return int(next((rank for rank in ranks if rank), "0")) == 0
 
 
+def speaks(message: str) -> bool:
+    """Whether this is the process to say it: of those of a run, the first that asks."""
+    if not in_company():
+        return True
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        return store.add(f"advbench says: {message}", 1) == 1
+    except RuntimeError:  # the store ended with the first process, which has spoken
+        return is_first()
+
+
 def processors(key: str) -> list[str]:
     """What Linux says of each processor under ``key``, such as "flags"; nothing elsewhere."""
     try:

@@ -18,13 +18,13 @@ def reason_of(problem: BaseException) -> str:
     return " ".join(str(problem).split()) or type(problem).__name__
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
+def did_you_mean(word: object, choices: Iterable[str]) -> str:
     """A hint with the nearest of ``choices``, or all of them when none is near and they are few.
 
     Returns text that starts with "; " and so can follow any message; empty without a hint.
     """
     names = sorted(set(choices))
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; there is: {', '.join(names)}" if 0 < len(names) <= 20 else ""

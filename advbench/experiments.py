@@ -196,16 +196,15 @@ def evaluate(
             f"protocol={protocol.title} has no use for transfer: take protocol=adaptive"
         )
     splits: Splits = config.build(data_node, "data", plugins=plugins)
-    subject = subjects.candidate(cfg, trained, plugins, splits)
     crew = resources.launch()
+    subject = subjects.candidate(cfg, trained, plugins, splits, crew.device)
     samples = Samples(splits.test, subset(len(splits.test), cfg.n), crew.device)
     input_shape = getattr(subject.model, "input_shape", None)
-    if input_shape is not None and splits.info.input_shape != input_shape:
+    if input_shape is not None and splits.info.input_shape != tuple(input_shape):
         raise UserError(
-            f"the run was trained on images of shape {input_shape} and {splits.info.name} has "
-            f"{splits.info.input_shape}: choose the data that the run was trained on"
+            f"the model is for images of shape {tuple(input_shape)} and {splits.info.name} has "
+            f"{splits.info.input_shape}: choose the data that it was trained on"
         )
-    subject.model.to(crew.device)
     surrogates = (
         subject.surrogates(cfg.transfer, splits.info, plugins) if protocol.surrogates else {}
     )

@@ -144,5 +144,8 @@ def _unknown_key(problem: OmegaConfBaseException) -> str:
         if prefix in GROUPS:
             return f"no key '{full}': choose {prefix}=NAME first (see: advbench list {prefix})"
         return f"no key '{full}': add it with +{full}=VALUE"
+    more = ""
+    if prefix in GROUPS and keys and parent.get("_target_", "") is None:  # left to the run
+        more = f" (a key that only the run's own {prefix} has: +{full}=VALUE)"
     known = [f"{prefix}.{key}".lstrip(".") for key in keys if key not in ("_target_", "hydra")]
-    return f"no key '{full}'{did_you_mean(full, known)}"
+    return f"no key '{full}'{did_you_mean(full, known)}{more}"

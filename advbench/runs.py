@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from advbench import config, shell
 from advbench.errors import UserError
-from advbench.files import write_text
+from advbench.files import remove_temporary, write_text
 
 OUTPUTS = Path("outputs")
 CONFIG = "config.yaml"
@@ -118,6 +118,8 @@ def occupied(folder: Path) -> Iterator[None]:
     The lock ends with the process, however it ends. A new directory in which a mistake was found
     before any work is removed again.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file, not a directory")
     existed = folder.is_dir()
     fresh = not existed or not any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,6 +128,7 @@ def occupied(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(f"another process is at work in '{folder}'") from None
+    remove_temporary(folder)
     try:
         yield
     except UserError:

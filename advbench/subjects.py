@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -84,12 +84,16 @@ class Candidate:
 
 
 def candidate(
-    cfg: DictConfig, trained: DictConfig | None, plugins: tuple[str, ...], splits: Splits
+    cfg: DictConfig,
+    trained: DictConfig | None,
+    plugins: tuple[str, ...],
+    splits: Splits,
+    device: torch.device,
 ) -> Candidate:
     """What the config of an evaluation names.
 
     trained: the config of the run, where there is one.  splits: the data; a retrofit looks at
-    them. Raises UserError where the parts do not fit.
+    them.  device: where the model is to be. Raises UserError where the parts do not fit.
     """
     code = hashes(cfg.plugins)
     wanted = None if cfg.defense is None else cfg.defense.get("_target_")
@@ -124,18 +128,23 @@ def candidate(
         settings = settings_of(trained, node)
     if wanted is not None:
         own = defense
-        defense, model = _retrofit(cfg.defense, plugins, own, model, splits)
+        defense, model = _retrofit(cfg.defense, plugins, own, model, splits, device)
         traits = worst([traits, defense.traits(model)])
         put_on = str(wanted).rpartition(".")[2].lower()
         name, settings = f"{name}+{put_on}", {**settings, **_flat("defense", cfg.defense)}
         settings["defense"] = put_on if type(own) is Defense else f"{settings['defense']}+{put_on}"
     if cfg.transfer:
         settings["transfer"] = "+".join(sorted(map(_without_seed, cfg.transfer)))
-    return Candidate(name, model, defense, traits, base, code, settings)
+    return Candidate(name, model.to(device), defense, traits, base, code, settings)
 
 
 def _retrofit(
-    node: Any, plugins: tuple[str, ...], own: Defense, model: Any, splits: Splits
+    node: Any,
+    plugins: tuple[str, ...],
+    own: Defense,
+    model: Any,
+    splits: Splits,
+    device: torch.device,
 ) -> tuple[Defense, Any]:
     """Put a defense on a finished model, beside the one that it may have."""
     guard: Defense = config.build_defense(node, plugins)
@@ -146,7 +155,7 @@ def _retrofit(
             f"{type(guard).__name__} has to be trained with the model: "
             "advbench train defense=NAME init_from=RUN"
         )
-    model = guard.apply(model.eval())
+    model = guard.apply(model.eval()).to(device)
     with torch.no_grad():
         guard.prepare(model.eval(), splits)
     return (guard if type(own) is Defense else Chain(members=(own, guard))), model
@@ -155,15 +164,12 @@ def _retrofit(
 def _declared(node: DictConfig) -> Traits:
     """What the user says of a model of their own. Raises UserError for values that are unknown."""
     given = {} if node is None else {k: v for k, v in config.plain(node).items() if v is not None}
-    hints = get_type_hints(Traits)
+    values, hints = config.checked(Traits, given, "traits"), get_type_hints(Traits)
     for key in ("gradient", "output"):
         known = get_args(hints[key])
-        if key in given and given[key] not in known:
-            raise UserError(f"no traits.{key} '{given[key]}'{did_you_mean(given[key], known)}")
-    unknown = set(given) - {f.name for f in fields(Traits)}
-    if unknown:
-        raise UserError(f"no key 'traits.{sorted(unknown)[0]}'")
-    traits = replace(Traits(), **given)
+        if values[key] not in known:
+            raise UserError(f"no traits.{key} '{values[key]}'{did_you_mean(values[key], known)}")
+    traits = Traits(**values)
     if traits.batch_size is not None and traits.batch_size < 1:
         raise UserError(f"traits.batch_size={traits.batch_size} is not at least 1")
     return traits

@@ -111,7 +111,7 @@ class Task:
         except Exception as problem:  # of one job: a sweep goes on with the next
             message = messages.of(problem)
             if message is not None:
-                return 2, None, f"advbench: {message}"
+                return 2, None, f"advbench: {message}" if _speaks(message) else ""
             if not self.multirun:
                 raise
             return 1, None, traceback.format_exc().rstrip()
@@ -196,6 +196,15 @@ def with_presets(words: Sequence[str]) -> list[str]:
     if "hydra/sweeper/sampler" in said:  # not all of them have a seed
         said.add("hydra.sweeper.sampler.seed")
     return [*words, *(preset for preset in PRESETS if preset.partition("=")[0] not in said)]
+
+
+def _speaks(message: str) -> bool:
+    """Whether no other process of the run says so."""
+    if "torch" not in sys.modules:  # then there is none, and it takes seconds to load
+        return True
+    from advbench.devices import speaks
+
+    return speaks(message)
 
 
 def _process() -> tuple[str, int]:

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from advbench import config
 from advbench.evaluation.samples import subset
-from advbench.evaluation.store import Records, Store
+from advbench.evaluation.store import Records, Store, clear_journal
 from advbench.results import Accuracy, Results, StageResult
 
 N, WRONG, LOST = 40, 2, 10
@@ -120,7 +120,7 @@ def write(folder: Path, found: Results, images: bool = False, bare: bool = False
     for name, part in made.items():
         store.append(name, part, 1.0)
     store.finish(list(made))
-    store.clear_journal()
+    clear_journal(folder)
     if images:
         ids = np.sort(np.concatenate([made[s].sample[made[s].alone] for s in ("first", "second")]))
         clean = splits.test.images[ids].float().numpy()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 import advbench
@@ -40,6 +41,12 @@ def resnet():
     from torchvision.models import resnet18
 
     return resnet18(num_classes=5)
+
+
+def shaped():
+    model = build()
+    model.input_shape = [3, 8, 8]
+    return model
 
 
 def half():
@@ -237,7 +244,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "shape": (["train", "backbone=lenet"], "lenet needs images of at least 16x16"),
     "shape of the run": (
         ["eval", "run=good", "data=npz", "data.path=ok.npz"],
-        "trained on images of shape (1, 8, 8)",
+        "is for images of shape (1, 8, 8)",
     ),
     "shape of the model": ([*OWN[:1], "model=m.py:build", "data=digits", *OWN[4:]], "can't take"),
     "unfinished": (["eval", "run=cut"], "did not finish; go on with: advbench train resume=cut"),
@@ -275,6 +282,22 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "traits of a run": (["eval", "run=good", "traits.stochastic=true"], "knows its own"),
     "traits": ([*OWN, "traits.gradient=exakt"], "did you mean 'exact'?"),
     "traits' key": ([*OWN, "traits.noisy=true"], "no key 'traits.noisy'"),
+    "traits' type": ([*OWN, "traits.stochastic=maybe"], "'maybe' is not a valid bool"),
+    "traits' size": ([*OWN, "traits.batch_size=10.5"], "traits.batch_size: Value '10.5'"),
+    "key of the defense": (["eval", "run=good", "defense.ceiling=3"], "+defense.ceiling=VALUE"),
+    "no curve": (["eval", "run=good", "protocol=curve", "threat.eps=0"], "threat.eps above 0"),
+    "no step": (
+        ["eval", "run=good", "protocol=paper/jumprelu", "protocol.step_size=0"], "is not above 0"
+    ),
+    "params": (["eval", "run=good", "protocol=torchattacks", "protocol.params=x"], "protocol.par"),
+    "EOT": (
+        ["eval", "run=good", "protocol.suite=rand", "protocol.attacks=[apgd-ce,fab]"],
+        "fab-t in the place of fab",
+    ),
+    "warm-up": (["train", "optimizer.warmup=inf"], "optimizer.warmup=inf is not a number of ep"),
+    "gamma": (["train", "optimizer.gamma=-1"], "optimizer.gamma=-1 is not in [0, 1]"),
+    "milestones": (["train", "optimizer.milestones=[-5]"], "has epochs below 0"),
+    "width": (["train", "backbone=wrn_28_10", "backbone.width=0"], "width=0 is not at least 1"),
     "batches": ([*OWN, "traits.batch_dependent=true"], "with traits.batch_size=NUMBER"),
     "members": (["train", "defense=chain", "defense.members=[spart]"], "did you mean 'sparta'?"),
     "a member's key": (
@@ -336,14 +359,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 100
+    assert len(MISTAKES) == 111
 
 
 def complain(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path for path in Path.cwd().rglob("*") if path.is_dir()}
     capsys.readouterr()
     assert main(arguments) == 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.removeprefix("[0] ")  # of a sweep
     assert expected in error
     assert error.startswith("advbench: ") and error.count("\n") == 1, error
     assert "Traceback" not in error
@@ -671,3 +694,56 @@ def test_teachers_are_runs(place: Path) -> None:
     assert main([*command, "recipe.standard_teacher=good", "hydra.run.dir=student"]) == 0
     rows = Path("student/metrics.csv").read_text().splitlines()
     assert "loss_kl_adversarial" in rows[0] and len(rows) == 2
+
+
+def test_what_a_killed_process_left_does_not_stop_the_next(place: Path) -> None:
+    folder = Path("left")
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".config.yaml.999.tmp").write_text("half")
+    command = ["train", "hydra.run.dir=left", "seed=7", *FAST]
+    assert main(command) == 0
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+    attack = ["eval", "run=left", "protocol=fgsm", "n=20", "hydra.run.dir=left-eval"]
+    assert main(attack) == 0
+    journal = Path("left-eval/journal")
+    journal.mkdir()
+    (journal / "000-000000.npz").touch()
+    assert main(attack) == 0
+    assert not journal.exists()
+
+
+def test_a_shape_may_be_a_list(place: Path) -> None:
+    assert main([*OWN[:1], "model=m.py:shaped", *OWN[2:], "protocol=fgsm"]) == 0
+
+
+def test_own_configs_count_inside_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a member of a chain, and inside AWP, a config of the user's own comes first."""
+    assert main(["copy", "defense/sparta", "mine"]) == main(["copy", "recipe/trades", "mine"]) == 0
+    sparta, trades = Path("mine/defense/sparta.yaml"), Path("mine/recipe/trades.yaml")
+    sparta.write_text(sparta.read_text().replace("share: site", "share: net"))
+    trades.write_text(trades.read_text().replace("beta: 6.0", "beta: 2.5"))
+    words = ["defense=chain", "defense.members=[sparta,hpm]", "recipe=awp", "recipe.of=trades"]
+    command = ["train", "--config-dir", "mine", *words, "trainer.val_steps=1", "trainer.epochs=1"]
+    assert main([*command, "recipe.of={trades: {steps: 1}}", "hydra.run.dir=mixed"]) == 0
+    kept = config.read(Path("mixed/config.yaml"))
+    assert kept.defense.members[0].share == "net"
+    assert (kept.recipe.of.beta, kept.recipe.of.steps) == (2.5, 1)
+    sparta.write_text("defaults: [none]\n" + sparta.read_text())
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "write its values out" in capsys.readouterr().err
+
+
+def test_several_processes_say_a_mistake_once(place: Path) -> None:
+    folder = Path("busy")
+    folder.mkdir()
+    words = ["run=good", "protocol=fgsm", "hydra.run.dir=busy", *CPU, "trainer.devices=2"]
+    command = [sys.executable, "-m", "advbench", "eval", *words]
+    with FileLock(folder / ".lock"):
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith(("advbench", "Trace"))]
+    assert said == ["advbench: another process is at work in 'busy'"]
+    done = subprocess.run([*command, "n=99999"], capture_output=True, text=True)
+    assert done.stderr.count("n=99999 but the split has 360 samples") == 1

@@ -453,6 +453,34 @@ def test_models_that_cannot_be_evaluated_are_refused() -> None:
     refused(linear(), "NaN", x=torch.where(x > 0.5, torch.nan, x))
 
 
+def test_values_from_python_are_checked_like_those_from_the_command_line(tmp_path: Path) -> None:
+    model, x = linear(), images(8)
+    y = labels(model, x)
+
+    def evaluated(x: Tensor = x, **given: Any) -> float:
+        given = {"threat": "linf_8", "protocol": "fgsm", **given}
+        return advbench.evaluate(model, x, y, **given).robust.acc
+
+    known = evaluated()
+    assert evaluated(precision=32) == evaluated(precision="32") == known
+    rough = x.to(torch.bfloat16)
+    assert evaluated(rough) == evaluated(rough.float())
+    (tmp_path / "file").touch()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("recipe: {}\n")
+    for wrong, match in (
+        ({"threat": 0.1}, "threat is 0.1: give a name"),
+        ({"protocol": 3}, "protocol is 3: give a name"),
+        ({"precision": 16}, "no trainer.precision '16'"),
+        ({"folder": tmp_path / "file"}, "is a file, not a directory"),
+        ({"folder": run}, "holds a training run"),
+    ):
+        with pytest.raises(UserError, match=match):
+            evaluated(x, **wrong)
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
 def test_the_model_comes_back_as_it_was() -> None:
     model, x = linear(), images(8)
     model[1].bias.requires_grad_(False)  # pyright: ignore

@@ -390,6 +390,41 @@ def test_a_surrogate_breaks_what_the_gradient_of_the_model_cannot(surrogate: Sur
     assert results.robust.acc == min(stage.robust_acc for stage in results.stages)
 
 
+class Detached(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "expected"),
+    [
+        (other(nn.Flatten()), r"must return \[\(16, 2\)\] for 16 images, not \[\(16, 16\)\]"),
+        (other(Steered()), r"not \[\(16, 2\), \(16,\)\]"),
+        (other(Linear(), bonus=True), r"must return \[\(16, 2\), \(16,\)\]"),
+        (other(Linear(), anchored=True), "can't take the data's images"),
+        (other(Detached()), "surrogate 'other' has no gradient"),
+    ],
+)
+def test_a_surrogate_that_is_none_is_refused(surrogate: Surrogate, expected: str) -> None:
+    case = dataclasses.replace(evaluation(Linear(), Traits()), surrogates={"other": surrogate})
+    with pytest.raises(UserError, match=expected):
+        case.stages()
+
+
+def test_names_that_are_taken_are_refused() -> None:
+    """Under them a stage's records were those of the clean images, and a target the real model."""
+
+    @dataclass(frozen=True)
+    class Named(Short):
+        def stages(self, subject: Subject) -> list[Stage]:
+            return [Stage("clean", PGD(steps=1, random_start=False), "")]
+
+    with pytest.raises(UserError, match="no stage may have the name 'clean'"):
+        Named().plan(subject())
+    with pytest.raises(UserError, match="no surrogate may have the name 'model'"):
+        Short().plan(subject({"model": other(Linear())}))
+
+
 def subject(surrogates: dict[str, Surrogate] | None = None, **traits: object) -> Subject:
     return Subject(
         Traits(**traits),  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,7 @@ from scipy import optimize, stats
 
 from advbench.cli import main
 from advbench.errors import UserError
-from advbench.evaluation.store import Records, Store
+from advbench.evaluation.store import Records, Store, clear_journal
 from advbench.report import compare, formats, leaderboard, terminal
 from advbench.report.collection import Entry, Mean, find, groups, varying
 from advbench.report.conditions import protocol_of, text_of
@@ -749,7 +749,7 @@ def evaluated(
             0.0,
         )  # fmt: skip
     store.finish(list(STAGES))
-    store.clear_journal()
+    clear_journal(folder)
     return folder
 
 

@@ -200,6 +200,11 @@ class Attack(ABC):
     """Whether it makes sense on a whole batch at once, where each row's loss depends on others."""
 
     @property
+    def averages(self) -> bool:
+        """Whether its queries may be means over draws."""
+        return True
+
+    @property
     @abstractmethod
     def tries(self) -> int:
         """Searches per sample, one after the other: restarts, times targets if it is targeted."""

@@ -76,6 +76,10 @@ class FAB(Attack):
             raise UserError("FAB needs alpha_max in [0, 1], eta >= 1 and beta in (0, 1]")
 
     @property
+    def averages(self) -> bool:
+        return self.targeted
+
+    @property
     def tries(self) -> int:
         return self.restarts * (self.targets if self.targeted else 1)
 

@@ -21,13 +21,15 @@ def wide_resnet(
 
     depth: 6 n + 4.  width: the factor k, for widths 16 k, 32 k, 64 k.
     input_shape: (C, H, W), 4x4 and larger.  Features: (N, 64 k).
-    Raises UserError for another depth, smaller images or an unknown activation.
+    Raises UserError for another depth or width, smaller images or an unknown activation.
     """
     blocks, rest = divmod(depth - 4, 6)
     if blocks < 1 or rest:
         raise UserError(
             f"a wide ResNet has a depth of 6 n + 4, such as 16, 28, 34 or 70, not {depth}"
         )
+    if width < 1:
+        raise UserError(f"backbone.width={width} is not at least 1")
     return preact_resnet(
         f"wrn_{depth}_{width}",
         stem=16,

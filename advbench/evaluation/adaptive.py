@@ -11,7 +11,7 @@ from advbench.attacks.base import Attack
 from advbench.attacks.square import Square
 from advbench.defenses.base import Surrogate
 from advbench.errors import UserError
-from advbench.evaluation.protocol import WHY, Protocol, Stage, Subject, autoattack
+from advbench.evaluation.protocol import WHY, Protocol, Stage, Subject, autoattack, why
 
 Surrogates = Mapping[str, Surrogate]
 
@@ -72,7 +72,7 @@ class MSAProtocol(Protocol):
         if subject.traits.gradient == "none":
             return []
         draws = self.draws if subject.traits.stochastic else 1
-        return [Stage(member, autoattack(member, subject), WHY[member], draws=draws)]
+        return [Stage(member, autoattack(member, subject), why(member, subject), draws=draws)]
 
     def searches(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
         """One search on each surrogate, on the loss that suits it."""

@@ -23,14 +23,14 @@ from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.budget import Deadline
 from advbench.evaluation.engine import CLEAN, Engine, Nobody
-from advbench.evaluation.probe import check_gradient, learns, probe
+from advbench.evaluation.probe import check_gradient, learns, probe, probe_surrogate
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.resources import Crew
 from advbench.evaluation.reuse import Archive
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import Watch
 from advbench.evaluation.searcher import Speed
-from advbench.evaluation.store import Records, Store
+from advbench.evaluation.store import Records, Store, clear_journal
 from advbench.files import file_sha256, short_hash, write_atomic, write_json
 from advbench.fingerprint import model_sha256
 from advbench.results import RESULTS, Accuracy, Results, StageResult
@@ -85,6 +85,10 @@ class Evaluation:
         stages = self.protocol.plan(self.subject(classes))
         if any(stage.follows_model for stage in stages):
             check_gradient(self.model, self.samples)
+        followed = {stage.target for stage in stages if stage.attack.gradient}
+        for name, surrogate in self.surrogates.items():
+            if name in followed:
+                probe_surrogate(name, surrogate, self.samples, classes)
         return stages
 
     def reasons(self, stages: Sequence[Stage]) -> list[str]:
@@ -152,6 +156,7 @@ class Evaluation:
             claim(folder, identity, stages, self.reasons(stages))
         crew.wait()
         if folder is not None and (known := finished_results(folder)) is not None:
+            clear_journal(folder)  # of a process that was killed before it could
             return known
         store = Store(folder, crew.rank)
         work = Engine(
@@ -180,7 +185,7 @@ class Evaluation:
                 self._save_images(folder, store)
             results.save(folder / RESULTS)
             if not results.missing:
-                store.clear_journal()
+                clear_journal(folder)
         crew.wait()
         return results
 

@@ -44,6 +44,8 @@ class PaperJumpReLU(Protocol):
 
     def stages(self, subject: Subject) -> list[Stage]:
         size = pixels(self.step_size, "protocol.step_size")
+        if not size > 0:
+            raise UserError(f"protocol.step_size={self.step_size} is not above 0")
         steps = int(subject.threat.radius / size + 1e-6)
         if subject.threat.norm == "linf" and steps < 1:
             raise UserError(

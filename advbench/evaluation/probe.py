@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from advbench.defenses.base import Traits
+from advbench.defenses.base import Surrogate, Traits
 from advbench.devices import out_of_memory
 from advbench.errors import UserError, reason_of
 from advbench.evaluation.samples import Samples
@@ -88,16 +90,34 @@ def check_gradient(model: nn.Module, samples: Samples) -> None:
             )
 
 
-def _ask(model: nn.Module, x: Tensor) -> Tensor:
+def probe_surrogate(name: str, surrogate: Surrogate, samples: Samples, classes: int) -> None:
+    """Raise UserError unless a surrogate answers as it says, with a gradient in its input."""
+    x = samples.fetch(samples.ids[:PROBE]).x
+    with torch.enable_grad():
+        point = x.clone().requires_grad_()
+        answer = _ask(surrogate.model, point, *([x] if surrogate.anchored else []))
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
+    wanted = [(len(x), classes), (len(x),)][: 1 + surrogate.bonus]
+    if shapes != wanted:
+        raise UserError(
+            f"surrogate '{name}' must return {wanted} for {len(x)} images, not {shapes}"
+        )
+    if not any(part.requires_grad for part in parts):
+        raise UserError(f"surrogate '{name}' has no gradient in its input")
+
+
+def _ask(model: nn.Module, *x: Tensor) -> Any:
     """The model's answer; whatever somebody else's forward raises becomes a UserError."""
     try:
-        return model(x)
+        return model(*x)
     except Exception as problem:
         if out_of_memory(problem):
             raise UserError(
-                f"the device has no memory for {len(x)} images of the data, {tuple(x.shape[1:])}"
+                f"the device has no memory for {len(x[0])} images of the data, "
+                f"{tuple(x[0].shape[1:])}"
             ) from problem
         raise UserError(
-            f"the model can't take the data's images, {tuple(x.shape[1:])} (C, H, W): "
+            f"the model can't take the data's images, {tuple(x[0].shape[1:])} (C, H, W): "
             f"{reason_of(problem):.300}"
         ) from problem

@@ -22,6 +22,9 @@ from advbench.attacks.threat import Threat, pixels
 from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError, did_you_mean
 
+RESERVED = {"clean", "model"}
+"""What the images as they are, and the real model, are called among stages and targets."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -125,6 +128,9 @@ class Protocol(ABC):
         """
         stages = tuple(self.stages(subject))
         names = [stage.name for stage in stages]
+        for what, given in (("stage", names), ("surrogate", subject.surrogates)):
+            if taken := RESERVED & set(given):
+                raise UserError(f"no {what} may have the name '{taken.pop()}', which is taken")
         if len(set(names)) < len(names):
             raise UserError(
                 f"protocol={self.title} has stages of the same name: {', '.join(names)}"
@@ -150,6 +156,11 @@ class Protocol(ABC):
             raise UserError(
                 f"protocol={self.title}: stage {stage.name} goes to eps {stage.eps:g}, beyond the "
                 f"threat, {subject.threat}"
+            )
+        if stage.draws > 1 and not stage.attack.averages:
+            raise UserError(
+                f"protocol={self.title}: stage {stage.name} takes no mean over draws (EOT): take "
+                "fab-t in the place of fab"
             )
         if stage.only_if is None:
             return
@@ -289,6 +300,8 @@ class CurveProtocol(APGDProtocol):
 
     def radii(self, threat: Threat) -> list[float]:
         """The radii in order. Raises UserError for one that is not inside the threat."""
+        if not threat.radius > 0:
+            raise UserError(f"protocol={self.name} needs threat.eps above 0")
         if self.eps is None:
             if self.points < 1:
                 raise UserError(f"protocol.points={self.points} is not at least 1")
@@ -367,9 +380,20 @@ class AutoAttackProtocol(Protocol):
             members = tuple(member for member in members if not member.startswith("fab"))
         draws = 20 if self.suite == "rand" else 1
         return [
-            Stage(member, autoattack(member, subject, self.suite), WHY[member], draws=draws)
+            Stage(
+                member, autoattack(member, subject, self.suite), why(member, subject), draws=draws
+            )
             for member in members
         ]
+
+
+def why(member: str, subject: Subject) -> str:
+    """What a member of AutoAttack adds, in words."""
+    loss = {"apgd-dlr": "dlr", "apgd-t": "dlr_targeted"}.get(member)
+    if loss is None or subject.num_classes >= FEWEST_CLASSES[loss]:
+        return WHY[member]
+    by_class = ", class by class" if member == "apgd-t" else ""
+    return f"APGD on the margin{by_class}: the DLR loss needs {FEWEST_CLASSES[loss]} classes"
 
 
 def autoattack(member: str, subject: Subject, suite: str = "standard") -> Attack:
@@ -402,7 +426,7 @@ class TorchattacksProtocol(Protocol):
 
     name: ClassVar[str] = "torchattacks"
     attack: str = "PGD"
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
 
     def stages(self, subject: Subject) -> list[Stage]:
         attack = TorchAttack(self.attack, dict(self.params), subject.num_classes, subject.seed)

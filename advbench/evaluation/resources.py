@@ -27,9 +27,15 @@ class Crew:
         self.size = 1 if fabric is None else fabric.world_size
 
     def wait(self) -> None:
-        """Until all have come here."""
-        if self.fabric is not None:
+        """Until all have come here. Ends this process if the first, which speaks for all, ended."""
+        if self.fabric is None:
+            return
+        try:
             self.fabric.barrier()
+        except RuntimeError as problem:
+            if self.rank == 0:
+                raise
+            raise SystemExit(2) from problem
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from torch import Tensor
 from advbench.errors import UserError
 from advbench.files import write_atomic
 
+JOURNAL = "journal"
+
 
 @dataclass(frozen=True)
 class Records:
@@ -117,7 +119,7 @@ class Store:
     @property
     def _journal(self) -> Path:
         assert self.folder is not None
-        return self.folder / "journal"
+        return self.folder / JOURNAL
 
     def _keep(
         self, stage: str, records: Records, seconds: float, images: np.ndarray | None
@@ -214,9 +216,10 @@ class Store:
             lambda path: pq.write_table(pa.table(columns), path, compression="zstd"),
         )
 
-    def clear_journal(self) -> None:
-        """Remove the journal: everything in it is in the finished files."""
-        shutil.rmtree(self._journal, ignore_errors=True)
+
+def clear_journal(folder: Path) -> None:
+    """Remove the journal of a finished evaluation: everything in it is in the finished files."""
+    shutil.rmtree(folder / JOURNAL, ignore_errors=True)
 
 
 def read_samples(folder: Path) -> dict[str, Records]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advbench import config
 from advbench.console import printable
 from advbench.errors import UserError
 from advbench.results import RESULTS, Accuracy, Results, threat_name, wilson
@@ -166,8 +167,6 @@ class Entry:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    from advbench import config
-
     try:
         return config.plain(config.read(folder / CONFIG))
     except UserError:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from advbench import config
 from advbench.errors import UserError
 from advbench.report.collection import UNKNOWN, Entry, Group
 from advbench.results import Results
@@ -132,8 +133,6 @@ def unusual(results: Results) -> dict[str, Any]:
 @cache
 def _shipped(protocol: str) -> Mapping[str, Any]:
     """The config of a shipped protocol; empty for one of the user's own."""
-    from advbench import config
-
     try:
         return config.plain(config.shipped("protocol", protocol))
     except UserError:

@@ -265,7 +265,6 @@ def margins(evidence: Evidence) -> Figure:
 # --- a training ---------------------------------------------------------------------------------
 
 _ACCURACIES = {
-    "train_acc": ("training", MUTED),
     "train_clean": ("training, clean", MUTED),
     "train_adversarial": ("training, adversarial", MUTED),
     "val_clean": ("validation, clean", CLEAN),

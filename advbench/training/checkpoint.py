@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from advbench.errors import UserError
-from advbench.files import canonical, write_atomic
+from advbench.files import canonical, remove_temporary, write_atomic
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -97,8 +97,8 @@ def remove_progress(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a process that was killed while it wrote a file has left beside it."""
-    # The second pattern is what safetensors itself leaves when it is killed while it writes.
-    for temporary in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):
+    remove_temporary(folder)
+    for temporary in folder.glob(".tmp*"):  # of safetensors itself
         temporary.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,7 +46,10 @@ class Optimizer(ABC):
             )
         self._require("lr", self.lr > 0, "above 0")
         self._require("weight_decay", self.weight_decay >= 0, "at least 0")
-        self._require("warmup", self.warmup >= 0, "a number of epochs")
+        self._require("warmup", 0 <= self.warmup < math.inf, "a number of epochs")
+        self._require("gamma", 0 <= self.gamma <= 1, "in [0, 1]")
+        if any(epoch < 0 for epoch in self.milestones):
+            raise UserError(f"optimizer.milestones={self.milestones} has epochs below 0")
 
     def _require(self, name: str, holds: bool, range_: str) -> None:
         if not holds:

@@ -24,19 +24,19 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pyautoattack import AutoAttack
-from shared import advbench
+from shared import advbench, cell
 
 from advbench import config, subjects
 from advbench.attacks.threat import Threat
 from advbench.evaluation.samples import subset
-from advbench.results import Results, wilson
+from advbench.results import Accuracy, Results
 
 BATCH = 100
 
@@ -102,7 +102,8 @@ def naive(run: Path, overrides: str, n: int, seed: int, out: Path) -> None:
     cfg = evaluation_config(run, overrides)
     trained = config.read(run / "config.yaml")
     splits = config.build(trained.data, "data")
-    model = subjects.candidate(cfg, trained, (), splits).model.requires_grad_(False)
+    subject = subjects.candidate(cfg, trained, (), splits, torch.device("cpu"))
+    model = subject.model.requires_grad_(False)
     threat: Threat = config.build(trained.threat, "threat")
     x, y = splits.test.fetch(subset(len(splits.test), n), torch.device("cpu"))
     suite: Any = AutoAttack(model, norm="Linf", eps=threat.radius, seed=seed, version="standard")
@@ -154,6 +155,10 @@ def measure(args: argparse.Namespace, seed: int) -> None:
         naive(runs[name], row.eval, args.n, seed, home / f"{name}-s{seed}-naive.json")
 
 
+def _share(count: Mapping[str, int]) -> float:
+    return count["robust"] / count["n"]
+
+
 def lines(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What is finished: a line per row and seed."""
     home, found = args.folder / args.scale, []
@@ -164,20 +169,19 @@ def lines(args: argparse.Namespace) -> list[dict[str, Any]]:
             if not all((path / "results.json").exists() for path in paths.values()):
                 continue
             results = {c: Results.load(path / "results.json") for c, path in paths.items()}
+            n = results["adaptive"].data["n"]
             broken = {c: {s.name: s.broken for s in r.stages} for c, r in results.items()}
             found.append(
                 {
                     "row": name,
                     "seed": seed,
-                    "n": args.n,
+                    "n": n,
                     "clean": results["adaptive"].clean.acc,
                     "msa": next(
                         s.robust_acc for s in results["adaptive"].stages if s.name == "square"
                     ),
                     **{column: result.robust.acc for column, result in results.items()},
-                    "naive": json.loads(aside.read_text())["robust"] / args.n
-                    if aside.exists()
-                    else None,
+                    "naive": _share(json.loads(aside.read_text())) if aside.exists() else None,
                     "measures": dict(results["adaptive"].measures),
                     "broken": broken,
                 }
@@ -186,7 +190,7 @@ def lines(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Means over seeds, with Wilson's interval of all images of all seeds."""
+    """Means over seeds, with Wilson's interval for the images, which the seeds share."""
     columns = ("clean", "paper", "naive", "msa", "adaptive")
     print("| row | seeds | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
@@ -195,15 +199,9 @@ def show(args: argparse.Namespace) -> None:
         mine = [line for line in found if line["row"] == name]
         cells = []
         for column in columns:
-            values = [line[column] for line in mine if line[column] is not None]
-            if not values:
-                cells.append("-")
-                continue
-            total = len(values) * args.n
-            low, high = wilson(round(sum(values) * args.n), total)
-            sd = f" sd {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            mean = 100 * statistics.mean(values)
-            cells.append(f"{mean:.1f}{sd} [{100 * low:.1f}, {100 * high:.1f}]")
+            known = [line for line in mine if line[column] is not None]
+            shares = [Accuracy.of(round(line[column] * line["n"]), line["n"]) for line in known]
+            cells.append(cell(shares, mine[0]["n"]) if shares else "-")
         print(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")
 
 

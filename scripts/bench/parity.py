@@ -39,7 +39,7 @@ import advbench
 from advbench import config, models
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
-from advbench.evaluation.protocol import AutoAttackProtocol, Stage, Subject
+from advbench.evaluation.protocol import AutoAttackProtocol
 from advbench.evaluation.samples import subset
 from advbench.evaluation.store import read_samples
 
@@ -94,17 +94,6 @@ class Problem:
         return cls(model.requires_grad_(False), ids, *test.fetch(ids, torch.device("cpu")))
 
 
-@dataclass(frozen=True)
-class Member(AutoAttackProtocol):
-    """One attack of the suite, alone."""
-
-    member: str = ""
-
-    def stages(self, subject: Subject) -> list[Stage]:
-        whole = super().stages(subject)
-        return [stage for stage in whole if stage.name == self.member]
-
-
 def reference(problem: Problem, unit: Unit, batch: int) -> Tensor:
     """Which samples are robust by pyautoattack's own verdict, (n,)."""
     suite: Any = AutoAttack(
@@ -122,10 +111,7 @@ def reference(problem: Problem, unit: Unit, batch: int) -> Tensor:
 
 def fast(problem: Problem, unit: Unit, batch: int) -> Tensor:
     """Which samples are robust by our engine, (n,)."""
-    whole = unit.what == SUITE
-    protocol = (
-        AutoAttackProtocol(engine="fast") if whole else Member(engine="fast", member=unit.what)
-    )
+    protocol = AutoAttackProtocol(attacks=None if unit.what == SUITE else [unit.what])
     robust = torch.ones(len(problem.ids), dtype=torch.bool)
     with tempfile.TemporaryDirectory() as folder:
         advbench.evaluate(

@@ -8,8 +8,8 @@
 
 Every training and evaluation is an ``advbench`` command with a directory of its own inside DIR, so
 what is finished is not repeated: kill and restart at will. Accuracies are means over the seeds,
-with their standard deviation and Wilson's 95 % interval of all images of all seeds together; the
-same n images of the test split are attacked for every row. Time is that of the training alone.
+with their standard deviation and Wilson's 95 % interval for n images, the same ones of the test
+split for every row and seed. Time is that of the training alone.
 
 --settings are added to every training; runs are named by a hash of all that is set, so that other
 settings make other runs. MTARD is taught by the rows pgd_at and standard of its own seed.
@@ -21,10 +21,10 @@ import argparse
 import statistics
 from pathlib import Path
 
-from shared import advbench
+from shared import advbench, cell
 
 from advbench.files import short_hash
-from advbench.results import Accuracy, Results
+from advbench.results import Results
 from advbench.training.summary import Summary
 
 TEACHERS = ("pgd_at", "standard")
@@ -68,15 +68,6 @@ def measure(args: argparse.Namespace, seed: int) -> None:
         advbench("eval", attack, judged(args, name, seed))
 
 
-def cell(found: list[Accuracy], n: int) -> str:
-    """Mean, standard deviation over seeds and the interval of all images."""
-    shares = [100 * accuracy.acc for accuracy in found]
-    sd = f" sd {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
-    pooled = Accuracy.of(sum(round(accuracy.acc * n) for accuracy in found), n * len(found))
-    low, high = (100 * end for end in pooled.ci95)
-    return f"{statistics.mean(shares):.1f}{sd} [{low:.1f}, {high:.1f}]"
-
-
 def show(args: argparse.Namespace) -> None:
     """The table of what is finished."""
     print("| recipe | seeds | n | clean % | robust % (AutoAttack) | training, s |")
@@ -88,9 +79,7 @@ def show(args: argparse.Namespace) -> None:
         results = [Results.load(judged(args, name, s) / "results.json") for s in done]
         times = [Summary.load(training(args, name, s)[1] / "summary.json").seconds for s in done]
         n = results[0].data["n"]
-        clean, robust = (
-            cell(found, n) for found in ([r.clean for r in results], [r.robust for r in results])
-        )
+        clean, robust = cell([r.clean for r in results], n), cell([r.robust for r in results], n)
         time = statistics.mean(times)
         print(f"| {name} | {len(done)} | {n} | {clean} | {robust} | {time:.0f} |")
 

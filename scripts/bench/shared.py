@@ -14,6 +14,8 @@ import torch
 
 from advbench.devices import processors
 from advbench.files import write_text
+from advbench.report.collection import Mean
+from advbench.results import Accuracy
 
 
 def advbench(verb: str, settings: Sequence[str], folder: Path) -> None:
@@ -24,6 +26,14 @@ def advbench(verb: str, settings: Sequence[str], folder: Path) -> None:
     print("advbench", verb, *settings, flush=True)
     command = [sys.executable, "-m", "advbench", verb, *settings, f"hydra.run.dir={folder}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def cell(accuracies: Sequence[Accuracy], n: int) -> str:
+    """Mean over the seeds, in %, its standard deviation, and the interval for n images."""
+    mean = Mean.of(accuracies, n)
+    sd = "" if mean.sd is None else f" sd {100 * mean.sd:.1f}"
+    low, high = (100 * end for end in mean.ci95)
+    return f"{100 * mean.acc:.1f}{sd} [{low:.1f}, {high:.1f}]"
 
 
 def machine(device: str) -> str:

@@ -25,7 +25,7 @@ from advbench.evaluation.adaptive import AdaptiveProtocol
 from advbench.evaluation.budget import seconds
 from advbench.evaluation.evaluate import Evaluation, finished_results
 from advbench.evaluation.protocol import Protocol
-from advbench.evaluation.resources import Resources
+from advbench.evaluation.resources import Crew, Resources
 from advbench.evaluation.samples import Samples, subset
 from advbench.files import hashes, short_hash, write_atomic
 from advbench.fingerprint import model_sha256
@@ -177,17 +177,55 @@ def evaluate(
         raise UserError("give run=DIR or model=FILE.py:FACTORY, not both")
     if cfg.weights is not None and cfg.model is None:
         raise UserError("weights=FILE needs model=FILE.py:FACTORY")
-    resources = config.build(cfg.trainer, "trainer", plugins=plugins)
-    if not isinstance(resources, Resources):
-        raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
-    trained: DictConfig | None = None
     if cfg.model is None:
         # Kept in the run's config, so that going on does not depend on what is newest then.
         run = runs.newest() if cfg.run is None else runs.find(cfg.run)
         cfg = OmegaConf.merge(cfg, {"run": str(run)})  # pyright: ignore[reportAssignmentType]
-        trained = config.read(run / runs.CONFIG)
     cfg.defense = config.spelled_out(cfg.defense)
-    source = trained if cfg.model is None else models.origin(cfg.model)
+    evaluation, crew = _evaluation(cfg, plugins)
+    stages = evaluation.stages()
+    identity = evaluation.identity()
+    kept = cfg if "choices" in cfg else _kept(cfg, choices)
+    limit = str(evaluation.threat).replace(" ", "_").replace("/", "-")
+    title = evaluation.protocol.title.replace("/", "-")
+    folder = home.of(f"{evaluation.run}-{title}-{limit}", identity)
+    with runs.occupied(folder) if crew.rank == 0 else nullcontext():
+        if crew.rank == 0:
+            runs.keep_config(folder, kept, compare=False)  # the plan decides what is the same
+            screen.log = folder / "log.txt"
+            if finished_results(folder) is not None:
+                screen.line(f"finished already: {folder}")
+            of = f"{len(evaluation.samples)} samples of {evaluation.data}, {evaluation.threat}"
+            screen.line(f"evaluating {evaluation.run} on {of}")
+            for reason in evaluation.reasons(stages):
+                screen.line(reason)
+            for stage in stages:
+                screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
+        names = [stage.name for stage in stages]
+        with Bar(screen) as bar:
+            results = evaluation.execute(
+                folder,
+                stages,
+                EvaluationView(screen, bar, names) if crew.rank == 0 else None,
+                crew=crew,
+                archive=None if home.exact else home.folder,
+                budget=budget,
+            )
+    if crew.rank == 0:
+        outcome.show_evaluation(results, folder, screen)
+    return results
+
+
+def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> tuple[Evaluation, Crew]:
+    """What the config says, built on its devices; and the processes that share it.
+
+    Raises UserError where the parts do not fit.
+    """
+    resources = config.build(cfg.trainer, "trainer", plugins=plugins)
+    if not isinstance(resources, Resources):
+        raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
+    trained = config.read(Path(cfg.run) / runs.CONFIG) if cfg.model is None else None
+    source = models.origin(cfg.model) if trained is None else trained
     data_node = config.inherit(cfg.data, source, "data")
     threat: Threat = config.build(config.inherit(cfg.threat, source, "threat"), "threat")
     protocol: Protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
@@ -226,36 +264,7 @@ def evaluate(
         keep_images=cfg.adversarial,
         code=subject.code,
     )
-    stages = evaluation.stages()
-    identity = evaluation.identity()
-    kept = cfg if "choices" in cfg else _kept(cfg, choices)
-    limit = str(threat).replace(" ", "_").replace("/", "-")
-    folder = home.of(f"{subject.name}-{protocol.title.replace('/', '-')}-{limit}", identity)
-    with runs.occupied(folder) if crew.rank == 0 else nullcontext():
-        if crew.rank == 0:
-            runs.keep_config(folder, kept, compare=False)  # the plan decides what is the same
-            screen.log = folder / "log.txt"
-            if finished_results(folder) is not None:
-                screen.line(f"finished already: {folder}")
-            of = f"{len(samples)} samples of {splits.info.name}, {threat}"
-            screen.line(f"evaluating {subject.name} on {of}")
-            for reason in evaluation.reasons(stages):
-                screen.line(reason)
-            for stage in stages:
-                screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
-        names = [stage.name for stage in stages]
-        with Bar(screen) as bar:
-            results = evaluation.execute(
-                folder,
-                stages,
-                EvaluationView(screen, bar, names) if crew.rank == 0 else None,
-                crew=crew,
-                archive=None if home.exact else home.folder,
-                budget=budget,
-            )
-    if crew.rank == 0:
-        outcome.show_evaluation(results, folder, screen)
-    return results
+    return evaluation, crew
 
 
 def _resumed(run: str, kind: str) -> tuple[Home, DictConfig]:

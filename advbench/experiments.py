@@ -225,7 +225,7 @@ def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> tuple[Evaluation, 
     if not isinstance(resources, Resources):
         raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
     trained = config.read(Path(cfg.run) / runs.CONFIG) if cfg.model is None else None
-    source = models.origin(cfg.model) if trained is None else trained
+    source = trained if cfg.model is None else models.origin(cfg.model)
     data_node = config.inherit(cfg.data, source, "data")
     threat: Threat = config.build(config.inherit(cfg.threat, source, "threat"), "threat")
     protocol: Protocol = config.build(cfg.protocol, "protocol", plugins=plugins)

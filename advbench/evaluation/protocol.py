@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from advbench.attacks.apgd import APGD
 from advbench.attacks.base import Attack
 from advbench.attacks.fab import FAB
-from advbench.attacks.libraries import LibraryAttack, ReferenceAutoAttack, TorchAttack
+from advbench.attacks.libraries import ReferenceAutoAttack, TorchAttack
 from advbench.attacks.losses import FEWEST_CLASSES
 from advbench.attacks.pgd import PGD
 from advbench.attacks.square import Square
@@ -106,7 +106,7 @@ class Protocol(ABC):
                 for stage in stages
                 if stage.follows_model
                 and stage.draws == 1
-                and not isinstance(stage.attack, LibraryAttack)  # which averages as it likes
+                and stage.attack.queries  # a library's has none, and averages as it likes
             ]
             if single:
                 reasons.append(

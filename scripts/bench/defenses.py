@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyautoattack import AutoAttack
-from shared import advbench, cell
+from shared import advbench, cell, upstream
 
 from advbench import config, subjects
 from advbench.attacks.threat import Threat
@@ -106,10 +105,7 @@ def naive(run: Path, overrides: str, n: int, seed: int, out: Path) -> None:
     model = subject.model.requires_grad_(False)
     threat: Threat = config.build(trained.threat, "threat")
     x, y = splits.test.fetch(subset(len(splits.test), n), torch.device("cpu"))
-    suite: Any = AutoAttack(model, norm="Linf", eps=threat.radius, seed=seed, version="standard")
-    suite.verbose = False
-    targets = splits.info.num_classes - 1
-    suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = min(9, targets)
+    suite = upstream(model, threat, seed, splits.info.num_classes)
     torch.manual_seed(seed)
     with contextlib.redirect_stdout(io.StringIO()):
         _, label = suite.run_standard_evaluation(x, y, batch_size=BATCH)

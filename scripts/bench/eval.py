@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyautoattack import AutoAttack
-from shared import append, machine
+from shared import MEMBERS, NORMS, append, machine, upstream
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -43,8 +42,6 @@ from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import subset
 from advbench.evaluation.searcher import Speed, ask, searcher
 
-NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
 TOOLS = ("fast", "fast-bf16", "pyautoattack", "torchattacks")
 
 
@@ -133,11 +130,7 @@ def theirs(work: Work, tool: str) -> dict[str, Any]:
     norm: Any = NORMS[threat.norm]
     begin = time.perf_counter()
     if tool == "pyautoattack":
-        suite = AutoAttack(counted, norm=norm, eps=threat.radius, seed=0, device=x.device)
-        classes = model(x[:1]).shape[1]
-        for member in (suite.apgd_targeted, suite.fab):
-            member.n_target_classes = min(member.n_target_classes, classes - 1)
-        suite.attacks_to_run = work.members or suite.attacks_to_run
+        suite = upstream(counted, threat, 0, model(x[:1]).shape[1], work.members)
         found, _ = suite.run_standard_evaluation(x, y, batch_size=batch)
     else:
         import torchattacks

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyautoattack import AutoAttack
+from shared import MEMBERS, upstream
 from torch import Tensor
 
 import advbench
@@ -44,9 +44,7 @@ from advbench.evaluation.samples import subset
 from advbench.evaluation.store import read_samples
 
 SUITE = "suite"
-MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
 ENGINES = ("reference", "fast")
-NORMS: dict[str, Any] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 @dataclass(frozen=True)
@@ -96,14 +94,9 @@ class Problem:
 
 def reference(problem: Problem, unit: Unit, batch: int) -> Tensor:
     """Which samples are robust by pyautoattack's own verdict, (n,)."""
-    suite: Any = AutoAttack(
-        problem.model, norm=NORMS[unit.norm], eps=unit.eps, seed=unit.seed, version="standard"
-    )
-    suite.verbose = False
-    if unit.what != SUITE:
-        suite.attacks_to_run = [unit.what]
-    for attack in (suite.apgd_targeted, suite.fab):
-        attack.n_target_classes = min(attack.n_target_classes, problem.model.num_classes - 1)
+    members = None if unit.what == SUITE else [unit.what]
+    threat = Threat(unit.norm, unit.eps)
+    suite = upstream(problem.model, threat, unit.seed, problem.model.num_classes, members)
     with contextlib.redirect_stdout(io.StringIO()):
         _, label = suite.run_standard_evaluation(problem.x, problem.y, batch_size=batch)
     return label == problem.y

@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyautoattack import AutoAttack
+from torch import nn
 
+from advbench.attacks.threat import Threat
 from advbench.devices import processors
 from advbench.files import write_text
 from advbench.report.collection import Mean
 from advbench.results import Accuracy
+
+MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""Of AutoAttack's standard suite."""
+
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 def advbench(verb: str, settings: Sequence[str], folder: Path) -> None:
@@ -34,6 +42,20 @@ def cell(accuracies: Sequence[Accuracy], n: int) -> str:
     sd = "" if mean.sd is None else f" sd {100 * mean.sd:.1f}"
     low, high = (100 * end for end in mean.ci95)
     return f"{100 * mean.acc:.1f}{sd} [{low:.1f}, {high:.1f}]"
+
+
+def upstream(
+    model: nn.Module, threat: Threat, seed: int, classes: int, members: Sequence[str] | None = None
+) -> Any:
+    """pyautoattack's standard suite, or some of it, with no more targets than wrong classes."""
+    norm: Any = NORMS[threat.norm]
+    device = next(model.parameters()).device
+    suite: Any = AutoAttack(model, norm=norm, eps=threat.radius, seed=seed, device=device)
+    suite.verbose = False
+    suite.attacks_to_run = list(members or suite.attacks_to_run)
+    for attack in (suite.apgd_targeted, suite.fab):
+        attack.n_target_classes = min(attack.n_target_classes, classes - 1)
+    return suite
 
 
 def machine(device: str) -> str:

@@ -16,6 +16,9 @@ from advbench.errors import UserError
 LAUNCHED = ("WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
 """Variables by which a launcher, or a person in its place, says who the others are."""
 
+BF16_FLAGS = frozenset(("amx_bf16", "avx512_bf16", "bf16", "svebf16"))
+"""By which a processor, of Intel's kind or Arm's, says that it multiplies bfloat16 itself."""
+
 ALWAYS = 4
 """As many processes may share any CPU: slow, and good to try a command out."""
 
@@ -84,6 +87,17 @@ def processors(key: str) -> list[str]:
     except OSError:
         return []
     return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 costs this device more than float32, for want of instructions.
+
+    Of a processor that names no flags, as outside Linux, yes: float32 is never far behind.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).major < 8
+    flags = " ".join(processors("flags") or processors("Features")).split()
+    return device.type == "cpu" and BF16_FLAGS.isdisjoint(flags)
 
 
 def out_of_memory(problem: BaseException) -> bool:

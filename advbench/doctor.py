@@ -28,7 +28,7 @@ from advbench.attacks.threat import Threat
 from advbench.console import table_console
 from advbench.data import torchvision_sets
 from advbench.defenses.base import Defense
-from advbench.devices import processors
+from advbench.devices import emulates_bf16
 from advbench.evaluation.resources import Resources
 from advbench.training.step import TrainingStep
 
@@ -43,7 +43,7 @@ LIBRARIES = (
     "pyautoattack",
     "torchattacks",
 )
-NARROW = ("amx_bf16", "avx512_bf16")  # flags of processors that multiply bfloat16 themselves
+BF16 = {False: "bfloat16 in hardware", True: "bfloat16 emulated: float32 is faster"}
 GIB = 2**30
 STEPS = 20  # of an attack on a linear model, which one step would do
 MARKS = {True: ("ok", "green"), False: ("failed", "bold red"), None: ("", "dim")}
@@ -118,17 +118,15 @@ def machine() -> Iterator[Finding]:
     limit = os.environ.get("OMP_NUM_THREADS")
     threads = f"{torch.get_num_threads()} threads on {cores} processors"
     yield Finding("machine", "cpu", threads + (f", OMP_NUM_THREADS={limit}" if limit else ""))
-    flags = {word for values in processors("flags") for word in values.split()}
-    narrow = [flag for flag in NARROW if flag in flags]
     can = torch.backends.cpu.get_cpu_capability()
-    word = f"in hardware ({', '.join(narrow)})" if narrow else "emulated: float32 is faster"
-    yield Finding("machine", "cpu kernels", f"{can}; bfloat16 {word}")
+    narrow = BF16[emulates_bf16(torch.device("cpu"))]
+    yield Finding("machine", "cpu kernels", f"{can}; {narrow}")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         major, minor = properties.major, properties.minor
-        word = "in hardware" if major >= 8 else "emulated: float32 is faster"
+        narrow = BF16[emulates_bf16(torch.device("cuda", i))]
         memory = f"{properties.total_memory / GIB:.0f} GiB"
-        value = f"{properties.name}, {memory}, capability {major}.{minor}; bfloat16 {word}"
+        value = f"{properties.name}, {memory}, capability {major}.{minor}; {narrow}"
         yield Finding("machine", f"cuda:{i}", value)
     if not torch.cuda.is_available():
         yield Finding("machine", "cuda", "none")

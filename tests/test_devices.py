@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from advbench.devices import asking_for
+from advbench import devices
+from advbench.devices import asking_for, emulates_bf16
 from advbench.errors import UserError
 from advbench.evaluation.resources import Resources
 
@@ -38,3 +40,21 @@ def test_other_errors_pass() -> None:
 def test_an_evaluation_asks_for_devices() -> None:
     with pytest.raises(UserError, match=r"trainer\.devices=many cannot be had here: \S+"):
         Resources(accelerator="cpu", devices="many").launch()
+
+
+@pytest.mark.parametrize(
+    ("key", "flags", "emulated"),
+    [
+        ("flags", "fpu avx512f avx512_vnni", True),
+        ("flags", "fpu avx512_bf16 amx_bf16", False),
+        ("Features", "fp asimd", True),
+        ("Features", "fp asimd bf16", False),
+        ("nothing", "", True),
+    ],
+)
+def test_processors_say_whether_they_multiply_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, key: str, flags: str, emulated: bool
+) -> None:
+    monkeypatch.setattr(devices, "processors", lambda asked: [flags, flags] * (asked == key))
+    assert emulates_bf16(torch.device("cpu")) == emulated
+    assert not emulates_bf16(torch.device("mps"))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ from advbench.errors import UserError
 from advbench.models import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
-from advbench.training import loop, schedules, validation
+from advbench.training import learner, loop, schedules, validation
 from advbench.training.averaging import Average
 from advbench.training.checkpoint import (
     remove_leftovers,
@@ -345,8 +346,11 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
     assert waits, "the watch sees such a read"
 
 
-def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("emulated", [False, True])
+def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emulated):
+    monkeypatch.setattr(learner, "emulates_bf16", lambda device: emulated)
     seen: list[tuple[str, bool]] = []
+    report = Mock()
 
     class Watched(PGDAT):
         def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -367,8 +371,10 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "accuracies", validated)
     trainer = Trainer(epochs=3, batch_size=16, precision="bf16-mixed", val_steps=1)
-    summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1))
-    assert set(seen) == {("attack", True), ("loss", True), ("validation", False)}
+    summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1), report=report)
+    assert set(seen) == {("attack", not emulated), ("loss", True), ("validation", False)}
+    notes = [str(call) for call in report.note.mock_calls]
+    assert emulated == any("bfloat16 is emulated on this device" in note for note in notes)
     assert summary.val["clean"] > 0.4
     assert all(value.dtype != torch.bfloat16 for value in read_weights(
         tmp_path / "last.safetensors").values())  # fmt: skip

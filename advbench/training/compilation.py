@@ -13,12 +13,20 @@ from advbench.recipes.base import frozen
 from advbench.surgery import buffers_kept, modes_kept
 
 
-def compiled(model: Classifier, mode: str, x: Tensor, y: Tensor) -> str | None:
+def compiled(
+    model: Classifier,
+    mode: str,
+    x: Tensor,
+    y: Tensor,
+    attack_cast: torch.autocast,
+    cast: torch.autocast,
+) -> list[str]:
     """Compiles trunk and head in place, so that no name of a weight changes, and tries them.
 
-    mode: of ``torch.compile``.  x: (N, C, H, W) in [0, 1], of the shape and under the autocast that
-        training will have: it compiles for that alone.  y: (N,) classes.
-    Returns None, or in a line why it runs as it was.
+    mode: of ``torch.compile``.  x: (N, C, H, W) in [0, 1], of the shape that training will have: it
+        compiles for that alone.  y: (N,) classes.  attack_cast, cast: what the attack's passes and
+        the others run under.
+    Returns nothing, or in a line why it runs as it was.
     """
     parts = [model.trunk, model.head]
     for part in parts:
@@ -26,27 +34,31 @@ def compiled(model: Classifier, mode: str, x: Tensor, y: Tensor) -> str | None:
     try:
         with warnings.catch_warnings():  # of the compiler, of itself
             warnings.simplefilter("ignore")
-            _try(model, x, y)
+            _try(model, x, y, attack_cast, cast)
     # A compiler fails in any way: no C++ compiler, a module that it can't trace, a bug of its own.
     except Exception as problem:
         for part in parts:
             part._compiled_call_impl = None
         torch.compiler.reset()
         reason = " ".join(str(problem).split())
-        return (
+        return [
             f"trainer.compile={mode} fails here and training goes on without: "
             f"{type(problem).__name__}: {reason:.200}"
-        )
-    return None
+        ]
+    return []
 
 
-def _try(model: Classifier, x: Tensor, y: Tensor) -> None:
+def _try(
+    model: Classifier, x: Tensor, y: Tensor, attack_cast: torch.autocast, cast: torch.autocast
+) -> None:
     """One pass as the attack makes them and one as training does, without a trace in the model."""
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices), buffers_kept(model), modes_kept(model):
-        with frozen(model):
+        with frozen(model), attack_cast:
             point = x.detach().clone().requires_grad_()
             torch.autograd.grad(F.cross_entropy(model(point), y), point)
         model.train()
         weights = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad(F.cross_entropy(model(x), y), weights, allow_unused=True)
+        with cast:
+            loss = F.cross_entropy(model(x), y)
+        torch.autograd.grad(loss, weights, allow_unused=True)

@@ -100,8 +100,8 @@ class Fit:
             fresh=saved is None,
             prepared=self.prepared,
         )
-        if self.learner.note:
-            self.report.note(self.learner.note)
+        for note in self.learner.notes:
+            self.report.note(note)
         self.guard = Divergence(fabric.device, self.steps_per_epoch, self.model.num_classes)
         self.means = Means()
         self.position = Position()

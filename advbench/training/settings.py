@@ -24,7 +24,8 @@ class Settings:
         epoch waits for the next permutation.
     devices, accelerator, strategy, num_nodes: as lightning-fabric takes them. ``devices`` is a
         number, "auto", or a list such as "0,1".
-    precision: 32-true or bf16-mixed; validation is always in float32.
+    precision: 32-true or bf16-mixed; validation is always in float32, and the attack of each step
+        too where the device only emulates bfloat16.
     save_every: seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end
         saves ``epoch.pt``.
     sync_batchnorm: with several devices, batch norm over the rows of all of them, as if they were

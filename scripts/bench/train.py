@@ -99,8 +99,8 @@ class Bench:
         self.learner = Learner(
             settings, fabric, self.model(), splits, recipe, Defense(), SGD(), seed=0, fresh=True
         )
-        if self.learner.note:
-            print(self.learner.note)
+        for note in self.learner.notes:
+            print(note)
         self.learner.forward.train()
         self.count = 0
 

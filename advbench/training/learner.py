@@ -54,12 +54,14 @@ class Learner:
         self.settings, self.fabric, self.seed = settings, fabric, seed
         self.model, self.splits, self.recipe, self.defense = model, splits, recipe, defense
         self.notes: list[str] = []
-        mixed, emulated = settings.precision == "bf16-mixed", emulates_bf16(fabric.device)
-        self.cast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=mixed)
+        mixed = settings.precision == "bf16-mixed"
+        emulated = mixed and emulates_bf16(fabric.device)
         # An attack is free to ask in float32, where that is the faster of the two.
-        narrow = mixed and not emulated
-        self.attack_cast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=narrow)
-        if mixed and emulated:
+        self.cast, self.attack_cast = (
+            torch.autocast(fabric.device.type, torch.bfloat16, enabled=narrow)
+            for narrow in (mixed, mixed and not emulated)
+        )
+        if emulated:
             self.notes.append(
                 "bfloat16 is emulated on this device: attacks run in float32, and "
                 "trainer.precision=32-true is faster still"

@@ -126,16 +126,15 @@ def fast(work: Work, precision: str) -> dict[str, Any]:
 
 def theirs(work: Work, tool: str) -> dict[str, Any]:
     model, x, y, threat, batch = work.model, work.x, work.y, work.threat, work.batch
-    counted = Counted(model).eval()
-    norm: Any = NORMS[threat.norm]
+    counted, classes = Counted(model).eval(), model(x[:1]).shape[1]
     begin = time.perf_counter()
     if tool == "pyautoattack":
-        suite = upstream(counted, threat, 0, model(x[:1]).shape[1], work.members)
+        suite = upstream(counted, threat, 0, classes, work.members)
         found, _ = suite.run_standard_evaluation(x, y, batch_size=batch)
     else:
         import torchattacks
 
-        classes = model(x[:1]).shape[1]
+        norm: Any = NORMS[threat.norm]
         attack = torchattacks.AutoAttack(
             counted, norm=norm, eps=threat.radius, n_classes=classes, seed=0
         )

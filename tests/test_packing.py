@@ -11,7 +11,14 @@ from advbench.backbones.convnet import convnet
 from advbench.backbones.mobilenet import mobilenet_v2
 from advbench.backbones.preact_resnet import preact_resnet18
 from advbench.backbones.resnet import resnet20, resnet50
-from advbench.evaluation.packing import PackedConv, packed
+from advbench.evaluation.packing import (
+    FEW,
+    FilledLinear,
+    PackedConv,
+    PackedLinear,
+    indifferent,
+    packed,
+)
 from advbench.evaluation.searcher import Searcher, Speed, ask, searcher
 
 CASES = {  # convolutions; sums and ReLUs that they take in
@@ -104,3 +111,53 @@ def test_gradients_of_all_kinds_of_convolutions(how: dict, turned: bool) -> None
         point = x.clone().requires_grad_()
         slopes.append(torch.autograd.grad(net(point).square().sum(), point)[0])
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
+
+
+class Counting(nn.Linear):
+    """Rounds by the number of rows: always, or only where they are few."""
+
+    always = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        return super().forward(x) * (1 + 1e-6 * rows * (self.always or rows < FEW))
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_rows_of_a_linear_layer_do_not_depend_on_their_number(always: bool) -> None:
+    torch.manual_seed(0)
+    layer = Counting(12, 7).requires_grad_(False)
+    layer.always = always
+    form = indifferent(layer)
+    assert isinstance(form, PackedLinear if always else FilledLinear)
+    x = torch.randn(40, 12)
+    whole = form(x)
+    for shape in ((1,), (2,), (7,), (FEW,), (40,), (3, 4)):
+        rows = torch.Size(shape).numel()
+        some = x[:rows].reshape(*shape, 12).requires_grad_()
+        out = form(some)
+        assert out.shape == (*shape, 7) and torch.equal(out.reshape(rows, 7), whole[:rows])
+        (slope,) = torch.autograd.grad(out.sum(), some)
+        torch.testing.assert_close(slope, layer.weight.sum(0).expand(*shape, 12))
+    torch.testing.assert_close(whole, nn.functional.linear(x, layer.weight, layer.bias))
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1) if x.sum() > 0 else x.flatten(1) + 1)
+
+
+def test_linear_layers_of_untraced_models_too() -> None:
+    clean = Clean(torch.arange(3), images(size=2), torch.arange(3))
+    model = Untraceable().eval()
+    fast = searcher(model, Speed(), clean)
+    assert isinstance(fast, Searcher) and not isinstance(fast.model.head, nn.Linear)
+    assert isinstance(model.head, nn.Linear)
+    torch.testing.assert_close(fast(clean.x), model(clean.x))
+    model.register_forward_hook(lambda *_: None)
+    fast = searcher(model, Speed(), clean)
+    assert isinstance(fast, Searcher) and isinstance(fast.model.head, nn.Linear)

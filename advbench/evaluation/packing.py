@@ -1,8 +1,10 @@
-"""Frozen convolutions on a CPU: weights laid out once, and what follows inside.
+"""Frozen layers on a CPU: weights laid out once, what follows inside, and rows left alone.
 
 PyTorch lays out a convolution's weights anew at every call, and goes over its output again for the
 addition and the ReLU that follow. oneDNN has operators that do both inside, the ones that
 ``torch.compile`` lowers to; they have no gradient, so it is given to them here, in the input alone.
+The kernel of a linear layer, and with it the rounding of a row, depends on the number of rows: few
+rows are filled up, or the layer goes the way of the convolutions, whose kernels don't mind.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 
 SUMS = (operator.add, operator.iadd, torch.add)
 RELUS = (torch.relu, torch.relu_, F.relu)
+FEW, MANY = 16, 256  # rows
 How = tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
 
 
@@ -92,6 +95,58 @@ class PackedConv(nn.Module):
         return _pointwise().binary(x, other, *filters, "add", 1.0, after, [], "")
 
 
+class FilledLinear(nn.Module):
+    """A linear layer, (..., C), that never sees fewer than ``FEW`` rows."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if rows >= FEW:
+            return self.layer(x)
+        filled = F.pad(x.flatten(0, -2), (0, 0, 0, FEW - rows))
+        return self.layer(filled)[:rows].unflatten(0, x.shape[:-1])
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, (..., C), as a convolution over an image of all rows: 0.1 ms more."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        wide, narrow = layer.in_features, layer.out_features
+        conv = nn.Conv2d(wide, narrow, 1, device="meta")
+        conv.weight = nn.Parameter(layer.weight.detach()[:, :, None, None], requires_grad=False)
+        conv.bias = layer.bias
+        self.conv = PackedConv(conv, [1, wide, FEW, 1], [1, narrow, FEW, 1], relu=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.flatten(0, -2)[None, :, None].permute(0, 3, 1, 2)  # channels last as it lies
+        return self.conv(image).permute(0, 2, 3, 1)[0, :, 0].unflatten(0, x.shape[:-1])
+
+
+def indifferent(layer: nn.Linear) -> nn.Module:
+    """The layer in a form whose rows do not depend on their number."""
+    generator = torch.Generator().manual_seed(0)
+    sides = layer.in_features, layer.out_features
+    dtype = layer.weight.dtype
+    x, gradient = (torch.randn(MANY, side, generator=generator, dtype=dtype) for side in sides)
+
+    def answers(form: nn.Module, rows: int) -> list[Tensor]:
+        with torch.enable_grad():
+            some = x[:rows].requires_grad_()
+            out = form(some)
+            return [out.detach(), *torch.autograd.grad(out, some, gradient[:rows])]
+
+    filled = FilledLinear(layer)
+    whole = answers(filled, MANY)
+    for rows in (FEW, FEW + 2, 2 * FEW, 3 * FEW, 4 * FEW, 8 * FEW):
+        if not all(map(torch.equal, answers(filled, rows), (part[:rows] for part in whole))):
+            return PackedLinear(layer)
+    return filled
+
+
 def _pointwise() -> Any:
     """oneDNN's operator, where this build of PyTorch has it."""
     return torch.ops.mkldnn._convolution_pointwise
@@ -102,12 +157,17 @@ def _laid_out(weight: Tensor, how: How, shape: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def packed(model: fx.GraphModule, x: Tensor) -> fx.GraphModule:
-    """A copy of a traced model whose weights are frozen, for inputs like ``x``.
+def packed(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy of a model whose weights are frozen, for inputs like ``x``.
 
-    x: (N, C, H, W) float32 on the CPU.
+    x: (N, C, H, W) float32 on the CPU.  Of a model that is not traced, linear layers alone change.
     """
     model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            model.set_submodule(name, indifferent(layer))
+    if not isinstance(model, fx.GraphModule):
+        return model
     ShapeProp(model).propagate(x)
     modules = dict(model.named_modules())
     calls = [node for node in model.graph.nodes if node.op == "call_module"]

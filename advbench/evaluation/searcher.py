@@ -14,7 +14,7 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from advbench.attacks import losses
@@ -86,7 +86,8 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
         return model
     candidates = [plain]
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    if not stochastic and not hooked:
+    free = not stochastic and not hooked  # to take other steps than the model's own
+    if free:
         # Tracing forgets grad modes and state, and fails on control flow: hence the comparison.
         with suppress(Exception), redirect_stderr(io.StringIO()):
             candidates.insert(0, fuse(plain).requires_grad_(False))
@@ -95,7 +96,7 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
         for candidate in candidates:
             laid = candidate.to(memory_format=layout)
             few = clean.x.contiguous(memory_format=layout)
-            for copied in (*(_packed(laid, few) if speed == Speed() else ()), laid):
+            for copied in (*(_packed(laid, few) if free and speed == Speed() else ()), laid):
                 # Compared in float32: bf16 differs by more than a wrong fold would.
                 exact = Searcher(copied, Speed(), clean.x.device, layout)
                 if not _agree(model, exact, clean, stochastic):
@@ -110,7 +111,7 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
 
 def _packed(model: nn.Module, x: Tensor) -> list[nn.Module]:
     """The model in operators that do more at a time, if there are such."""
-    if isinstance(model, fx.GraphModule) and x.device.type == "cpu":
+    if x.device.type == "cpu":
         with suppress(Exception):  # operators of another build of PyTorch
             return [packed(model, x)]
     return []
@@ -183,7 +184,7 @@ class Shapes:
 
     def fit(self, rows: int) -> int:
         """The smallest size for so many rows, at most ``largest``."""
-        step = max(2 ** (rows.bit_length() - 1) // 8, 4)
+        step = max(2 ** (rows.bit_length() - 1) // 8, 2)
         for size in range(-(-rows // step) * step, self.largest, step):
             if size not in self._usable:
                 self._usable[size] = self._try(size)

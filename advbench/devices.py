@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ BF16_FLAGS = frozenset(("amx_bf16", "avx512_bf16", "bf16", "svebf16"))
 
 ALWAYS = 4
 """As many processes may share any CPU: slow, and good to try a command out."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @contextmanager
@@ -106,3 +109,15 @@ def out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or any(
         words in text for words in ("out of memory", "can't allocate memory", "cannot allocate")
     )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, for the next one.
+
+    It returns large blocks to the system, and taking their pages anew costs a CPU up to a tenth of
+    a small net's time.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for what, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            libc.mallopt(what, size)

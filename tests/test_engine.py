@@ -280,6 +280,9 @@ def test_a_batch_size_that_changes_bits_is_not_used(tmp_path: Path, restless: No
         shapes = Shapes(16)
         shapes.probe(target, clean)
         assert ([shapes.fit(rows) for rows in (12, 15)], shapes.placeless) == (fits, placeless)
+    coarse = Shapes(16, coarse=True)
+    coarse.probe(plain, clean)
+    assert [coarse.fit(rows) for rows in (1, 2, 3, 5, 8, 9, 16)] == [1, 2, 4, 8, 8, 16, 16]
 
     folders = [tmp_path / "whole", tmp_path / "cut"]
     for folder in folders:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sized
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any
@@ -29,7 +30,7 @@ from small import (
     table,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
@@ -46,6 +47,7 @@ from advbench.training.checkpoint import (
     remove_leftovers,
     save_weights,
 )
+from advbench.training.emulation import Widened
 from advbench.training.guards import Divergence
 from advbench.training.learner import Learner
 from advbench.training.metrics import Means, write_table
@@ -363,6 +365,8 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emu
         def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
             assert step.adversarial is not None and step.adversarial.x.dtype == torch.float32
             seen.append(("loss", step.adversarial.logits.dtype == torch.bfloat16))
+            modes = [type(mode) for mode in _get_current_dispatch_mode_stack()]
+            seen.append(("widened", Widened in modes))
             return super().loss_terms(model, step)
 
     def validated(*args, **kwargs):
@@ -372,12 +376,47 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emu
     monkeypatch.setattr(loop, "accuracies", validated)
     trainer = Trainer(epochs=3, batch_size=16, precision="bf16-mixed", val_steps=1)
     summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1), report=report)
-    assert set(seen) == {("attack", not emulated), ("loss", True), ("validation", False)}
+    assert set(seen) == {
+        ("attack", not emulated),
+        ("loss", True),
+        ("widened", emulated),
+        ("validation", False),
+    }
     notes = [str(call) for call in report.note.mock_calls]
     assert emulated == any("bfloat16 is emulated on this device" in note for note in notes)
     assert summary.val["clean"] > 0.4
     assert all(value.dtype != torch.bfloat16 for value in read_weights(
         tmp_path / "last.safetensors").values())  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_widened_convolutions_round_as_bfloat16(groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups)
+    x = torch.randn(2, 4, 7, 7).bfloat16().float()
+    for part in (conv.weight, conv.bias):
+        assert part is not None
+        part.data = part.data.bfloat16().float()
+    kernels: list[torch.dtype] = []
+
+    class Kernels(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "convolution" in str(func):
+                kernels.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    answers = []
+    for narrow in (False, True):
+        point, copied = x.clone().requires_grad_(), deepcopy(conv)
+        with Kernels(), Widened(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            out = copied(point)
+            out.backward((out.detach() > 0).to(out.dtype))
+        assert copied.weight.grad is not None and copied.bias is not None
+        answers.append([out, point.grad, copied.weight.grad, copied.bias.grad])
+    assert kernels == 4 * [torch.float32]
+    for plain, ours in zip(*answers, strict=True):
+        assert torch.equal(ours.float(), plain.bfloat16().float())
+    assert answers[1][0].dtype == torch.bfloat16
 
 
 # Validation

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from advbench.attacks.random import hash_of
 from advbench.attacks.referee import CHUNK, Referee
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate, Traits
-from advbench.devices import out_of_memory
+from advbench.devices import keep_freed_memory, out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.joint import JointSearch, no_room
 from advbench.evaluation.ledger import Ledger
@@ -34,7 +33,6 @@ from advbench.evaluation.store import Records, Store
 CLEAN = "clean"
 NOISE_GROUP = 64  # samples of a stochastic model that are attacked as a whole
 VOTES = 10  # evaluations of a stochastic model, of which the majority decides
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 TINY = torch.finfo(torch.float32).tiny
 COMPARED = 8  # images on which the search's copy of a model is held against the model
 
@@ -80,7 +78,8 @@ class Engine:
     def __post_init__(self) -> None:
         # Of all samples, not of this process's: the shape of a batch decides its rounding.
         most = NOISE_GROUP if self.traits.stochastic else self.slots
-        self.shapes = Shapes(min(most, self.slots, len(self.samples)))
+        coarse = self.speed.compile is not None
+        self.shapes = Shapes(min(most, self.slots, len(self.samples)), coarse)
         everyone, (rank, processes) = units(self.samples, self.traits, self.slots), self.share
         self.units = None if everyone is None else everyone[rank::processes]
 
@@ -220,7 +219,7 @@ class Engine:
                 if not out_of_memory(problem):
                     raise
                 raise no_room(len(batch.x)) from problem
-        self.shapes = Shapes(self.shapes.largest)
+        self.shapes = Shapes(self.shapes.largest, self.shapes.coarse)
         while True:
             clean = self.samples.fetch(self.samples.ids[: self.shapes.largest])
             try:
@@ -399,18 +398,6 @@ def _float32() -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free, for the next one.
-
-    It returns large blocks to the system, and taking their pages anew costs a CPU up to a tenth of
-    a small net's time.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        for what, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            libc.mallopt(what, size)
 
 
 def broken_by(store: Store, stage: str) -> Tensor:

@@ -174,10 +174,12 @@ class Shapes:
     eighth larger, and a size is used only if the model gives the same bits there as at the largest.
     ``placeless`` says whether a row's place changes nothing either; if it does, the largest is the
     only size.
+
+    coarse: powers of two alone, for a model that is compiled anew for each size.
     """
 
-    def __init__(self, largest: int) -> None:
-        self.largest = largest
+    def __init__(self, largest: int, coarse: bool = False) -> None:
+        self.largest, self.coarse = largest, coarse
         self.placeless = False
         self._usable: dict[int, bool] = {}
         self._try: Callable[[int], bool] = lambda size: False
@@ -185,6 +187,8 @@ class Shapes:
     def fit(self, rows: int) -> int:
         """The smallest size for so many rows, at most ``largest``."""
         step = max(2 ** (rows.bit_length() - 1) // 8, 2)
+        if self.coarse:
+            step = 2 ** (rows - 1).bit_length()
         for size in range(-(-rows // step) * step, self.largest, step):
             if size not in self._usable:
                 self._usable[size] = self._try(size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from advbench.errors import UserError
 from advbench.recipes.base import Recipe
 from advbench.training.averaging import Average
 from advbench.training.compilation import compiled
+from advbench.training.emulation import Widened
 from advbench.training.optimizers import Optimizer
 from advbench.training.processes import share_buffers
 from advbench.training.randomness import derive
@@ -61,6 +63,9 @@ class Learner:
             torch.autocast(fabric.device.type, torch.bfloat16, enabled=narrow)
             for narrow in (mixed, mixed and not emulated)
         )
+        # A compiler would see the emulation and no convolutions.
+        widen = emulated and fabric.device.type == "cpu" and settings.compile is None
+        self.widened = Widened() if widen else nullcontext()
         if emulated:
             self.notes.append(
                 "bfloat16 is emulated on this device: attacks run in float32, and "
@@ -121,7 +126,7 @@ class Learner:
                 return _total(self.training_step(*given))
 
         self.stepper.zero_grad()
-        with self.recipe.displaced(self.model, here, epoch):
+        with self.widened, self.recipe.displaced(self.model, here, epoch):
             with self.cast:
                 terms: dict[str, Tensor] = self.forward(*given)
             loss = _total(terms)

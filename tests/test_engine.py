@@ -280,9 +280,6 @@ def test_a_batch_size_that_changes_bits_is_not_used(tmp_path: Path, restless: No
         shapes = Shapes(16)
         shapes.probe(target, clean)
         assert ([shapes.fit(rows) for rows in (12, 15)], shapes.placeless) == (fits, placeless)
-    coarse = Shapes(16, coarse=True)
-    coarse.probe(plain, clean)
-    assert [coarse.fit(rows) for rows in (1, 2, 3, 5, 8, 9, 16)] == [1, 2, 4, 8, 8, 16, 16]
 
     folders = [tmp_path / "whole", tmp_path / "cut"]
     for folder in folders:
@@ -293,6 +290,24 @@ def test_a_batch_size_that_changes_bits_is_not_used(tmp_path: Path, restless: No
                 cut_engine(case, 50).run(case.stages(), Store(folder))
         case.execute(folder, case.stages())
     assert files(folders[0]) == files(folders[1])
+
+
+class Pixels(nn.Module):
+    """Logits that are pixels: no kernel can round them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :10]
+
+
+def test_sizes_of_batches() -> None:
+    clean = samples(net()).fetch(torch.arange(40))
+    for coarse, rows, sizes in (
+        (False, (1, 2, 3, 15, 17, 31, 33, 39), [2, 2, 4, 16, 18, 32, 36, 40]),
+        (True, (1, 2, 3, 5, 8, 9, 17, 33), [1, 2, 4, 8, 8, 16, 32, 40]),
+    ):
+        shapes = Shapes(40, coarse)
+        shapes.probe(Pixels(), clean)
+        assert [shapes.fit(number) for number in rows] == sizes
 
 
 SCRIPT = """

@@ -114,13 +114,14 @@ def test_gradients_of_all_kinds_of_convolutions(how: dict, turned: bool) -> None
 
 
 class Counting(nn.Linear):
-    """Rounds by the number of rows: always, or only where they are few."""
+    """Rounds by the number of rows, always or only where they are few, and by nothing else."""
 
     always = False
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
-        return super().forward(x) * (1 + 1e-6 * rows * (self.always or rows < FEW))
+        out = (x[..., None, :] * self.weight).sum(-1) + self.bias
+        return out * (1 + 1e-6 * rows * (self.always or rows < FEW))
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -136,7 +137,9 @@ def test_rows_of_a_linear_layer_do_not_depend_on_their_number(always: bool) -> N
         rows = torch.Size(shape).numel()
         some = x[:rows].reshape(*shape, 12).requires_grad_()
         out = form(some)
-        assert out.shape == (*shape, 7) and torch.equal(out.reshape(rows, 7), whole[:rows])
+        assert out.shape == (*shape, 7)
+        assert always or torch.equal(out.reshape(rows, 7), whole[:rows])
+        torch.testing.assert_close(out.reshape(rows, 7), whole[:rows])
         (slope,) = torch.autograd.grad(out.sum(), some)
         torch.testing.assert_close(slope, layer.weight.sum(0).expand(*shape, 12))
     torch.testing.assert_close(whole, nn.functional.linear(x, layer.weight, layer.bias))

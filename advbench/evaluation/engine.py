@@ -219,7 +219,7 @@ class Engine:
                 if not out_of_memory(problem):
                     raise
                 raise no_room(len(batch.x)) from problem
-        self.shapes = Shapes(self.shapes.largest, self.shapes.coarse)
+        self.shapes.forget()
         while True:
             clean = self.samples.fetch(self.samples.ids[: self.shapes.largest])
             try:

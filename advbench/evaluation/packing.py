@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 SUMS = (operator.add, operator.iadd, torch.add)
 RELUS = (torch.relu, torch.relu_, F.relu)
-FEW, MANY = 16, 256  # rows
+FEW, MANY = 16, 256  # rows: where kernels change, and a full batch
 How = tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
 
 

@@ -96,7 +96,8 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
         for candidate in candidates:
             laid = candidate.to(memory_format=layout)
             few = clean.x.contiguous(memory_format=layout)
-            for copied in (*(_packed(laid, few) if free and speed == Speed() else ()), laid):
+            quicker = _packed(laid, few) if free and speed == Speed() else []
+            for copied in (*quicker, laid):
                 # Compared in float32: bf16 differs by more than a wrong fold would.
                 exact = Searcher(copied, Speed(), clean.x.device, layout)
                 if not _agree(model, exact, clean, stochastic):
@@ -171,15 +172,19 @@ class Shapes:
 
     A row's answer could depend on the batch: on its size, through the kernel that is chosen for it,
     and on the row's place. So every batch is filled up to one of a few sizes, no more than about an
-    eighth larger, and a size is used only if the model gives the same bits there as at the largest.
-    ``placeless`` says whether a row's place changes nothing either; if it does, the largest is the
-    only size.
+    eighth, or one row, larger, and a size is used only if the model gives the same bits there as at
+    the largest. ``placeless`` says whether a row's place changes nothing either; if it does, the
+    largest is the only size.
 
     coarse: powers of two alone, for a model that is compiled anew for each size.
     """
 
     def __init__(self, largest: int, coarse: bool = False) -> None:
         self.largest, self.coarse = largest, coarse
+        self.forget()
+
+    def forget(self) -> None:
+        """What was found out was of another model, or of another size."""
         self.placeless = False
         self._usable: dict[int, bool] = {}
         self._try: Callable[[int], bool] = lambda size: False
@@ -201,7 +206,7 @@ class Shapes:
         if self.largest == 1:
             raise UserError("the memory of the device does not hold a single image's attack")
         self.largest //= 2
-        self._usable, self._try = {}, lambda size: False  # what was found out was of another size
+        self.forget()
 
     def probe(self, model: nn.Module, clean: Clean) -> None:
         """Find out what ``model`` is indifferent to. clean: ``largest`` rows, or fewer."""

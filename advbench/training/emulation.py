@@ -17,8 +17,8 @@ class Widened(TorchDispatchMode):
     """Inside, convolutions of bfloat16 numbers, and their gradients, run on float32's kernels.
 
     The numbers stay rounded to bfloat16, and so do the results. In between, hardware with bfloat16
-    multiplies exactly and sums in float32, and so does this; oneDNN's emulation does it too, in two
-    to three times as long.
+    multiplies exactly and sums in float32, and so does this; oneDNN's emulation does it too, and
+    takes twice as long.
     """
 
     def __torch_dispatch__(

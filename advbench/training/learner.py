@@ -63,7 +63,7 @@ class Learner:
             torch.autocast(fabric.device.type, torch.bfloat16, enabled=narrow)
             for narrow in (mixed, mixed and not emulated)
         )
-        # A compiler would see the emulation and no convolutions.
+        # Inside such a mode compiled code is passed over.
         widen = emulated and fabric.device.type == "cpu" and settings.compile is None
         self.widened = Widened() if widen else nullcontext()
         if emulated:

@@ -1,5 +1,5 @@
 import sys
 
-from advbench.cli import main
+from advbench.cli.main import main
 
 sys.exit(main())

@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advbench import config, models, runs
+from advbench import config
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.arrays import array_split
 from advbench.defenses.base import Defense, Surrogate, Traits, surrogates_of
 from advbench.errors import UserError
-from advbench.evaluation.budget import seconds
-from advbench.evaluation.evaluate import Evaluation
+from advbench.evaluation.deadline import seconds
+from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
 from advbench.evaluation.search import Watch
-from advbench.results import Results
+from advbench.experiments import models
+from advbench.runs import directory
+from advbench.runs.results import Results
 
 
 def load(run: str | Path) -> Classifier:
@@ -109,7 +111,7 @@ def evaluate(
     most = None if budget is None else seconds(budget)
     if folder is None:
         return evaluation.execute(None, stages, watch, budget=most)
-    if runs.kind_in(Path(folder)) == "train":
+    if directory.kind_in(Path(folder)) == "train":
         raise UserError(f"'{folder}' holds a training run: give another folder")
-    with runs.occupied(Path(folder)):
+    with directory.occupied(Path(folder)):
         return evaluation.execute(Path(folder), stages, watch, budget=most)

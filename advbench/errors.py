@@ -28,3 +28,9 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; there is: {', '.join(names)}" if 0 < len(names) <= 20 else ""
+
+
+def describe(problem: BaseException) -> str:
+    """An exception of somebody else's code in one line."""
+    text = " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from advbench import config
 from advbench.evaluation.samples import subset
 from advbench.evaluation.store import Records, Store, clear_journal
-from advbench.results import Accuracy, Results, StageResult
+from advbench.runs.results import Accuracy, Results, StageResult
 
 N, WRONG, LOST = 40, 2, 10
 """Images of digits; those misclassified at once, and those lost to each of two stages."""

@@ -17,12 +17,16 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from advbench import console, shell
-from advbench.cli import main
-from advbench.console import Bar, EvaluationView, Meter, Screen, TrainingView, duration, number
+from advbench import console
+from advbench.cli import list_runs, options
+from advbench.cli.main import main
+from advbench.config.words import setting
+from advbench.console import Bar, Meter, Screen
 from advbench.errors import UserError
-from advbench.report import catalogue, inventory, outcome
-from advbench.results import Accuracy, Results, StageResult
+from advbench.experiments import outcome
+from advbench.experiments.views import EvaluationView, TrainingView
+from advbench.runs.results import Accuracy, Results, StageResult
+from advbench.text import duration, number
 from advbench.training.summary import Summary
 
 FAST = ["trainer.epochs=1", "recipe=standard", "trainer.val_steps=1", "data.val=40"]
@@ -318,7 +322,7 @@ def test_the_states_of_runs(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     Path("other").mkdir()
     Path("other/config.yaml").write_text("just: a file\n")
     with FileLock("busy/.lock"):
-        found = {str(run.folder): run for run in inventory.find([Path(".")])}
+        found = {str(run.folder): run for run in list_runs.find([Path(".")])}
     assert len(found) == 9
     states = {name: (run.kind, run.state) for name, run in found.items()}
     assert states == {
@@ -354,12 +358,12 @@ def test_what_goes_on_is_what_the_list_says(
     Path("own.py").write_text(code)
     names = ("a b", "seed=1,recipe=standard", "it's [one]")
     for name in names:
-        home = shell.setting("hydra.run.dir", name)
+        home = setting("hydra.run.dir", name)
         assert main(["train", *FAST, "plugins=[plug.py]", home]) == 0
         Path(f"{name}/summary.json").unlink()
     model = ["model=own.py:build", "data=digits", "threat=linf_8", *EVAL, "protocol.steps=3000"]
     assert main(["eval", *model, "budget=0.1s", "hydra.run.dir=late"]) == 0
-    found = {str(run.folder): run for run in inventory.find([Path(".")])}
+    found = {str(run.folder): run for run in list_runs.find([Path(".")])}
     assert {run.state for run in found.values()} == {"interrupted"}
     assert "stage" in found["late"].where or found["late"].where == "at the start"
     for name, run in found.items():
@@ -397,14 +401,14 @@ def test_no_name_is_folded(
     """A name can be copied from the list, and what is in a file steers no terminal."""
     monkeypatch.chdir(tmp_path)
     shown = Console(width=width, force_terminal=True, color_system=None, highlight=False)
-    monkeypatch.setattr(inventory, "table_console", lambda: shown)
+    monkeypatch.setattr(list_runs, "table_console", lambda: shown)
     name = f"{'long-' * 20}run"
     for kept in ("epochs: 3", 'epochs: "\\e[31m"'):
         folder = Path(kept[:9]) / name
         folder.mkdir(parents=True)
         choices = "choices: {data: '[red]digits', recipe: standard}"
         (folder / "config.yaml").write_text(f"recipe: {{}}\ntrainer: {{{kept}}}\n{choices}\n")
-    inventory.show([Path(".")])
+    list_runs.show([Path(".")])
     said = capsys.readouterr().out
     assert said.count(f"/{name}") == 4 and "\x1b" not in said  # in the list, and to go on
     assert said.count("[red]digits own own standard") == 2 and ("state" in said) == (width == 300)
@@ -413,10 +417,10 @@ def test_no_name_is_folded(
 def test_no_runs_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="there is no 'outputs': make a run with 'advbench train'"):
-        inventory.find([Path("outputs")])
+        list_runs.find([Path("outputs")])
     Path("empty").mkdir()
     with pytest.raises(UserError, match="there are no runs in empty"):
-        inventory.find([Path("empty")])
+        list_runs.find([Path("empty")])
     assert main(["list", "backbones", "empty"]) == 2
 
 
@@ -436,9 +440,9 @@ def test_a_mistake_is_kept_in_the_log_of_its_run(place: Path) -> None:
 
 def test_descriptions_are_whole_sentences_that_fit() -> None:
     seen = 0
-    for group in catalogue.GROUPS:
-        for name, file in catalogue.config.options(group).items():
-            _, description = catalogue.header(file.read_text(encoding="utf-8"))
+    for group in options.GROUPS:
+        for name, file in options.config.options(group).items():
+            _, description = options.header(file.read_text(encoding="utf-8"))
             assert len(description) <= 101, f"{group}/{name}"
             assert not description.endswith((":", ",", "with it")), f"{group}/{name}"
             seen += 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advbench.errors import UserError, did_you_mean
-from advbench.results import threat_name
+from advbench.text import threat_name
 
 NORMS = ("linf", "l2", "l1")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from advbench import shell
+from advbench.config.words import word
 from advbench.data.base import Part, Source
 from advbench.data.stream import ImageFiles, StreamSplit
 from advbench.errors import UserError, did_you_mean
@@ -149,6 +149,6 @@ class ImageNetSource(FolderSource):
             raise UserError(
                 f"'{folder}' has {len(names)} class folders, not the 1000 of imagenet: "
                 "complete it, or read it as it is with data=imagefolder "
-                f"{shell.word('data.root', str(self.root))}"
+                f"{word('data.root', str(self.root))}"
             )
         return names

@@ -11,7 +11,8 @@ from advbench.attacks.base import Attack
 from advbench.attacks.square import Square
 from advbench.defenses.base import Surrogate
 from advbench.errors import UserError
-from advbench.evaluation.protocol import WHY, Protocol, Stage, Subject, autoattack, why
+from advbench.evaluation.protocol import Protocol, Stage, Subject
+from advbench.evaluation.protocols import WHY, autoattack, why
 
 Surrogates = Mapping[str, Surrogate]
 

@@ -20,14 +20,15 @@ from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate, Traits
 from advbench.devices import keep_freed_memory, out_of_memory
 from advbench.errors import UserError
-from advbench.evaluation.joint import JointSearch, no_room
-from advbench.evaluation.ledger import Ledger
-from advbench.evaluation.probe import are_shares
+from advbench.evaluation.batch_sizes import Shapes
+from advbench.evaluation.checks import are_shares
+from advbench.evaluation.fast_model import Searcher, Speed, searcher
+from advbench.evaluation.joint_search import JointSearch, no_room
 from advbench.evaluation.protocol import Stage
-from advbench.evaluation.reuse import Archive
 from advbench.evaluation.samples import Samples, fixed_batches
 from advbench.evaluation.search import Search, Watch
-from advbench.evaluation.searcher import Searcher, Shapes, Speed, searcher
+from advbench.evaluation.stage_cache import Archive
+from advbench.evaluation.stage_state import Ledger
 from advbench.evaluation.store import Records, Store
 
 CLEAN = "clean"

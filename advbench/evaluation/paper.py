@@ -10,7 +10,8 @@ from typing import ClassVar
 from advbench.attacks.ifgsm import IFGSM
 from advbench.attacks.threat import pixels
 from advbench.errors import UserError
-from advbench.evaluation.protocol import PGDProtocol, Protocol, Stage, Subject
+from advbench.evaluation.protocol import Protocol, Stage, Subject
+from advbench.evaluation.protocols import PGDProtocol
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 
 from advbench.devices import asking_for
 from advbench.errors import UserError
-from advbench.evaluation.searcher import Speed
+from advbench.evaluation.fast_model import Speed
 
 ROOM = {"cpu": 2e5, "cuda": 8e6}
 """Values of images in a batch at which a device is busy, by trial on small and large nets."""

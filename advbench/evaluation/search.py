@@ -31,11 +31,11 @@ from advbench.attacks.referee import Referee, finite
 from advbench.attacks.threat import Threat
 from advbench.devices import out_of_memory
 from advbench.errors import UserError
-from advbench.evaluation.forecast import Forecast
-from advbench.evaluation.ledger import Ledger
+from advbench.evaluation.batch_sizes import Shapes
+from advbench.evaluation.eta import Forecast
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.searcher import Shapes
+from advbench.evaluation.stage_state import Ledger
 from advbench.evaluation.store import Store
 
 NO_GRADIENT = (

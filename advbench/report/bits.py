@@ -9,11 +9,6 @@ from advbench.report.conditions import text_of
 from advbench.report.markup import Child, Markup, el
 
 
-def count(number: int, noun: str) -> str:
-    """Such as 1 image, 2 images."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def chips(entry: Entry, varied: Sequence[str]) -> list[Markup]:
     """What sets an evaluation apart from its neighbours."""
     settings = entry.results.settings

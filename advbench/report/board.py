@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from advbench.console import duration
 from advbench.report import collection
-from advbench.report.bits import chip, chips, count, joined, percent, verdict
+from advbench.report.bits import chip, chips, joined, percent, verdict
 from advbench.report.collection import UNKNOWN, Entry, Group, Mean
 from advbench.report.conditions import Wording, is_weak, text_of
 from advbench.report.leaderboard import READING_CLEAN, READING_SEEDS, READING_WEAK, rank
 from advbench.report.markup import Markup, el
+from advbench.text import count, duration
 
 COLUMNS = (
     ("model", "Model", "text"),

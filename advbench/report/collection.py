@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advbench import config
-from advbench.console import printable
 from advbench.errors import UserError
-from advbench.results import RESULTS, Accuracy, Results, threat_name, wilson
-from advbench.runs import CONFIG
+from advbench.runs.directory import CONFIG
+from advbench.runs.results import RESULTS, Accuracy, Results, wilson
+from advbench.text import printable, threat_name
 
 if TYPE_CHECKING:  # a table does not need them, and importing torch takes seconds
     from advbench.evaluation.store import Records
@@ -129,11 +129,12 @@ class Entry:
         """Whether a training has the settings that the results name: of two of one name it may be
         the other. What the evaluation chose of the defense counts as little as runs it began from.
         """
-        from advbench import config, subjects
+        from advbench import config
+        from advbench.runs import settings
 
         try:
             trained = config.read(run / CONFIG)
-            own = subjects.settings_of(trained, trained.defense)
+            own = settings.settings_of(trained, trained.defense)
         except (UserError, AttributeError, KeyError, TypeError, ValueError):
             return False  # something else lives there
         told, defense = self.results.settings, self.config.get("defense")
@@ -142,7 +143,7 @@ class Entry:
 
         def open_to(key: str) -> bool:
             word = key.rpartition(".")[2]  # other runs were looked up from elsewhere
-            return word in subjects.RUNS or (key.startswith("defense") and word in chosen)
+            return word in settings.RUNS or (key.startswith("defense") and word in chosen)
 
         return {"backbone", "recipe", SEED} <= told.keys() and all(
             told.get(key, value) == value or open_to(key) for key, value in own.items()

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advbench.console import printable
 from advbench.errors import UserError
 from advbench.report.collection import NAMES, UNKNOWN, Entry, Group, find
 from advbench.report.conditions import Wording, differences
-from advbench.results import Z95
+from advbench.runs.results import Z95
+from advbench.text import printable
 
 if TYPE_CHECKING:  # records are read with torch, which takes seconds to import
     from advbench.report.evidence import Evidence

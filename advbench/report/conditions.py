@@ -9,7 +9,7 @@ from typing import Any
 from advbench import config
 from advbench.errors import UserError
 from advbench.report.collection import UNKNOWN, Entry, Group
-from advbench.results import Results
+from advbench.runs.results import Results
 
 STRONG = ("adaptive", "msa", "autoattack")
 """Protocols that stand for themselves, the strongest first."""

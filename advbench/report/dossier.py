@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from advbench import runs
 from advbench.errors import UserError
 from advbench.report import plots
 from advbench.report.collection import Entry
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
+from advbench.runs import directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +124,7 @@ def read(entry: Entry, library: Library) -> Dossier:
     """Read everything there is. Never raises for files that are missing, damaged or strange."""
     found = Dossier(entry)
     try:
-        runs.refuse_links(entry.folder)
+        directory.refuse_links(entry.folder)
         records = entry.records
     except UserError as problem:
         found.notes.append(f"No figures from single images: {problem}.")
@@ -151,9 +151,9 @@ def _read_training(found: Dossier) -> None:
     if folder is None:
         return
     try:
-        runs.refuse_links(folder)
+        directory.refuse_links(folder)
         found.learning = read_metrics(folder / "metrics.csv")
-        found.best = _best_epoch(folder / runs.SUMMARY)
+        found.best = _best_epoch(folder / directory.SUMMARY)
     except (UserError, OSError) as problem:
         found.notes.append(f"No learning curves: {problem}.")
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from advbench.console import printable
 from advbench.errors import UserError, did_you_mean
 from advbench.report.collection import NAMES, Group, Mean, varying
 from advbench.report.leaderboard import Board, Sheet, value_of
+from advbench.text import printable
 
 SCHEMA = "advbench.report/1"
 SUFFIXES = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "latex"}

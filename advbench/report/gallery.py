@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 
 from advbench import config
 from advbench.errors import UserError
-from advbench.report.collection import CONFIG, Entry
-from advbench.report.evidence import CLEAN
+from advbench.report.collection import Entry
+from advbench.report.style import CLEAN
+from advbench.runs.directory import CONFIG
 
 if TYPE_CHECKING:
     from advbench.data.base import Split

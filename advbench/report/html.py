@@ -16,12 +16,12 @@ from pathlib import Path
 from advbench.errors import UserError
 from advbench.files import write_text
 from advbench.report import collection, gallery, sheet, together
-from advbench.report.bits import count
 from advbench.report.board import leaderboard
 from advbench.report.collection import Entry
 from advbench.report.markup import Markup, el
 from advbench.report.sheet import Figures
 from advbench.report.style import style
+from advbench.text import count
 
 MOST_FIGURES = 20
 """Evaluations with figures; drawing takes a second for each."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advbench.console import duration
 from advbench.errors import UserError, did_you_mean
 from advbench.report.collection import NAMES, SEED, UNKNOWN, Entry, Group, Mean, varying
 from advbench.report.conditions import (
@@ -19,6 +18,7 @@ from advbench.report.conditions import (
     place,
     text_of,
 )
+from advbench.text import duration
 
 FEWEST = 3
 """Rows of one model that make a table of their own beside a leaderboard."""

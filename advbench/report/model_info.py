@@ -12,12 +12,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from advbench.console import printable
 from advbench.errors import UserError
 from advbench.files import write_json
 from advbench.report.collection import UNKNOWN
 from advbench.report.conditions import text_of, unusual
-from advbench.results import RESULTS, Results
+from advbench.runs.results import RESULTS, Results
+from advbench.text import printable
 
 TO_FILL = ("link", "name", "authors", "additional_data", "venue", "reported")
 THREATS = {"linf": "Linf", "l2": "L2"}

@@ -25,7 +25,7 @@ from advbench.report.style import (
     ROBUST,
     SERIES,
 )
-from advbench.results import Accuracy, Results, StageResult
+from advbench.runs.results import Accuracy, Results, StageResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

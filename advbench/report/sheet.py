@@ -9,15 +9,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from advbench import config
-from advbench.console import duration
 from advbench.errors import UserError
-from advbench.report import collection, commands, dossier, gallery, svg
+from advbench.report import collection, dossier, gallery, svg
 from advbench.report.bits import chips, joined, percent, verdict
 from advbench.report.collection import Entry
 from advbench.report.conditions import protocol_of, text_of
 from advbench.report.dossier import Dossier, Plate
 from advbench.report.markup import Child, Markup, el
-from advbench.report.outcome import MEASURES
+from advbench.runs.command import command
+from advbench.runs.results import MEASURES
+from advbench.text import duration
 
 BUDGET = 3_500_000
 """Bytes of figures and images in a page."""
@@ -241,7 +242,7 @@ def _reproduce(entry: Entry, configs: bool) -> Markup:
         if not kept:
             continue
         try:
-            parts.append(_copyable(f"{what}", commands.command(kept)))
+            parts.append(_copyable(f"{what}", command(kept)))
         except UserError as problem:
             parts.append(el("p", f"{what}: {problem}.", class_="note"))
         if configs:

@@ -9,10 +9,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from advbench.console import printable, table_console
+from advbench.console import table_console
 from advbench.report.collection import UNKNOWN
 from advbench.report.formats import notes_of
 from advbench.report.leaderboard import COSTS, Board, Sheet
+from advbench.text import printable
 
 GAP = 3
 """Blanks between two columns."""

@@ -16,6 +16,7 @@ from advbench.defenses.base import Defense
 from advbench.devices import emulates_bf16
 from advbench.errors import UserError
 from advbench.recipes.base import Recipe
+from advbench.training.attack_model import Target, target
 from advbench.training.averaging import Average
 from advbench.training.compilation import compiled
 from advbench.training.emulation import Widened
@@ -25,7 +26,6 @@ from advbench.training.randomness import derive
 from advbench.training.settings import Settings
 from advbench.training.step import TrainingStep
 from advbench.training.syncnorm import synchronise
-from advbench.training.target import Target, target
 
 
 class Learner:

@@ -32,10 +32,11 @@ from typing import Any
 import torch
 from shared import advbench, cell, upstream
 
-from advbench import config, subjects
+from advbench import config
 from advbench.attacks.threat import Threat
 from advbench.evaluation.samples import subset
-from advbench.results import Accuracy, Results
+from advbench.experiments.subject import candidate
+from advbench.runs.results import Accuracy, Results
 
 BATCH = 100
 
@@ -101,7 +102,7 @@ def naive(run: Path, overrides: str, n: int, seed: int, out: Path) -> None:
     cfg = evaluation_config(run, overrides)
     trained = config.read(run / "config.yaml")
     splits = config.build(trained.data, "data")
-    subject = subjects.candidate(cfg, trained, (), splits, torch.device("cpu"))
+    subject = candidate(cfg, trained, (), splits, torch.device("cpu"))
     model = subject.model.requires_grad_(False)
     threat: Threat = config.build(trained.threat, "threat")
     x, y = splits.test.fetch(subset(len(splits.test), n), torch.device("cpu"))

@@ -33,14 +33,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import advbench
-from advbench import config, models
+from advbench import config
 from advbench.attacks.base import Clean, Counted, attackable
 from advbench.attacks.threat import Threat
 from advbench.config import inherit
-from advbench.evaluation.protocol import AutoAttackProtocol
+from advbench.evaluation.fast_model import Speed, ask, searcher
+from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import subset
-from advbench.evaluation.searcher import Speed, ask, searcher
+from advbench.experiments import models
 
 TOOLS = ("fast", "fast-bf16", "pyautoattack", "torchattacks")
 

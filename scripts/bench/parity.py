@@ -37,12 +37,13 @@ from shared import MEMBERS, upstream
 from torch import Tensor
 
 import advbench
-from advbench import config, models
+from advbench import config
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
-from advbench.evaluation.protocol import AutoAttackProtocol
+from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.samples import subset
 from advbench.evaluation.store import read_samples
+from advbench.experiments import models
 
 SUITE = "suite"
 ENGINES = ("reference", "fast")

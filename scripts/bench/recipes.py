@@ -24,7 +24,7 @@ from pathlib import Path
 from shared import advbench, cell
 
 from advbench.files import short_hash
-from advbench.results import Results
+from advbench.runs.results import Results
 from advbench.training.summary import Summary
 
 TEACHERS = ("pgd_at", "standard")

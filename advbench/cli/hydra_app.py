@@ -1,0 +1,187 @@
+"""``train`` and ``eval``: Hydra applications on the packaged configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from advbench.cli import explain
+from advbench.errors import UserError, did_you_mean
+
+QUIET = ("-q", "--quiet")
+
+
+DIRECTORIES = ("hydra.run.dir=", "hydra.sweep.dir=")
+
+
+def run(verb: str, rest: list[str]) -> int:
+    """Hand the verb's settings to Hydra, which calls the task once per job."""
+    import hydra
+
+    from advbench import config
+    from advbench.cli.multirun import Task, refuse_search, with_presets
+    from advbench.cli.searchpath import own_first
+
+    config.register()
+    own_first(rest)
+    given = sys.argv
+    quiet = any(word in QUIET for word in rest)
+    words = [word for word in rest if word not in QUIET]  # not a word of Hydra's
+    _check_options(verb, words)
+    refuse_search(verb, words)
+    job = partial(_job, verb, there=_existing(verb, words), quiet=quiet)
+    task = Task(job, [given[0], verb, *rest])
+    sys.argv = [f"advbench {verb}", *with_presets(words)]
+    application = hydra.main(
+        version_base="1.3", config_path="pkg://advbench.configs", config_name=verb
+    )
+    try:
+        application(task)()
+        return task.settle()
+    except Exception as problem:
+        return task.settle(problem)
+    finally:
+        sys.argv = given
+        task.close()
+
+
+def _check_options(verb: str, words: list[str]) -> None:
+    """Raise UserError for what Hydra's own parser would answer with its usage."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> Any:
+        raise UserError(f"{message} (advbench {verb} --help)")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    given = parser.parse_args(words)
+    if given.multirun and given.cfg:
+        raise UserError("--cfg shows the config of one run: leave out -m, with one value per key")
+
+
+def _existing(verb: str, rest: list[str]) -> set[Path]:
+    """Which directories on the way to the runs there are, before Hydra makes the others."""
+    from advbench.runs import directory
+
+    said = [word.partition("=")[2] for word in rest if word.startswith(DIRECTORIES)]
+    wanted = [Path(name).absolute() for name in (*said, directory.OUTPUTS / verb)]
+    return {path for name in wanted for path in (name, *name.parents) if path.exists()}
+
+
+def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float | None]:
+    """Returns the exit code, and what a search maximises."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from advbench import config
+    from advbench.console import Screen
+    from advbench.experiments.evaluate import evaluate
+    from advbench.experiments.home import Home
+    from advbench.experiments.train import score, train
+    from advbench.runs import directory
+
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        exact = hydra_cfg.sweep.subdir != "."
+    else:
+        exact = Path(hydra_cfg.run.dir) != directory.OUTPUTS / verb
+    with suppress(ValueError):
+        folder = folder.relative_to(Path.cwd())
+    home, screen = Home(folder, exact), Screen(quiet=quiet)
+    with _tidy(folder, there), _noted(screen):
+        _check_overrides(verb, cfg, hydra_cfg)
+        plugins = config.load_plugins(cfg.plugins)
+        if verb == "train":
+            folder = train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
+            return 0, score(folder)
+        results = evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
+    return _strictly(results.verdict["label"]) if cfg.strict else 0, None
+
+
+def _strictly(label: str | None) -> int:
+    """The exit code by the verdict: 3 if it is unreliable, or was not computed, which is said."""
+    from advbench.devices import is_first
+
+    if not is_first():  # one process speaks for the run; Fabric takes an exit code for a crash
+        return 0
+    if label is None:
+        print("advbench: strict=true: no verdict on the reliability was computed", file=sys.stderr)
+    return 3 if label in (None, "unreliable") else 0
+
+
+def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
+    """Raise UserError for settings that may not stand where they stand, or would be ignored."""
+    from hydra.types import RunMode
+
+    from advbench.config import SCHEMAS
+
+    keys = [field.name for field in dataclasses.fields(SCHEMAS[verb])]
+    for added in sorted({str(key) for key in cfg} - {*keys}):  # with +KEY=VALUE
+        raise UserError(f"no key '{added}'{did_you_mean(added, keys)}")
+    named = {override.partition("=")[0].lstrip("+") for override in hydra_cfg.overrides.task}
+    if cfg.plugins and "plugins" not in named:
+        raise UserError("plugins=[FILE.py] runs code, so it may be given on the command line only")
+    if not -(2**63) <= cfg.seed < 2**63:
+        raise UserError(f"seed={cfg.seed} is too large: take a whole number below 2**63")
+    if "threat.norm" in named and not named & {"threat", "threat.eps"}:
+        raise UserError("another norm has other lengths: give threat.eps=... as well")
+    if hydra_cfg.mode == RunMode.MULTIRUN and any(
+        override.startswith("hydra.run.dir=") for override in hydra_cfg.overrides.hydra
+    ):
+        raise UserError("hydra.run.dir is for one run; with -m say where with hydra.sweep.dir=DIR")
+    heeded = {"resume", "plugins", "strict", "model", "weights", "budget", "logger"}
+    ignored = {name for name in named if name.partition(".")[0] not in heeded}
+    if cfg.resume is not None and ignored:
+        raise UserError(
+            f"resume={cfg.resume} takes its settings from the run: leave out "
+            f"{', '.join(sorted(ignored))}"
+        )
+
+
+@contextmanager
+def _tidy(folder: Path, there: set[Path]) -> Any:
+    """A mistake leaves no empty directories behind that were not there before."""
+    try:
+        yield
+    except UserError:
+        home = folder.absolute()
+        if home not in there and [path.name for path in home.glob("*")] == ["multirun.yaml"]:
+            (home / "multirun.yaml").unlink()  # Hydra's note of a sweep that came to nothing
+        for empty in (home, *home.parents):
+            if empty in there:
+                break
+            try:
+                empty.rmdir()
+            except OSError:
+                break
+        raise
+
+
+@contextmanager
+def _noted(screen: Any) -> Any:
+    """A mistake that ends a run is in its log too."""
+    try:
+        yield
+    except Exception as problem:
+        screen.failed(explain.of(problem) or type(problem).__name__)
+        raise
+
+
+def complete(arguments: list[str], verbs: list[str]) -> int:
+    """Shell completion: ours for the verb, Hydra's for the settings."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    verb = words[1] if len(words) > 1 else ""
+    if any(word.startswith("query=") for word in arguments):
+        if verb not in ("train", "eval") or (len(words) == 2 and not line.endswith(" ")):
+            print(" ".join(v for v in verbs if v.startswith(verb)) if len(words) < 3 else "")
+            return 0
+        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)
+        return run(verb, arguments)
+    return run("train", arguments)

@@ -1,0 +1,265 @@
+"""Which runs there are and how far each is. Reads small files only, and imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import yaml
+from filelock import FileLock, Timeout
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from advbench.console import FAILED, WIDE, table_console
+from advbench.errors import UserError
+from advbench.runs import directory
+from advbench.runs.results import RESULTS, Results
+from advbench.text import printable
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
+STYLES = {"finished": "green", "at work": "cyan", "failed": "red", "damaged": "red"}
+STAMP = len("2026-01-01 00:00:00 ")  # before each line of a log
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as a list shows it.
+
+    kind: train or eval.  state: finished, at work, failed, interrupted or damaged.  where: how far
+    it came, or what is wrong.  robust: its robust accuracy in words.  changed: when it last was.
+    resume: what goes on with it; empty where there is nothing to do.
+    """
+
+    folder: Path
+    kind: str
+    state: str
+    where: str
+    what: str
+    robust: str
+    changed: float
+    resume: str
+
+
+def find(paths: Sequence[Path]) -> list[Run]:
+    """All runs below the paths, the newest last.
+
+    Raises UserError for a missing path, and where there is none.
+    """
+    found: dict[Path, Run] = {}
+    for path in paths:
+        if not path.exists():
+            hint = ": make a run with 'advbench train'" if path == directory.OUTPUTS else ""
+            raise UserError(f"there is no '{path}'{hint}")
+        for folder in _folders(path):
+            if folder.resolve() not in found and (run := look(folder)) is not None:
+                found[folder.resolve()] = run
+    if not found:
+        where = ", ".join(map(str, paths))
+        raise UserError(f"there are no runs in {where}: make one with 'advbench train'")
+    return sorted(found.values(), key=lambda run: (run.changed, str(run.folder)))
+
+
+def look(folder: Path) -> Run | None:
+    """The run in a directory; None if there is none."""
+    try:
+        with (folder / directory.CONFIG).open("rb") as file:
+            cfg = yaml.load(file, Loader=LOADER)
+    except (OSError, yaml.YAMLError):
+        return None
+    if not isinstance(cfg, dict) or not isinstance(cfg.get("choices"), dict):
+        return None
+    kind = directory.kind_of(cfg)
+    if kind is None:
+        return None
+    try:
+        return _training(folder, cfg) if kind == "train" else _evaluation(folder, cfg)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        why = str(problem) if isinstance(problem, UserError) else "its files are not of one run"
+        return Run(folder, kind, "damaged", why, "", "-", folder.stat().st_mtime, "")
+
+
+def show(paths: Sequence[Path]) -> None:
+    """Print a table of the runs, and what goes on with those that did not finish.
+
+    A terminal that is too narrow for it gets three lines for each run, so that no name is folded.
+    """
+    console = table_console()
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("state", "kind", "when", "robust", "what", "run"):
+        table.add_column(column, no_wrap=True)
+    everything = find(paths)
+    rows = [_row(run) for run in everything]
+    for row in rows:
+        table.add_row(*row)
+    wanted = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
+    if wanted <= console.width:
+        console.print(table)
+    else:
+        for state, kind, when, robust, what, name in rows:
+            more = (Text("  ") + what, Text("  ") + name)
+            console.print(
+                Text("  ").join((state, kind, when, robust)), *more, sep="\n", soft_wrap=True
+            )
+    open_runs = [run for run in everything if run.resume]
+    if open_runs:
+        console.print("\nto go on:", style="dim")
+        for run in open_runs:
+            console.print(f"  {printable(run.resume)}", markup=False, soft_wrap=True)
+
+
+def _row(run: Run) -> tuple[Text, ...]:
+    """State, kind, when, robust, what and name."""
+    state = Text(run.state, STYLES.get(run.state, "yellow"))
+    if run.where:
+        state.append(f" {printable(run.where)}", "dim")
+    when = datetime.fromtimestamp(run.changed).strftime("%Y-%m-%d %H:%M")
+    words = (run.kind, when, run.robust, run.what, str(run.folder))
+    return state, *(Text(printable(word)) for word in words)
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    for name, folders, files in os.walk(path):
+        folders[:] = [f for f in folders if f != "journal" and not f.startswith(".")]
+        if directory.CONFIG in files:
+            yield Path(name)
+
+
+def _training(folder: Path, cfg: Mapping[str, Any]) -> Run:
+    summary = _json(folder / directory.SUMMARY)
+    rows = _rows(folder / "metrics.csv")
+    epochs = (cfg.get("trainer") or {}).get("epochs")
+    robust = "-"
+    if summary is not None:
+        value = (summary.get("val") or {}).get("robust")
+        robust = "-" if value is None else f"{100 * value:.1f} (val)"
+    elif rows and rows[-1].get("val_robust"):
+        robust = f"{100 * float(rows[-1]['val_robust']):.1f} (val)"
+    names = [_choice(cfg, group) for group in ("data", "backbone", "defense", "recipe")]
+    return _run(
+        folder,
+        cfg,
+        kind="train",
+        finished=summary is not None,
+        where=f"after epoch {len(rows)} of {epochs}",
+        what=" ".join(name for name in names if name != "none"),
+        robust=robust,
+        files=(directory.SUMMARY, "metrics.csv", "resume.pt", directory.CONFIG),
+    )
+
+
+def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
+    results, robust, n = None, "-", ""
+    if (folder / RESULTS).is_file():
+        results = Results.load(folder / RESULTS)
+        if results.attacked:
+            low, high = (100 * end for end in results.robust.ci95)
+            robust = f"{100 * results.robust.acc:.1f} [{low:.1f}, {high:.1f}]"
+        n = f", n = {results.data['n']}"
+    finished = results is not None and not results.missing
+    of = Path(cfg.get("run") or cfg.get("model") or "?").name
+    return _run(
+        folder,
+        cfg,
+        kind="eval",
+        finished=finished,
+        where="" if finished else _stage(folder),
+        what=f"{_choice(cfg, 'protocol')} of {of}{n}",
+        robust=robust if finished or results is None else f"<= {robust}",
+        files=(RESULTS, "journal", "plan.json", directory.CONFIG),
+    )
+
+
+def _run(
+    folder: Path,
+    cfg: Mapping[str, Any],
+    *,
+    kind: str,
+    finished: bool,
+    where: str,
+    what: str,
+    robust: str,
+    files: Sequence[str],
+) -> Run:
+    state, resume = "finished", ""
+    if finished:
+        where = ""
+    elif _locked(folder):
+        state = "at work"
+    else:
+        state, resume = "interrupted", directory.going_on(folder, cfg)
+        last = _last_line(folder / "log.txt")
+        if last.startswith(FAILED):
+            state, where = "failed", last.removeprefix(FAILED)
+    stamps = [(folder / name).stat().st_mtime for name in files if (folder / name).exists()]
+    changed = stamps[0] if finished else max(stamps, default=0.0)
+    return Run(folder, kind, state, where, what, robust, changed, resume)
+
+
+def _stage(folder: Path) -> str:
+    """Which stage an evaluation is in, from its plan and the last part of its journal."""
+    plan = _json(folder / "plan.json") or {}
+    names = [stage["name"] for stage in plan.get("stages", ())]
+    parts = sorted((folder / "journal").glob("[0-9]*-[0-9]*.npz"), key=lambda p: p.stat().st_mtime)
+    if not parts:
+        return "at the start"
+    import numpy as np
+
+    try:
+        with np.load(parts[-1]) as part:
+            name = str(part["stage"])
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return ""
+    at = f", {names.index(name) + 1} of {len(names)}" if name in names else ""
+    return f"in stage {name}{at}"
+
+
+def _locked(folder: Path) -> bool:
+    """Whether a process works in the run now; a directory that can't be written is nobody's."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+def _choice(cfg: Mapping[str, Any], group: str) -> str:
+    return str(cfg["choices"].get(group, "own"))
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError:
+        return []
+
+
+def _last_line(path: Path) -> str:
+    """The last line of a log, without its time."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 4096, 0))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return lines[-1][STAMP:] if lines else ""

@@ -1,0 +1,93 @@
+"""``advbench report``: its options, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from advbench.cli.parser import Parser
+from advbench.errors import UserError
+from advbench.files import write_text
+from advbench.report import compare, formats, leaderboard, terminal
+from advbench.report.collection import find, groups
+from advbench.runs import directory
+from advbench.text import printable
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Add the options. Those that name another thing to make exclude each other."""
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sweep", metavar="KEYS", help="one table over settings: KEY or KEY,KEY")
+    kind.add_argument(
+        "--compare",
+        action="store_true",
+        help="two evaluations, image by image: advbench report --compare RUN_A RUN_B",
+    )
+    parser.add_argument(
+        "--mix",
+        action="store_true",
+        help="put other threats, data, n and protocols into one table, with a column for each",
+    )
+    parser.add_argument("--format", metavar="FORMAT", help=", ".join(formats.FORMATS))
+    parser.add_argument("--html", type=Path, metavar="FILE", help="one page with everything")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="the figures as PNG and PDF")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a file instead of the screen")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Do what was asked for. Raises UserError for options that do not go together."""
+    paths = given.paths or [directory.OUTPUTS]
+    if given.html is not None or given.plots is not None:
+        _draw(paths, given)
+        return
+    if given.compare:
+        named = given.out and formats.SUFFIXES.get(given.out.suffix)  # words need none
+        _put(compare.text(paths, given.mix, given.format or named), given.out)
+        return
+    form = formats.form_of(given.format, given.out)
+    found = groups(find(paths))
+    if given.sweep is not None:
+        boards = [leaderboard.sweep(found, given.sweep.split(","), given.mix)]
+        if bare := len(found) - len(boards[0].groups):
+            print(printable(f"left out: {bare} without {given.sweep}"), file=sys.stderr)
+    else:
+        boards = leaderboard.boards(found, given.mix)
+    if form is None:
+        terminal.show(boards)
+    else:
+        _put(formats.render(boards, form), given.out)
+    apart = leaderboard.apart(boards)
+    if apart and form in (None, "md", "latex"):
+        print(printable(f"{apart}: --mix puts them into one table"), file=sys.stderr)
+
+
+def _draw(paths: list[Path], given: argparse.Namespace) -> None:
+    """The page, the figures, or both. Raises UserError beside options of tables."""
+    tables = ("sweep", "compare", "mix", "format", "out")
+    beside = [f"--{key}" for key in tables if getattr(given, key)]
+    if beside:
+        raise UserError(f"{beside[0]} is for tables: leave it out beside --html and --plots")
+    if given.html is not None:
+        from advbench.report import html
+
+        html.write(paths, given.html)
+    if given.plots is not None:
+        from advbench.report import figures
+
+        figures.save(paths, given.plots)
+
+
+def _put(text: str, out: Path | None) -> None:
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_text(out, text)
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser("advbench report", description="Tables of the results below some folders.")
+    parser.add_argument("paths", nargs="*", type=Path, help="default: outputs")
+    declare(parser)
+    run(parser.parse_args(arguments))
+    return 0

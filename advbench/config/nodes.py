@@ -1,0 +1,121 @@
+"""Group nodes: reading them, inheriting them from a run, and spelling out what is inside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from advbench.config.library import shipped
+from advbench.config.schema import FROM_THE_RUN, INSIDE
+from advbench.errors import UserError, describe, did_you_mean
+
+
+def spelled_out(node: Any, group: str = "defense") -> Any:
+    """The node of a defense or a recipe, with what is inside it as nodes in place of names.
+
+    A member of a chain, or what a recipe is ``of``, is NAME, {NAME: {KEY: VALUE}} or a node.
+    Raises UserError for what is neither.
+    """
+    key = INSIDE[group]
+    if node is None or node.get(key) is None:
+        return node
+    given = plain(node)[key]
+    if group == "recipe":
+        return OmegaConf.create({**plain(node), key: _named(given, group)})
+    if not isinstance(given, list):
+        raise UserError(f"defense.members={given} is not a list: give defense.members=[sparta,hpm]")
+    return OmegaConf.create({**plain(node), key: [_named(member, group) for member in given]})
+
+
+def _named(given: Any, group: str) -> Any:
+    """The node of a component inside another of its group."""
+    if isinstance(given, dict) and "_target_" in given:
+        return spelled_out(OmegaConf.create(given), group)
+    if isinstance(given, str):
+        given = {given: {}}
+    if not (isinstance(given, dict) and [type(v) for v in given.values()] == [dict]):
+        raise UserError(
+            f"{group}.{INSIDE[group]}: {given!r} is no {group}: give NAME or {{NAME: {{KEY: 1}}}}"
+        )
+    ((name, values),) = given.items()
+    node = _option(group, str(name))
+    for key, value in values.items():
+        if key not in node:
+            raise UserError(f"no key '{group}.{key}'{did_you_mean(key, node)}")
+        node[key] = value
+    return spelled_out(node, group)
+
+
+def _option(group: str, name: str) -> DictConfig:
+    """The node of an option as Hydra finds it: the user's own before a shipped one.
+
+    Raises UserError if there is none, and for one that is composed of others.
+    """
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else ()
+    for source in sources:
+        file = Path(source.path, group, f"{name}.yaml")
+        if source.schema == "file" and file.is_file():
+            node = read(file)
+            if "defaults" in node:
+                raise UserError(
+                    f"{file} has a defaults list, which is not followed inside {group}."
+                    f"{INSIDE[group]}: write its values out"
+                )
+            return node
+    return shipped(group, name)
+
+
+def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
+    """The node, or where it is left to the run, the run's with the values that were given."""
+    if node is not None and node.get("_target_") is not None:
+        return node
+    given = {} if node is None else plain(node)
+    if trained is None and not {"norm", "eps"} - {k for k, v in given.items() if v is not None}:
+        trained = OmegaConf.create({group: shipped(group, "linf_8")})  # a threat in full
+    if trained is None:
+        raise UserError(f"a model of your own needs its {group}: give {FROM_THE_RUN[group]}")
+    merged = OmegaConf.create(plain(trained[group]))
+    if "download" in merged:  # a run that came from elsewhere does not decide this
+        merged.download = False
+    if given.get("norm") not in (None, merged.get("norm")) and given.get("eps") is None:
+        raise UserError(f"threat.norm={given['norm']} needs a budget: give threat.eps=... as well")
+    for key, value in given.items():
+        if value is None:
+            continue
+        takers = [member for member in merged.get("members") or () if key in member]
+        if takers:  # a chain: whoever has such a value
+            for member in takers:
+                member[key] = value
+            continue
+        if key not in merged:
+            keys = ", ".join(str(k) for k in merged if k != "_target_") or "it has none"
+            raise UserError(f"{group}.{key} is not a key of the run's {group} ({keys})")
+        merged[key] = value
+    return merged
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A config as nested dicts and lists, interpolations resolved."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def read(path: Path) -> DictConfig:
+    """Read a YAML file of a run, which is resolved.
+
+    Raises UserError if it is no mapping, and for interpolations: a downloaded one could read the
+    environment.
+    """
+    try:
+        cfg = OmegaConf.load(path)
+    except Exception as problem:
+        raise UserError(f"{path} can't be read: {describe(problem)}") from problem
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path} is not a config")
+    if "${" in str(OmegaConf.to_container(cfg, resolve=False)):
+        raise UserError(f"{path} is refused: a run's config has no interpolations (${{...}})")
+    return cfg

@@ -1,0 +1,86 @@
+"""The batch sizes that a search may use without changing a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from advbench.attacks.base import Clean
+from advbench.errors import UserError
+from advbench.evaluation.fast_model import ask
+
+
+class Shapes:
+    """The batch sizes that a search may use: the largest, and smaller ones that change no bit.
+
+    A row's answer could depend on the batch: on its size, through the kernel that is chosen for it,
+    and on the row's place. So every batch is filled up to one of a few sizes, no more than about an
+    eighth, or one row, larger, and a size is used only if the model gives the same bits there as at
+    the largest. ``placeless`` says whether a row's place changes nothing either; if it does, the
+    largest is the only size.
+
+    coarse: powers of two alone, for a model that is compiled anew for each size.
+    """
+
+    def __init__(self, largest: int, coarse: bool = False) -> None:
+        self.largest, self.coarse = largest, coarse
+        self.forget()
+
+    def forget(self) -> None:
+        """What was found out was of another model, or of another size."""
+        self.placeless = False
+        self._usable: dict[int, bool] = {}
+        self._try: Callable[[int], bool] = lambda size: False
+
+    def fit(self, rows: int) -> int:
+        """The smallest size for so many rows, at most ``largest``."""
+        step = max(2 ** (rows.bit_length() - 1) // 8, 2)
+        if self.coarse:
+            step = 2 ** (rows - 1).bit_length()
+        for size in range(-(-rows // step) * step, self.largest, step):
+            if size not in self._usable:
+                self._usable[size] = self._try(size)
+            if self._usable[size]:
+                return size
+        return self.largest
+
+    def shrink(self) -> None:
+        """Go down to half the size, for want of memory."""
+        if self.largest == 1:
+            raise UserError("the memory of the device does not hold a single image's attack")
+        self.largest //= 2
+        self.forget()
+
+    def probe(self, model: nn.Module, clean: Clean) -> None:
+        """Find out what ``model`` is indifferent to. clean: ``largest`` rows, or fewer."""
+        largest = self.largest
+        full = _part(clean, torch.arange(largest) % len(clean.x))
+        truth = _answers(model, full)
+        back = torch.arange(largest - 1, -1, -1)
+        turned = ask(model, _part(full, back))
+        self.placeless = _same([part[back] for part in truth[1:]], turned)
+
+        def same(size: int) -> bool:
+            part = torch.arange(size)
+            return self.placeless and _same(
+                [answer[part] for answer in truth], _answers(model, _part(full, part))
+            )
+
+        self._usable, self._try = {}, same
+
+
+def _part(clean: Clean, rows: Tensor) -> Clean:
+    return Clean(*(part[rows.to(part.device)] for part in clean))
+
+
+def _answers(model: nn.Module, clean: Clean) -> list[Tensor]:
+    """Logits without and with a graph, and gradients."""
+    with torch.no_grad():
+        alone = model(clean.x)
+    return [alone, *ask(model, clean)]
+
+
+def _same(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,166 @@
+"""The model as a search sees it: the same function, faster. The referee keeps the real one.
+
+A search asks millions of questions and is trusted with none of the answers, so its copy of the
+model may round differently: channels last, batch normalisation folded into the convolutions, on a
+CPU operators that do more at a time, and, where asked for, bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from advbench.attacks import losses
+from advbench.attacks.base import Clean
+from advbench.devices import out_of_memory
+from advbench.errors import UserError, did_you_mean
+from advbench.evaluation.cpu_kernels import packed
+
+BLUR = 0.05  # of a margin, in the median
+PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How a search runs the model.
+
+    precision: 32, or bf16, in which every success is still confirmed in float32.
+    compile: None, or a mode of ``torch.compile`` such as "default" or "reduce-overhead", which
+        takes a minute and needs a model that it understands.
+    Raises UserError for another precision or mode.
+    """
+
+    precision: str = "32"
+    compile: str | None = None
+
+    def __post_init__(self) -> None:
+        modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+        for what, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("compile", self.compile or "default", modes),
+        ):
+            if value not in known:
+                raise UserError(f"no trainer.{what} '{value}'{did_you_mean(value, known)}")
+
+
+class Searcher(nn.Module):
+    """A copy of a model for searching. Input (N, C, H, W) as the model's; logits float32."""
+
+    def __init__(
+        self, model: nn.Module, speed: Speed, device: torch.device, layout: torch.memory_format
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.layout = layout
+        self.device_type = device.type
+        self.precision = speed.precision
+        self.dtype = PRECISIONS[speed.precision]
+        self.call = (
+            torch.compile(model, dynamic=False, mode=speed.compile) if speed.compile else model
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=self.layout)
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.call(x).float()
+
+
+def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = False) -> nn.Module:
+    """A fast copy of ``model``, which must be in evaluation mode.
+
+    clean: a few images, on which the copy's logits and gradients are held against the model's; a
+    copy that differs by more than rounding is not used. What comes back shares no state with it.
+    stochastic: the model's noise can't be compared, so the copy keeps the model's own steps.
+    Returns the model itself where no copy will do.
+    """
+    try:
+        plain = copy.deepcopy(model).requires_grad_(False)
+    except Exception:  # somebody's module that can't be copied
+        return model
+    candidates = [plain]
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    free = not stochastic and not hooked  # to take other steps than the model's own
+    if free:
+        # Tracing forgets grad modes and state, and fails on control flow: hence the comparison.
+        with suppress(Exception), redirect_stderr(io.StringIO()):
+            candidates.insert(0, fuse(plain).requires_grad_(False))
+    # Some models take views of activations that channels last does not allow.
+    for layout in (torch.channels_last, torch.contiguous_format):
+        for candidate in candidates:
+            laid = candidate.to(memory_format=layout)
+            few = clean.x.contiguous(memory_format=layout)
+            quicker = _packed(laid, few) if free and speed == Speed() else []
+            for copied in (*quicker, laid):
+                # Compared in float32: bf16 differs by more than a wrong fold would.
+                exact = Searcher(copied, Speed(), clean.x.device, layout)
+                if not _agree(model, exact, clean, stochastic):
+                    continue
+                fast = Searcher(copied, speed, clean.x.device, layout)
+                if speed.precision != "32" and not stochastic and _blurred(model, fast, clean):
+                    slow = replace(speed, precision="32")
+                    fast = Searcher(copied, slow, clean.x.device, layout)
+                return fast.eval()
+    return model
+
+
+def _packed(model: nn.Module, x: Tensor) -> list[nn.Module]:
+    """The model in operators that do more at a time, if there are such."""
+    if x.device.type == "cpu":
+        with suppress(Exception):  # operators of another build of PyTorch
+            return [packed(model, x)]
+    return []
+
+
+def _agree(model: nn.Module, fast: nn.Module, clean: Clean, stochastic: bool) -> bool:
+    """Whether two models are one function, on images and on noisy ones, up to rounding."""
+    noise = torch.rand(clean.x.shape, generator=torch.Generator().manual_seed(0))
+    noisy = clean._replace(x=(clean.x + 0.2 * noise.to(clean.x) - 0.1).clamp(0, 1))
+    for part in (clean, noisy):
+        try:
+            (logits, gradient), (logits_fast, gradient_fast) = ask(model, part), ask(fast, part)
+            with torch.no_grad():
+                alone = fast(part.x).float()
+        except Exception as problem:
+            if out_of_memory(problem):
+                raise
+            return False
+        if stochastic:
+            return logits.shape == logits_fast.shape  # there is no more to compare
+        for other in (logits_fast, alone):
+            if not torch.allclose(logits, other, rtol=1e-3, atol=1e-4, equal_nan=True):
+                return False
+        # A row whose gradient is not finite is not the copy's fault. One row may meet a kink.
+        rows = gradient.nan_to_num(0.0, 0.0, 0.0).flatten(1)
+        gap = (gradient_fast - gradient).nan_to_num(0.0, 0.0, 0.0).flatten(1)
+        if (
+            gap.norm() > 0.01 * rows.norm() + 1e-12
+            or (gap.norm(dim=1) > 0.1 * rows.norm(dim=1) + 0.001 * rows.norm()).any()
+        ):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _blurred(model: nn.Module, narrow: nn.Module, clean: Clean) -> bool:
+    """Whether the margins of a narrow copy are too coarse to climb on, as where all logits share a
+    large offset.
+    """
+    true, seen = (losses.margin(net(clean.x).float(), clean.y) for net in (model, narrow))
+    return bool((seen - true).abs().median() > BLUR * true.abs().median())
+
+
+def ask(model: nn.Module, clean: Clean) -> tuple[Tensor, Tensor]:
+    """Logits (N, K), and the gradient of each row's margin in its image, (N, C, H, W)."""
+    with torch.enable_grad():
+        x = clean.x.detach().clone().requires_grad_()
+        logits = model(x)
+        if not logits.requires_grad:
+            return logits, torch.zeros_like(x)
+        gradient = torch.autograd.grad(losses.margin(logits.float(), clean.y).sum(), x)[0]
+    return logits.detach().float(), gradient

@@ -1,0 +1,1 @@
+"""One experiment from its config: train, or evaluate."""

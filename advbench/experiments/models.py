@@ -1,0 +1,204 @@
+"""Where a model comes from: a config, a finished run, or the user's own file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from advbench import config
+from advbench.backbones import robustbench
+from advbench.backbones.base import Classifier
+from advbench.data.base import Info
+from advbench.defenses.base import Defense
+from advbench.errors import UserError, describe, did_you_mean
+from advbench.runs import directory
+
+WEIGHTS = "model.safetensors"
+BASE = "base.safetensors"
+"""In a run that put its defense on a finished undefended model: that model's weights."""
+
+
+def backbone_node(node: DictConfig, info: Info) -> DictConfig:
+    """The backbone's config with everything that the data decides written out.
+
+    A run keeps this, so its model can be built without its data.
+    """
+    known: dict[str, Any] = {
+        "num_classes": info.num_classes,
+        "input_shape": list(info.input_shape),
+        "mean": [float(v) for v in info.mean],
+        "std": [float(v) for v in info.std],
+    }
+    fields = {key: value for key, value in known.items() if node.get(key) is None}
+    return OmegaConf.create({**config.plain(node), **fields})
+
+
+def assemble(
+    backbone: Any, defense: Any, plugins: tuple[str, ...] = ()
+) -> tuple[Classifier, Defense]:
+    """A model with fresh weights and its defense applied."""
+    guard: Defense = config.build_defense(defense, plugins)
+    return guard.apply(config.build(backbone, "backbone", plugins=plugins)), guard
+
+
+def begun_from(
+    folder: Path, backbone: Any, defense: Any, plugins: tuple[str, ...] = ()
+) -> tuple[Classifier, Defense]:
+    """A model with the weights of another run, and its defense applied.
+
+    The other run has the same defense, or none: then the defense is put on its finished model.
+    Raises UserError where it has another, or its weights do not match.
+    """
+    folder = directory.find(folder)
+    before = config.read(folder / directory.CONFIG).defense
+    if before.get("_target_") == defense.get("_target_"):
+        model, guard = assemble(backbone, defense, plugins)
+        load_weights(model, folder / WEIGHTS)
+        return model, guard
+    if not undefended(folder):
+        raise UserError(
+            f"init_from={folder} has another defense: begin from a run with the same, or with none"
+        )
+    guard = config.build_defense(defense, plugins)
+    model = config.build(backbone, "backbone", plugins=plugins)
+    load_weights(model, folder / WEIGHTS)
+    return guard.apply(model), guard
+
+
+def base_of(folder: Path, plugins: tuple[str, ...] = ()) -> Classifier | None:
+    """The undefended model that a run began from, in evaluation mode; None if it began anew."""
+    path = directory.find(folder) / BASE
+    if not path.is_file():
+        return None
+    cfg = config.read(directory.find(folder) / directory.CONFIG)
+    model: Classifier = config.build(cfg.backbone, "backbone", plugins=plugins)
+    load_weights(model, path)
+    return model.eval()
+
+
+def undefended(folder: str | Path) -> bool:
+    """Whether a finished run has no defense."""
+    node = config.read(directory.find(folder) / directory.CONFIG).defense
+    return node.get("_target_") == "advbench.defenses.base.Defense"
+
+
+def from_run(
+    folder: Path, plugins: tuple[str, ...] = (), defense: Any = None
+) -> tuple[Classifier, Defense, DictConfig]:
+    """The best model of a finished training run, in evaluation mode, with its defense and config.
+
+    What an attacker must know of it is with it, as ``model.traits`` and ``model.defense``.
+
+    defense: a node in place of the run's own, of the same state.
+
+    Raises UserError for a run that did not finish, whose weights do not match its config, or whose
+    config names code that is not advbench's or in ``plugins``.
+    """
+    folder = directory.find(folder)
+    cfg = config.read(folder / directory.CONFIG)
+    model, guard = assemble(cfg.backbone, cfg.defense if defense is None else defense, plugins)
+    load_weights(model, folder / WEIGHTS)
+    told: Any = model
+    told.traits, told.defense = guard.traits(model), guard
+    return model.eval(), guard, cfg
+
+
+def from_factory(spec: str, weights: str | None) -> nn.Module:
+    """The user's own model, ``FILE.py:FACTORY``, or one of a zoo, in evaluation mode.
+
+    FACTORY is called without arguments and returns a module that takes (N, C, H, W) in [0, 1].
+    weights: safetensors, or a pickle of tensors alone; None keeps what the factory made.
+    Raises UserError for anything that does not fit.
+    """
+    if robustbench.is_named(spec):
+        if weights is not None:
+            raise UserError(f"{spec} comes with its weights: leave weights={weights} out")
+        return robustbench.load(robustbench.Entry.of(spec))
+    path, colon, name = spec.rpartition(":")
+    if not colon or not path.endswith(".py") or not name:
+        raise UserError(f"model={spec} is not FILE.py:FACTORY, such as model=my_model.py:build")
+    module = config.import_file(path)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UserError(f"'{path}' has no factory '{name}'{did_you_mean(name, names)}")
+    try:
+        model = factory()
+    except Exception as problem:
+        raise UserError(f"{spec} failed: {describe(problem)}") from problem
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
+    if weights is not None:
+        load_weights(model, Path(weights))
+    return model.eval()
+
+
+def origin(spec: str) -> DictConfig | None:
+    """Data and threat of a zoo's leaderboard, as a run's config has them; None for other models.
+
+    The data are the shipped option of that name.
+    """
+    if not robustbench.is_named(spec):
+        return None
+    entry = robustbench.Entry.of(spec)
+    threat = config.shipped("threat", "linf_8")
+    threat.norm, threat.eps = entry.threat.lower(), entry.budget
+    return OmegaConf.create({"data": config.shipped("data", entry.data), "threat": threat})
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load weights strictly. Raises UserError that names the first keys that do not match."""
+    state = read_weights(path)
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    shapes = [
+        f"'{key}' is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(map(repr, keys[:3]))}{', ...' if len(keys) > 3 else ''}"
+        for what, keys in (("missing", missing), ("unknown", unknown))
+        if keys
+    ] + shapes[:1]
+    if problems:
+        raise UserError(f"the weights in '{path}' do not match the model; {'; '.join(problems)}")
+    model.load_state_dict(state, strict=True)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a pickle; nothing in the file is executed.
+
+    A checkpoint that wraps its tensors in ``state_dict`` or ``model``, and names that begin with
+    ``module.`` (as DataParallel leaves them), are understood.
+    """
+    if not path.is_file():
+        raise UserError(f"there are no weights at '{path}'")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as problem:
+        raise UserError(f"'{path}' is not a safetensors file: {problem}") from problem
+    except Exception as problem:
+        if any(word in str(problem) for word in ("GLOBAL", "Unsupported class")):
+            raise UserError(
+                f"'{path}' is refused: it holds more than tensors, and loading it would run code; "
+                "save model.state_dict() instead"
+            ) from problem
+        raise UserError(f"'{path}' is not a file of weights: {describe(problem)}") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"'{path}' holds no state_dict: save model.state_dict()")
+    if content and all(key.startswith("module.") for key in content):
+        content = {key.removeprefix("module."): value for key, value in content.items()}
+    return content

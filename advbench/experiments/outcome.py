@@ -1,0 +1,148 @@
+"""How a run ends on the screen: its numbers, their intervals, and what decided them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import ROUNDED
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from advbench.attacks.threat import Threat
+from advbench.console import Screen
+from advbench.runs.results import MEASURES, Accuracy, Results, StageResult, wilson
+from advbench.text import duration
+from advbench.training.summary import Summary
+
+COLOURS = {"reliable": "green", "inconclusive": "yellow", "unreliable": "bold red"}
+
+
+def show_training(summary: Summary, folder: Path, screen: Screen, command: str) -> None:
+    """The end of a training.  command: what evaluates it."""
+    val, n = summary.val, summary.val["n"]
+    robust = "" if val.get("robust") is None else f", robust {100 * val['robust']:.1f} %"
+    best = f"best epoch {summary.best_epoch} of {summary.epochs}: validation accuracy"
+    said = f"{best} clean {100 * val['clean']:.1f} %{robust} (n = {n})"
+    rows = _facts()
+    rows.add_row("best epoch", f"{summary.best_epoch} of {summary.epochs}")
+    rows.add_row("clean", _share(val["clean"], n))
+    if robust:
+        rows.add_row("robust", f"{_share(val['robust'], n)}  {val['attack']}")
+    note = f"on {n} validation images, by which the epoch was chosen: a little high"
+    panel = _panel(
+        str(folder), [rows, Text(note, "dim"), _next(command)], duration(summary.seconds)
+    )
+    screen.outcome(
+        f"{said}: {folder}",
+        [f"{said}, {summary.seconds:.0f} s", f"next: {command}"],
+        panel,
+    )
+
+
+def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
+    """The end of an evaluation; without a verdict, there is none to see."""
+    label = results.verdict["label"]
+    signs = [i for i in results.verdict.get("indicators", ()) if i.get("triggered")]
+    lines = [
+        f"  after {stage.name}: {100 * stage.robust_acc:.1f} % "
+        f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"
+        for stage in results.begun
+    ]
+    lines += [f"clean accuracy  {results.clean}", f"robust accuracy {_robust(results)}"]
+    lines += [f"  {MEASURES[k]}: {100 * value:.1f} %" for k, value in results.measures.items()]
+    if label is not None:
+        lines.append(f"verdict: {label}")
+        lines += [f"  {sign['id']}: {sign['why']}" for sign in signs]
+    if results.missing:
+        lines.append(_unfinished(results))
+    lines.append(f"results: {folder}")
+
+    facts = _facts()
+    facts.add_row("robust accuracy", _robust(results))
+    facts.add_row("clean accuracy", str(results.clean))
+    for name, value in results.measures.items():
+        facts.add_row(MEASURES[name], f"{100 * value:.1f} %")
+    facts.add_row("verdict", Text(label or "not computed", COLOURS.get(label or "", "dim")))
+    for sign in signs:
+        facts.add_row("", f"{sign['id']}: {sign['why']}")
+    parts = [facts]
+    if results.stages:
+        parts += [Text(), _stages(results)]
+    if results.missing:
+        parts += [Text(), Text(_unfinished(results), "yellow")]
+    parts += [Text(), Text(f"{folder}/results.json", "dim")]
+    threat = Threat(results.threat["norm"], results.threat["eps"])
+    title = f"{results.run}, {threat}, {results.protocol['name']} {results.protocol['version']}"
+    panel = _panel(title, parts, duration(results.provenance["seconds"]))
+    said = "" if label is None else f", {label}"
+    open_end = ", unfinished" if results.missing else ""
+    screen.outcome(
+        f"robust {_robust(results)}{said}{open_end}; clean {results.clean}: {folder}",
+        lines,
+        panel,
+    )
+
+
+def strongest(results: Results) -> StageResult | None:
+    """The stage that broke most; None if nothing was broken."""
+    return max((s for s in results.stages if s.broken), key=lambda s: s.broken, default=None)
+
+
+def _robust(results: Results) -> str:
+    """Robust accuracy as what it is."""
+    return f"{results.robust}, an upper bound" if results.attacked else "- (nothing attacked)"
+
+
+def _unfinished(results: Results) -> str:
+    first, *others = results.missing
+    more = f" and {len(others)} more stage{'s' * (len(others) > 1)}" if others else ""
+    return f"time was up before the end of {first}{more}: the same command goes on"
+
+
+def _stages(results: Results) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("stage")
+    for name in ("attacked", "broken", "left", "time"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    most = strongest(results)
+    for stage in results.begun:
+        table.add_row(
+            Text(stage.name),
+            str(stage.attacked),
+            str(stage.broken),
+            f"{100 * stage.robust_acc:.1f} %",
+            duration(stage.seconds),
+            Text("broke most" if stage is most else "", "bold"),
+        )
+    return table
+
+
+def _share(value: float, n: int) -> str:
+    return str(Accuracy(value, wilson(round(value * n), n)))
+
+
+def _facts() -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(style="bold", overflow="fold")
+    return table
+
+
+def _next(command: str) -> Text:
+    return Text(f"next: {command}", "dim")
+
+
+def _panel(title: str, parts: list[Table | Text], time: str) -> Panel:
+    return Panel(
+        Group(*parts),
+        title=Text(title),
+        title_align="left",
+        subtitle=Text(time, "dim"),
+        subtitle_align="right",
+        box=ROUNDED,
+        padding=(1, 2),
+        expand=False,
+    )

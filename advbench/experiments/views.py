@@ -1,0 +1,89 @@
+"""How a training and an evaluation show their progress on a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from advbench.console import Bar, Meter, Screen
+from advbench.runs.results import Accuracy
+from advbench.text import duration, number
+
+
+class TrainingView:
+    """Shows a training: the ``Report`` of the training loop.
+
+    batch_size: samples of a step, over all devices.
+    """
+
+    def __init__(self, screen: Screen, bar: Bar, batch_size: int) -> None:
+        self.screen, self.bar, self.batch_size = screen, bar, batch_size
+        self.meter = Meter()
+        self.last = ""
+        bar.begin("training")
+
+    def note(self, text: str) -> None:
+        self.screen.line(text)
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        self.meter.at(done)
+        if done == total:
+            return
+        rate, parts = self.meter.rate, [text]
+        if rate is not None:
+            parts.append(f"{duration((total - done) / rate)} left")
+        if self.last:
+            parts.append(self.last)
+        if rate is not None:
+            parts.append(f"{number(rate * self.batch_size)} samples/s")
+        self.bar.update(done, total, parts)
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        shown = ("train_clean", "train_adversarial", "val_clean", "val_robust")
+        parts = [f"{key} {100 * row[key]:5.1f} %" for key in shown if row.get(key) is not None]
+        losses = [f"{k} {v:.3f}" for k, v in row.items() if k == "loss" or k.startswith("loss_")]
+        losses = losses if len(losses) > 2 else losses[:1]  # one term is the sum
+        text = "  ".join([f"epoch {int(row['epoch']):3d}", *losses, *parts])
+        self.screen.line(f"{text}  {row['seconds']:.1f} s")
+        self.bar.rest()
+        values = [row[key] for key in ("val_clean", "val_robust") if row.get(key) is not None]
+        self.last = f"val {' / '.join(f'{100 * value:.1f}' for value in values)} %"
+
+
+class EvaluationView:
+    """Shows an evaluation: the ``Watch`` of the engine.
+
+    stages: names of all stages, in order.
+    """
+
+    def __init__(self, screen: Screen, bar: Bar, stages: Sequence[str] = ()) -> None:
+        self.screen, self.bar, self.stages = screen, bar, list(stages)
+        self.name = ""
+        self.before = self.waiting = 0
+        self.meter = Meter()
+
+    def stage(self, name: str, waiting: int) -> None:
+        if name == self.name:  # the next group of the same stage
+            self.before, self.waiting = self.before + self.waiting, waiting
+            return
+        self.name, self.before, self.waiting = name, 0, waiting
+        self.meter = Meter()
+        self.meter.at(0)
+        place = ""
+        if name in self.stages:
+            place = f"[{self.stages.index(name) + 1}/{len(self.stages)}] "
+        self.bar.begin(f"{place}{name}")
+        self.screen.line(f"{place}{name}: {waiting} samples")
+
+    def progress(self, done: int, correct: int, n: int, left: float | None = None) -> None:
+        done += self.before
+        self.meter.at(done)
+        parts = [str(Accuracy.of(correct, n))]
+        if left:
+            parts.append(f"{duration(left)} left")
+        parts.append(f"{correct} alive, {n - correct} broken")
+        if self.meter.rate is not None:
+            parts.append(f"{number(self.meter.rate)} samples/s")
+        self.bar.update(done, self.before + self.waiting, parts)
+
+    def note(self, text: str) -> None:
+        self.screen.line(text)

@@ -1,0 +1,88 @@
+"""The command that makes a run again, from the config that the run keeps."""
+
+from __future__ import annotations
+
+import importlib.resources
+import shlex
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from advbench import config
+from advbench.config.words import setting
+from advbench.errors import UserError
+from advbench.runs import directory
+
+_FROM_DATA = ("num_classes", "input_shape", "mean", "std")
+"""What a training writes into its backbone."""
+
+_OF_A_SITTING = ("budget", "resume", "strict")
+"""What one sitting was told, and the run is not made of."""
+
+
+def command(kept: Mapping[str, Any]) -> str:
+    """A line for the shell: every choice and value that is not the default.
+
+    An option of the user's own is a file elsewhere, whose folder the line asks for. An experiment
+    is said as what it chooses.
+
+    kept: config.yaml of a training or an evaluation, plain. Raises UserError for a config without
+    choices, or of another kind.
+    """
+    verb, choices = directory.kind_of(kept), kept.get("choices")
+    if verb is None or not isinstance(choices, Mapping):
+        raise UserError("the run's config does not say which options were chosen")
+    usual = _defaults(verb)
+    words, own = [], []
+    for group in config.GROUPS:
+        node, chosen = kept.get(group), choices.get(group)
+        if not isinstance(node, Mapping) or not isinstance(chosen, str):
+            continue
+        shipped = _shipped(group, chosen)
+        if group == "backbone":
+            node = {k: v for k, v in node.items() if k not in _FROM_DATA or shipped.get(k)}
+        if chosen != usual[group]:
+            words.append(setting(group, chosen))
+        if shipped:
+            words += _differences(group, node, shipped)
+        else:
+            own.append(f"{group}/{chosen}.yaml")
+            words += [setting(f"{group}.{k}", v) for k, v in node.items() if k != "_target_"]
+    top = {k: v for k, v in kept.items() if k not in (*config.GROUPS, *_OF_A_SITTING, "choices")}
+    words += _differences("", top, usual)
+    where = ["--config-dir", f"DIR with {' and '.join(own)}"] if own else []
+    return shlex.join(["advbench", verb, *where, *words])
+
+
+@cache
+def _defaults(verb: str) -> dict[str, Any]:
+    """The option of each group, and the values of the top level."""
+    text = (importlib.resources.files("advbench.configs") / f"{verb}.yaml").read_text("utf-8")
+    values = config.plain(OmegaConf.create(text))
+    options: dict[str, Any] = {}
+    for line in values.pop("defaults"):
+        options |= line if isinstance(line, dict) else {}
+    return {**values, **options}
+
+
+@cache
+def _shipped(group: str, name: str) -> dict[str, Any]:
+    """The option as a run keeps it; empty for one of the user's own."""
+    try:
+        node = config.shipped(group, name)
+    except UserError:
+        return {}
+    return config.plain(config.spelled_out(node, group) if group in config.INSIDE else node)
+
+
+def _differences(prefix: str, node: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
+    """``KEY=VALUE`` for each value of the node that ``usual`` has not; ``+`` adds a new key."""
+    for key, value in node.items():
+        full = f"{prefix}.{key}" if prefix else str(key)
+        known = usual.get(key)
+        if isinstance(value, Mapping) and isinstance(known, Mapping) and "_target_" not in value:
+            yield from _differences(full, value, known)
+        elif value != known:
+            yield setting(full if key in usual else f"+{full}", value)

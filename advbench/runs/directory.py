@@ -1,0 +1,194 @@
+"""Run directories: where a run lives, whether it is finished, and who works in it.
+
+    outputs/train/NAME-KEY    config.yaml, model.safetensors, metrics.csv, summary.json, log.txt
+    outputs/eval/NAME-KEY     config.yaml, plan.json, samples.parquet, results.json, log.txt
+
+KEY is a hash of all that decides the outcome. So the same command finds the same directory: it goes
+on where it was interrupted, and a finished run is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from advbench import config
+from advbench.config.words import command, word
+from advbench.errors import UserError
+from advbench.files import remove_temporary, write_text
+
+OUTPUTS = Path("outputs")
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+"""Exists exactly if a training run is finished; it is written last."""
+
+AROUND = {
+    "data": ("path", "root", "download", "extra", "workers"),
+    "trainer": ("accelerator", "save_every"),
+    "choices": ("experiment",),
+}
+"""Keys of a training's config that say where and how it runs, and not to what outcome."""
+
+WITHOUT_WORK = {".lock", "log.txt", "plan.json", "base.safetensors", "epoch.pt", CONFIG}
+"""Files that a run has before it has done anything."""
+
+
+def kind_of(kept: Mapping[Any, Any]) -> Literal["train", "eval"] | None:
+    """Of what verb a run's config is; None if it is something else."""
+    return "train" if "recipe" in kept else "eval" if "protocol" in kept else None
+
+
+def kind_in(folder: Path) -> Literal["train", "eval"] | None:
+    """Of what verb the run in the directory is; None if it is no run."""
+    return kind_of(config.read(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+
+
+def going_on(folder: Path, kept: Mapping[Any, Any]) -> str:
+    """The command that goes on with a run; code is run only where the command line names it.
+
+    kept: the run's config.
+    """
+    again = {key: kept.get(key) for key in ("model", "weights")}
+    plugins = list(kept.get("plugins") or ())
+    return command(str(kind_of(kept)), {"resume": str(folder), **again, "plugins": plugins})
+
+
+def trained_to_end(folder: Path) -> bool:
+    return (folder / SUMMARY).is_file()
+
+
+def find(folder: str | Path) -> Path:
+    """A finished training run. Raises UserError, with what to type, if it is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"there is no run '{path}'{_offer()}")
+    refuse_links(path)
+    kind = kind_in(path)
+    if kind is None:
+        raise UserError(f"'{path}' is not a run: it has no {CONFIG} of one{_offer()}")
+    if kind == "eval":
+        raise UserError(f"'{path}' is an evaluation; give the training run that it evaluated")
+    if not trained_to_end(path):
+        again = going_on(path, config.read(path / CONFIG))
+        raise UserError(f"'{path}' did not finish; go on with: {again}")
+    return path
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise UserError for symbolic links in a run: in a downloaded one they could lead anywhere."""
+    links = [path for path in folder.iterdir() if path.is_symlink()]
+    if links:
+        raise UserError(f"'{links[0]}' is a symbolic link, which a run has none of: remove it")
+
+
+def newest() -> Path:
+    """The training run that finished last. Raises UserError if there is none."""
+    runs = trained()
+    if not runs:
+        raise UserError(
+            f"there is no finished training run in {OUTPUTS / 'train'}: run 'advbench train' "
+            "first, or give run=DIR, or model=FILE.py:FACTORY weights=FILE"
+        )
+    return runs[-1]
+
+
+def trained() -> list[Path]:
+    """All finished training runs of the output folder, the newest last."""
+    files = (OUTPUTS / "train").glob(f"*/{SUMMARY}")
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime)]
+
+
+def _offer() -> str:
+    runs = trained()
+    return (
+        f"; the newest is {word('run', str(runs[-1]))}"
+        if runs
+        else "; make one with: advbench train"
+    )
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Hold the run directory alone. Raises UserError while another process works in it.
+
+    The lock ends with the process, however it ends. A new directory in which a mistake was found
+    before any work is removed again.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file, not a directory")
+    existed = folder.is_dir()
+    fresh = not existed or not any(folder.iterdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is at work in '{folder}'") from None
+    remove_temporary(folder)
+    try:
+        yield
+    except UserError:
+        if fresh and {path.name for path in folder.iterdir()} <= WITHOUT_WORK:
+            for path in folder.iterdir():
+                path.unlink()
+            if not existed:
+                folder.rmdir()
+        raise
+    finally:
+        # The file stays: another process may hold it by now.
+        lock.release()
+
+
+def deciding(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the outcome of a training, of its plain config.
+
+    Left out is where files are whose content is hashed beside it, who hears of the run, and the
+    name of the experiment, since what that chooses is there. Images that are read while they are
+    used are known by their names and sizes alone, so their place stays.
+    """
+    values = {key: value for key, value in kept.items() if key not in ("logger", "plugins")}
+    for group, keys in AROUND.items():
+        if isinstance(node := kept.get(group), Mapping):
+            stays = ("path", "root") if "workers" in node else ()
+            values[group] = {k: v for k, v in node.items() if k in stays or k not in keys}
+    return values
+
+
+def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
+    """Write config.yaml where there is none.
+
+    compare: of a training: raise UserError if there is one that decides otherwise. Raises it for a
+    directory of something else, and for that of a training where an evaluation is to be kept, which
+    compares its plan instead.
+    """
+    path = folder / CONFIG
+    if path.exists() and not compare:
+        if kind_in(folder) == "train":
+            raise UserError(
+                f"'{folder}' holds a training run; give hydra.run.dir=DIR with a new DIR"
+            )
+        return
+    if path.exists():
+        known, wanted = (deciding(config.plain(one)) for one in (config.read(path), cfg))
+        differs = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
+        if differs:
+            raise UserError(
+                f"'{folder}' holds a run with another config (it differs in: "
+                f"{', '.join(differs)}); give hydra.run.dir=DIR with a new DIR"
+            )
+        return
+    if any(child.name != ".lock" for child in folder.iterdir()):
+        raise UserError(f"'{folder}' is not empty and holds no run; give hydra.run.dir=DIR")
+    write_text(path, OmegaConf.to_yaml(cfg))
+
+
+def renew_config(folder: Path, cfg: DictConfig) -> None:
+    """Keep a config that decides the same: its data are where they were said to be last."""
+    text = OmegaConf.to_yaml(cfg)
+    if (folder / CONFIG).read_text(encoding="utf-8") != text:
+        write_text(folder / CONFIG, text)

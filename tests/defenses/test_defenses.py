@@ -1,0 +1,272 @@
+"""What holds for every defense, on every backbone and under every recipe that it goes with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advbench.attacks.base import Clean as CleanImages
+from advbench.attacks.base import Oracle, Rows, started
+from advbench.attacks.pgd import PGD
+from advbench.attacks.threat import Threat
+from advbench.backbones.base import Classifier
+from advbench.backbones.convnet import convnet
+from advbench.backbones.lenet import lenet
+from advbench.backbones.mobilenet import mobilenet_v2
+from advbench.backbones.preact_resnet import preact_resnet18
+from advbench.backbones.resnet import resnet20
+from advbench.data.arrays import array_split
+from advbench.data.base import Info
+from advbench.defenses.awnet import AWNet
+from advbench.defenses.base import Defense, Traits
+from advbench.defenses.chain import Chain
+from advbench.defenses.hpm import HPM
+from advbench.defenses.jumprelu import JumpReLU
+from advbench.defenses.mfdv_snn import MFDVSNN
+from advbench.defenses.sparta import Sparta
+from advbench.errors import UserError
+from advbench.evaluation.checks import probe
+from advbench.evaluation.samples import Samples, subset
+from advbench.experiments.models import load_weights
+from advbench.recipes.awp import AWP
+from advbench.recipes.base import Recipe
+from advbench.recipes.fgsm_rs import FGSMRS
+from advbench.recipes.mart import MART
+from advbench.recipes.mixed import Mixed
+from advbench.recipes.mtard import MTARD
+from advbench.recipes.pgd_at import PGDAT
+from advbench.recipes.standard import Standard
+from advbench.recipes.trades import TRADES
+from advbench.runs.fingerprint import model_sha256
+from advbench.training.checkpoint import save_weights
+from advbench.training.step import TrainingStep
+
+CLASSES, SHAPE, BATCH = 5, [3, 16, 16], 12
+THREAT = Threat("linf", "8/255")
+
+BACKBONES: dict[str, Callable[..., Classifier]] = {
+    "convnet": convnet,
+    "lenet": lenet,
+    "resnet20": resnet20,
+    "preact_resnet18": preact_resnet18,
+    "mobilenet_v2": mobilenet_v2,
+}
+DEFENSES: dict[str, Defense] = {
+    "none": Defense(),
+    "hpm": HPM(eval_batch=BATCH),
+    "hpm-context": HPM(eval_batch=BATCH, inference="context"),
+    "hpm-static": HPM(eval_batch=BATCH, mix=1.0),
+    "awnet": AWNet(),
+    "awnet-hard": AWNet(switch="hard"),
+    "sparta": Sparta(),
+    "sparta-relu": Sparta(form="relu"),
+    "jumprelu": JumpReLU(jump=0.01),
+    "mfdv_snn": MFDVSNN(features=8),
+    "chain": Chain(members=(Sparta(share="net"), HPM(eval_batch=BATCH))),
+}
+REFUSED = {("awnet", "lenet"), ("awnet-hard", "lenet")}
+PAIRS = [pair for pair in itertools.product(DEFENSES, BACKBONES) if pair not in REFUSED]
+
+
+def backbone(name: str) -> Classifier:
+    torch.manual_seed(0)
+    return BACKBONES[name](num_classes=CLASSES, input_shape=SHAPE)
+
+
+SMALL: dict[str, Recipe] = {
+    "fgsm_rs": FGSMRS(THREAT),
+    "mart": MART(THREAT, steps=1),
+    "mixed": Mixed(THREAT),
+    "awp": AWP(of=PGDAT(THREAT, steps=1)),
+}
+BIG = ("preact_resnet18", "mobilenet_v2")
+"""Backbones that take seconds a step: half of the recipes will do."""
+
+
+def recipes(net: str = "convnet") -> dict[str, Recipe]:
+    teacher = convnet(num_classes=CLASSES, input_shape=SHAPE).eval()
+    return {
+        "standard": Standard(THREAT),
+        "pgd_at": PGDAT(THREAT, steps=1),
+        "trades": TRADES(THREAT, steps=1),
+        "mtard": MTARD(THREAT, steps=1, robust_teacher=teacher, standard_teacher=teacher),
+        **({} if net in BIG else SMALL),
+    }
+
+
+class Made:
+    """A small data set: the redder an image, the higher its class."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        x = random.integers(0, 256, (60, *SHAPE[1:], SHAPE[0]), np.uint8)
+        y = np.arange(60) % CLASSES
+        x[..., 0] = np.minimum(x[..., 0], 50 * y[:, None, None] + 20)
+        self.train = self.val = self.test = array_split(x, y, "x", "y")
+        self.info = Info("made", CLASSES, (3, 16, 16), (0.5,), (0.25,), tuple("abcde"))
+
+
+DATA: Any = Made()
+
+
+def prepared(defense: str, net: str) -> Classifier:
+    """A defended model, prepared, with running statistics that are not the first ones."""
+    guard = DEFENSES[defense]
+    model = guard.apply(backbone(net)).train()
+    with torch.no_grad():  # what starts at zero has moved, and rows differ
+        for parameter in model.parameters():
+            parameter += 0.03 * torch.randn_like(parameter)
+    x, y = DATA.train.fetch(torch.arange(BATCH), torch.device("cpu"))
+    step = TrainingStep(model, Standard(THREAT), guard)
+    for _ in range(3):
+        with torch.no_grad():
+            step({"clean": x}, y, 0, 0)
+    with torch.no_grad():
+        guard.prepare(model.eval(), DATA)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("defense", "net"), PAIRS)
+def test_it_trains_two_steps_under_every_recipe(defense: str, net: str) -> None:
+    guard, seen = DEFENSES[defense], 0
+    for recipe in recipes(net).values():
+        model = guard.apply(backbone(net))
+        guard.prepare(model.eval(), DATA)
+        step = TrainingStep(model.train(), recipe, guard)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for i in range(2):
+            torch.manual_seed(i)
+            x, y = DATA.train.fetch(torch.arange(BATCH) + BATCH * i, torch.device("cpu"))
+            inputs: dict[Any, Tensor] = {"clean": x}
+            if "adversarial" in recipe.parts:
+                state = {k: v.clone() for k, v in model.state_dict().items()}
+                inputs["adversarial"] = recipe.perturb(model, x, y)
+                assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+            def here(given: Any = (inputs, y, 0, i), step: TrainingStep = step) -> Tensor:
+                return torch.stack(list(step(*given).values())).sum()
+
+            optimizer.zero_grad()
+            with recipe.displaced(model, here, 0):
+                loss = here()
+                assert loss.isfinite(), recipe
+                loss.backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+            optimizer.step()
+            with torch.no_grad():
+                recipe.after_step(model, step.record)
+                guard.after_step(model, step.record)
+        moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+        assert len(moved) > len(before) / 2
+        with torch.no_grad():
+            guard.after_epoch(model.eval(), DATA)
+        assert model(x).isfinite().all()
+        seen += 1
+    assert seen == (4 if net in BIG else 8)
+
+
+def test_all_pairs_were_tried() -> None:
+    assert len(PAIRS) == len(DEFENSES) * len(BACKBONES) - len(REFUSED) == 53
+
+
+@pytest.mark.parametrize(("defense", "net"), sorted(REFUSED))
+def test_it_refuses_what_it_cannot_defend(defense: str, net: str) -> None:
+    with pytest.raises(UserError):
+        DEFENSES[defense].apply(backbone(net))
+
+
+@pytest.mark.parametrize(("defense", "net"), [(d, "resnet20") for d in DEFENSES])
+def test_weights_come_back_and_traits_hold(defense: str, net: str, tmp_path: Path) -> None:
+    guard, model = DEFENSES[defense], prepared(defense, net)
+    save_weights(model, tmp_path / "w.safetensors")
+    other = guard.apply(BACKBONES[net](num_classes=CLASSES, input_shape=SHAPE))
+    load_weights(other, tmp_path / "w.safetensors")
+    other.eval()
+    assert model_sha256(model) == model_sha256(other)
+    x, _ = DATA.test.fetch(torch.arange(BATCH), torch.device("cpu"))
+    torch.manual_seed(0)
+    logits = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(logits, other(x))
+
+    traits = guard.traits(model)
+    samples = Samples(DATA.test, subset(60, None), torch.device("cpu"))
+    assert probe(model, samples, traits) == CLASSES  # refuses undeclared noise and dependence
+    assert traits.stochastic == (not torch.equal(model(x), model(x)))
+    if not traits.stochastic:
+        alone = torch.cat([model(row) for row in x.split(1)])
+        assert traits.batch_dependent == (not torch.allclose(alone, logits, rtol=1e-3, atol=1e-4))
+    if traits.batch_dependent:
+        assert traits.batch_size == BATCH
+
+
+@pytest.mark.parametrize(("defense", "net"), [(d, "resnet20") for d in DEFENSES])
+def test_the_declared_gradient_is_the_measured_one(defense: str, net: str) -> None:
+    """An exact gradient agrees with finite differences; one that is straight through does not."""
+    guard, model = DEFENSES[defense], prepared(defense, net).double()
+    traits = guard.traits(model)
+    if traits.stochastic or traits.gradient == "discontinuous":
+        return  # no derivative to compare; what a jump does stands in its own test
+    x, _ = DATA.test.fetch(torch.arange(BATCH), torch.device("cpu"))
+    x = (0.8 * x + 0.1).double().requires_grad_()
+    weights = torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(0)).double()
+    value = (model(x) * weights).sum()
+    gradient = torch.autograd.grad(value, x)[0]
+    gaps = []
+    for seed in range(12):
+        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
+        with torch.no_grad():
+            ends = [(model(x + s * 1e-8 * direction) * weights).sum() for s in (1, -1)]
+        measured = (ends[0] - ends[1]) / 2e-8
+        gaps.append(((gradient * direction).sum() - measured).abs() / (measured.abs() + 1e-3))
+    agrees = torch.stack(gaps).median() < 1e-5  # kinks aside
+    assert agrees == (traits.gradient == "exact"), (traits.gradient, gaps)
+
+
+@pytest.mark.parametrize(
+    ("defense", "net"), [(d, n) for d in DEFENSES for n in ("convnet", "mobilenet_v2")]
+)
+def test_surrogates_are_what_they_claim(defense: str, net: str) -> None:
+    if (defense, net) in REFUSED:
+        return
+    guard, model = DEFENSES[defense], prepared(defense, net)
+    before, seen = model_sha256(model), 0
+    x, y = DATA.test.fetch(torch.arange(BATCH), torch.device("cpu"))
+    shifted = (x + 0.03).clamp(0, 1)
+    for name, surrogate in guard.surrogates(model).items():
+        assert not any(module.training for module in surrogate.model.modules()), name
+        arguments = (shifted, x) if surrogate.anchored else (shifted,)
+        answer = surrogate.model(*arguments)
+        assert isinstance(answer, tuple) == surrogate.bonus, name
+        logits = answer[0] if surrogate.bonus else answer
+        assert logits.shape == (BATCH, CLASSES) and surrogate.why, name
+        if surrogate.exact:
+            torch.testing.assert_close(logits, model(shifted), rtol=1e-4, atol=1e-5)
+        rows = Rows(**started(CleanImages(torch.arange(BATCH), x, y), shifted, torch.zeros_like(y)))
+        found = Oracle(surrogate.model, anchored=surrogate.anchored).query(
+            PGD(loss_name=surrogate.loss), rows
+        )
+        assert found.gradient is not None and found.gradient.abs().sum() > 0, name
+        own = {id(p) for p in model.parameters()}
+        assert any(id(p) in own for p in surrogate.model.parameters()), name
+        seen += 1
+    assert model_sha256(model) == before
+    least = {"none": 0, "sparta-relu": 0, "mfdv_snn": 1, "sparta": 1, "hpm-static": 1}
+    assert seen >= least.get(defense, 3), (defense, seen)
+
+
+def test_traits_are_worth_something() -> None:
+    """Each value of each trait is declared by somebody."""
+    told = [guard.traits(prepared(name, "convnet")) for name, guard in DEFENSES.items()]
+    assert {t.gradient for t in told} == {"exact", "discontinuous", "straight_through"}
+    assert {t.stochastic for t in told} == {True, False} == {t.batch_dependent for t in told}
+    assert Traits() in told
+    assert not any(isinstance(guard, nn.Module) for guard in DEFENSES.values())

@@ -1,0 +1,729 @@
+"""The training loop on small nets and data: what it computes and what it leaves."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sized
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from omegaconf import OmegaConf
+from small import (
+    STEPS,
+    THREAT,
+    Planted,
+    assert_same_result,
+    assert_same_weights,
+    fit,
+    net,
+    read_weights,
+    state,
+    table,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from advbench.attacks.threat import Threat
+from advbench.backbones.base import Classifier
+from advbench.config import options
+from advbench.data.base import ArraySplit
+from advbench.defenses.base import Defense, Step, Traits
+from advbench.errors import UserError
+from advbench.experiments.models import load_weights
+from advbench.recipes.pgd_at import PGDAT
+from advbench.recipes.standard import Standard
+from advbench.training import learner, loop, schedules, validation
+from advbench.training.averaging import Average
+from advbench.training.checkpoint import (
+    remove_leftovers,
+    save_weights,
+)
+from advbench.training.emulation import Widened
+from advbench.training.guards import Divergence
+from advbench.training.learner import Learner
+from advbench.training.metrics import Means, write_table
+from advbench.training.optimizers import SGD, AdamW
+from advbench.training.randomness import deal, derive, permutation
+from advbench.training.summary import Summary
+from advbench.training.trainer import Trainer
+from advbench.training.validation import accuracies, fixed_batches
+
+# Schedules and optimizers
+
+
+def test_schedules_in_closed_form():
+    args = (100, [50, 75], 0.1)
+    assert [schedules.constant(s, *args) for s in (0, 99)] == [1, 1]
+    for step, factor in ((0, 1.0), (50, 0.5), (25, 0.5 + math.sqrt(0.5) / 2), (100, 0.0)):
+        assert schedules.cosine(step, *args) == pytest.approx(factor)
+    for step, factor in ((0, 1), (49, 1), (50, 0.1), (74, 0.1), (75, 0.01), (99, 0.01)):
+        assert schedules.multistep(step, *args) == pytest.approx(factor)
+    for step, factor in ((0, 0), (25, 0.5), (50, 1), (75, 0.5), (100, 0)):
+        assert schedules.cyclic(step, *args) == pytest.approx(factor)
+    assert [schedules.warmup(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert schedules.warmup(0, 0) == 1
+    assert len(schedules.SCHEDULES) == 5
+
+
+def test_one_cycle_is_that_of_pytorch():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, pct_start=0.025, total_steps=200
+    )
+    for step in range(200):
+        rate = optimizer.param_groups[0]["lr"]
+        assert schedules.onecycle(step, 200, [], 0.1) == pytest.approx(rate, abs=1e-12)
+        optimizer.step()
+        if step < 199:
+            theirs.step()
+    assert schedules.onecycle(0, 10, [], 0.1) == 1 and schedules.onecycle(0, 1, [], 0.1) == 1
+
+
+def test_the_schedules_of_the_papers():
+    """Rice et al. 2020, Wong et al. 2020, Pang et al. 2021: rates at the steps that they name."""
+    rice = SGD(lr=0.1, schedule="multistep", milestones=[100, 150])
+    rates = [rice.lr_at(390 * epoch, 200, 390) for epoch in (0, 99, 100, 149, 150, 199)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    wong = SGD(lr=0.2, schedule="cyclic")
+    rates = [wong.lr_at(step, 30, 100) for step in (0, 750, 1500, 2250)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.1])
+    pang = SGD(lr=0.1, schedule="multistep", milestones=[100, 105])
+    assert pang.lr_at(104 * 390, 110, 390) == pytest.approx(0.01)
+
+
+def test_learning_rate_counts_milestones_and_warmup_in_epochs():
+    optimizer = SGD(lr=0.2, schedule="multistep", milestones=[2], gamma=0.5, warmup=0.5)
+    rates = [optimizer.lr_at(step, epochs=4, steps_per_epoch=4) for step in range(16)]
+    assert rates == pytest.approx([0.1, *[0.2] * 7, *[0.1] * 8])
+    cosine = AdamW(lr=1.0, warmup=1.0)
+    assert cosine.lr_at(1, 2, 4) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi / 8)))
+
+
+def test_optimizers_take_their_values():
+    weight = nn.Parameter(torch.zeros(2))
+    sgd = SGD(lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.1).build([weight])
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {k: sgd.defaults[k] for k in ("lr", "momentum", "nesterov", "weight_decay")} == {
+        "lr": 0.3, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1
+    }  # fmt: skip
+    adamw = AdamW(lr=0.3, beta1=0.5, beta2=0.6, weight_decay=0.1).build([weight])
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.defaults["betas"] == (0.5, 0.6) and adamw.defaults["weight_decay"] == 0.1
+
+
+# The order of samples, and randomness
+
+
+def test_dealing_gives_every_rank_its_share_of_every_batch():
+    order = permutation(23, seed=5, epoch=1)
+    assert sorted(order.tolist()) == list(range(23))
+    shares = [deal(order, 6, rank, 3).view(3, 2) for rank in range(3)]
+    assert torch.equal(torch.cat(shares, 1).flatten(), order[:18])
+    assert torch.equal(deal(order, 6, 0, 1), order[:18])
+
+
+def test_order_and_seeds_are_functions_of_their_position():
+    assert torch.equal(permutation(50, 0, 3), permutation(50, 0, 3))
+    orders = [permutation(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    seeds = {derive(seed, name, i) for seed in (0, 1) for name in "ab" for i in range(5)}
+    assert len(seeds) == 20 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# What a training leaves
+
+
+def test_a_training_learns_and_leaves_its_files(tmp_path):
+    model = net()
+    summary = fit(tmp_path, Trainer(epochs=8, batch_size=16, val_steps=2), model=model)
+    rows = table(tmp_path)
+    assert list(rows[0]) == [
+        "epoch", "step", "lr", "loss", "loss_ce", "train_adversarial", "val_clean", "val_robust"
+    ]  # fmt: skip
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 9)]
+    assert [row["step"] for row in rows] == [str(STEPS * epoch) for epoch in range(1, 9)]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(
+        [0.1 * schedules.cosine(STEPS * e - 1, STEPS * 8, [], 0.1) for e in range(1, 9)], rel=1e-5
+    )
+    assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
+    assert float(rows[-1]["train_adversarial"]) > float(rows[0]["train_adversarial"])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.safetensors", "last.safetensors", "metrics.csv", "summary.json"
+    }  # fmt: skip
+    last = net()
+    load_weights(last, tmp_path / "last.safetensors")
+    assert_same_weights(last, model)
+
+    with (tmp_path / "metrics.csv").open() as file:
+        seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+    assert 0.5 * summary.seconds < seconds < 1.01 * summary.seconds
+    best = rows[summary.best_epoch - 1]
+    assert Summary.load(tmp_path / "summary.json") == summary
+    assert summary.selected_by == "robust validation accuracy"
+    assert summary.val["n"] == 24 and summary.val["attack"] == "PGD-2, linf 0.1"
+    assert summary.val["robust"] == pytest.approx(float(best["val_robust"]), abs=1e-5)
+    assert summary.val["clean"] > 0.6
+    assert (summary.epochs, summary.steps, summary.devices) == (8, 48, 1)
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_equal_runs_are_equal_and_seeds_differ(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        fit(tmp_path / name, seed=seed)
+    assert_same_result(tmp_path / "a", tmp_path / "b")
+    first, other = (tmp_path / name / "last.safetensors" for name in "ac")
+    assert first.read_bytes() != other.read_bytes()
+
+
+def test_without_a_threat_only_clean_accuracy_is_measured(tmp_path):
+    summary = fit(tmp_path / "none", recipe=Standard(), threat=None)
+    assert list(table(tmp_path / "none")[0])[-2:] == ["train_clean", "val_clean"]
+    assert summary.selected_by == "clean validation accuracy"
+    assert summary.val["robust"] is None and summary.val["attack"] is None
+    l1 = fit(tmp_path / "l1", recipe=Standard(), threat=Threat("l1", 1.0))
+    assert l1.val == summary.val
+
+
+ACCURACIES = [(0.9, 0.1), (0.8, 0.5), (0.7, 0.5), (0.8, 0.5), (0.9, 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "best"), [(PGDAT(threat=THREAT, steps=1), 4), (Standard(threat=THREAT), 5)]
+)
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch, recipe, best):
+    model, seen, planted = net(), [], iter(ACCURACIES)
+    monkeypatch.setattr(loop, "accuracies", lambda *_, **__: next(planted))
+
+    class Weights:
+        def note(self, text: str) -> None: ...
+        def progress(self, done: int, total: int, text: str) -> None: ...
+        def epoch(self, row: Mapping[str, float]) -> None:
+            seen.append(state(model))
+
+    trainer = Trainer(epochs=5, batch_size=16)
+    summary = fit(tmp_path, trainer, model=model, recipe=recipe, report=Weights())
+    assert summary.best_epoch == best and len(seen) == 5
+    clean, robust = ACCURACIES[best - 1]
+    assert (summary.val["clean"], summary.val["robust"]) == (clean, robust)
+    kept = read_weights(tmp_path / "model.safetensors")
+    same = [all(torch.equal(kept[name], epoch[name]) for name in kept) for epoch in seen]
+    assert [index + 1 for index, equal in enumerate(same) if equal] == [best]
+
+
+@dataclass(frozen=True)
+class Recorder(Defense):
+    """Keeps the weights after each step."""
+
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def after_step(self, model: Classifier, step: Step) -> None:
+        assert not torch.is_grad_enabled()
+        self.weights.append(state(model))
+
+
+def test_average_of_the_weights_by_hand(tmp_path):
+    recorder = Recorder()
+    trainer = Trainer(epochs=1, batch_size=16, ema=0.3, val_steps=1)
+    model = net()
+    start = state(model)
+    parameters = {name for name, _ in model.named_parameters()}
+    fit(tmp_path, trainer, model=model, defense=recorder)
+    assert len(recorder.weights) == STEPS
+    average = start
+    for t, weights in enumerate(recorder.weights):
+        decay = min(0.3, (1 + t) / (10 + t))
+        for name in parameters:
+            average[name] = decay * average[name] + (1 - decay) * weights[name]
+    kept = read_weights(tmp_path / "last.safetensors")
+    copied = kept.keys() - parameters
+    assert "trunk.1.running_mean" in copied and (len(parameters), len(copied)) == (6, 3)
+    for name in parameters:
+        torch.testing.assert_close(kept[name], average[name])
+        assert not torch.equal(kept[name], recorder.weights[-1][name])
+    for name in copied:
+        assert torch.equal(kept[name], recorder.weights[-1][name])
+    best = (tmp_path / "model.safetensors").read_bytes()
+    assert best == (tmp_path / "last.safetensors").read_bytes()
+
+
+def test_what_modules_share_is_averaged_once():
+    shared = nn.Linear(2, 2, bias=False)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(2, 2))
+    average = Average(model, 0.5)
+    start = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    average.update(model, 50)
+    kept: Any = average.module
+    assert len(start) == 3 and kept[0] is kept[2]
+    for now, before in zip(kept.parameters(), start, strict=True):
+        torch.testing.assert_close(now, before + 0.5)
+
+
+def test_every_step_has_its_learning_rate_and_a_clipped_gradient(tmp_path):
+    recorder = Recorder()
+    model = net(plain=True)
+    weights = [state(model)]
+    trainer = Trainer(epochs=1, batch_size=16, clip_grad=1e-3, val_steps=1)
+    optimizer = SGD(lr=1.0, momentum=0, weight_decay=0, schedule="cyclic")
+    fit(tmp_path, trainer, model=model, defense=recorder, optimizer=optimizer)
+    weights += recorder.weights
+    lengths = [
+        torch.cat([(new[name] - old[name]).flatten() for name in old]).norm().item()
+        for old, new in itertools.pairwise(weights)
+    ]
+    rates = [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]
+    assert lengths == pytest.approx([1e-3 * rate for rate in rates], rel=1e-2)
+
+
+def test_every_epoch_has_its_order(tmp_path, monkeypatch):
+    orders: list[Tensor] = []
+    batches = ArraySplit.batches
+
+    def recorded(self, order: Tensor, batch_size: int, device, seed: int | None = None):
+        orders.append(order)
+        return batches(self, order, batch_size, device, seed)
+
+    monkeypatch.setattr(ArraySplit, "batches", recorded)
+    fit(tmp_path, Trainer(epochs=2, batch_size=16, val_steps=1), seed=3)
+    assert len(orders) == 4
+    for epoch, order in enumerate(orders[::2]):
+        assert torch.equal(order, permutation(102, 3, epoch)[:96])
+    assert all(torch.equal(order, torch.arange(24)) for order in orders[1::2])
+
+
+def test_terms_of_the_defense_are_added_and_logged(tmp_path):
+    fit(tmp_path, defense=Planted())
+    for epoch, row in enumerate(table(tmp_path)):
+        planted = float(row["loss_planted"])
+        assert planted == pytest.approx(2 + STEPS * epoch + 2.5)
+        assert float(row["loss"]) == pytest.approx(float(row["loss_ce"]) + planted, rel=1e-5)
+
+
+def test_two_terms_of_one_name_raise(tmp_path):
+    with pytest.raises(ValueError, match="PGDAT and Planted both have a loss term 'ce'"):
+        fit(tmp_path, defense=Planted(name="ce"))
+
+
+def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
+    """Reading a value, or a shape that depends on one, would make a GPU's host wait."""
+    waits, calls = [], Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(
+                name in str(func) for name in ("_local_scalar", "nonzero", "equal", "masked_se")
+            ):
+                waits.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def watch(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+
+        def watched(*args):
+            calls[name] += 1
+            with Watch():
+                return method(*args)
+
+        monkeypatch.setattr(kind, name, watched)
+
+    # All that the loop does from one step to the next.
+    for kind, name in ((Learner, "step"), (Divergence, "watch"), (Means, "add")):
+        watch(kind, name)
+    trainer = Trainer(epochs=1, batch_size=16, clip_grad=1.0, val_steps=1, ema=0.9)
+    fit(tmp_path, trainer, defense=Planted())
+    assert calls == {"step": STEPS, "watch": STEPS, "add": STEPS} and waits == []
+    with Watch():
+        float(torch.ones(1))
+    assert waits, "the watch sees such a read"
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emulated):
+    monkeypatch.setattr(learner, "emulates_bf16", lambda device: emulated)
+    seen: list[tuple[str, bool]] = []
+    report = Mock()
+
+    class Watched(PGDAT):
+        def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            seen.append(("attack", torch.is_autocast_enabled("cpu")))
+            point = super().perturb(model, x, y)
+            assert point.dtype == torch.float32 and THREAT.contains(point, x).all()
+            assert point.min() >= 0 and point.max() <= 1
+            return point
+
+        def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
+            assert step.adversarial is not None and step.adversarial.x.dtype == torch.float32
+            seen.append(("loss", step.adversarial.logits.dtype == torch.bfloat16))
+            modes = [type(mode) for mode in _get_current_dispatch_mode_stack()]
+            seen.append(("widened", Widened in modes))
+            return super().loss_terms(model, step)
+
+    def validated(*args, **kwargs):
+        seen.append(("validation", torch.is_autocast_enabled("cpu")))
+        return accuracies(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "accuracies", validated)
+    trainer = Trainer(epochs=3, batch_size=16, precision="bf16-mixed", val_steps=1)
+    summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1), report=report)
+    assert set(seen) == {
+        ("attack", not emulated),
+        ("loss", True),
+        ("widened", emulated),
+        ("validation", False),
+    }
+    notes = [str(call) for call in report.note.mock_calls]
+    assert emulated == any("bfloat16 is emulated on this device" in note for note in notes)
+    assert summary.val["clean"] > 0.4
+    assert all(value.dtype != torch.bfloat16 for value in read_weights(
+        tmp_path / "last.safetensors").values())  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_widened_convolutions_round_as_bfloat16(groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups)
+    x = torch.randn(2, 4, 7, 7).bfloat16().float()
+    for part in (conv.weight, conv.bias):
+        assert part is not None
+        part.data = part.data.bfloat16().float()
+    kernels: list[torch.dtype] = []
+
+    class Kernels(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "convolution" in str(func):
+                kernels.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    answers = []
+    for narrow in (False, True):
+        point, copied = x.clone().requires_grad_(), deepcopy(conv)
+        with Kernels(), Widened(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            out = copied(point)
+            out.backward((out.detach() > 0).to(out.dtype))
+        assert copied.weight.grad is not None and copied.bias is not None
+        answers.append([out, point.grad, copied.weight.grad, copied.bias.grad])
+    assert kernels == 4 * [torch.float32]
+    for plain, ours in zip(*answers, strict=True):
+        assert torch.equal(ours.float(), plain.bfloat16().float())
+    assert answers[1][0].dtype == torch.bfloat16
+
+
+# Validation
+
+
+def test_validation_of_a_linear_model_in_closed_form():
+    generator = torch.Generator().manual_seed(2)
+    x = 0.2 + 0.6 * torch.rand(50, 1, 2, 3, generator=generator)
+    weight = torch.randn(6, generator=generator)
+    head = nn.Linear(6, 2)
+    head.weight.data = torch.stack([weight, -weight]) / 2
+    head.bias.data = torch.tensor([-0.5, 0.5]) * (weight.sum() / 2)
+    model = Classifier(
+        nn.Flatten(), num_features=6, num_classes=2, input_shape=(1, 2, 3), head=head
+    )
+    margin = (x.flatten(1) - 0.5) @ weight  # of class 0 over class 1
+    y = (margin < 0).long()
+    y[:5] = 1 - y[:5]
+    split = ArraySplit(x, y)
+    fabric = Fabric(accelerator="cpu", devices=1)
+
+    def measure(threat: Threat | None, batch_size: int = 16) -> tuple[float, float | None]:
+        return accuracies(
+            model,
+            split,
+            threat,
+            steps=5,
+            seed=0,
+            batch_size=batch_size,
+            fabric=fabric,
+            traits=Traits(),
+        )
+
+    survives = (margin.abs() > 0.1 * weight.abs().sum())[5:].sum().item()
+    assert 5 < survives < 40
+    torch.manual_seed(0)
+    assert measure(THREAT) == pytest.approx((45 / 50, survives / 50))
+    torch.manual_seed(1)
+    assert measure(THREAT, batch_size=7) == measure(THREAT)
+    assert measure(None) == (pytest.approx(0.9), None)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_validation_attacks_the_same_points_whatever_the_batch_and_the_generator():
+    class Spy(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(x)
+            return super().forward(x)
+
+    x, y = torch.rand(20, 1, 2, 3), torch.arange(20) % 2
+    model = Spy(nn.Flatten(), nn.Linear(6, 2))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    attacked = []
+    for seed, batch_size in ((0, 20), (1, 7)):
+        calls: list[Tensor] = []
+        torch.manual_seed(seed)
+        accuracies(
+            model,
+            ArraySplit(x, y),
+            THREAT,
+            steps=1,
+            seed=0,
+            batch_size=batch_size,
+            fabric=fabric,
+            traits=Traits(),
+        )
+        clean, _, final = (torch.cat(calls[first::3]) for first in range(3))
+        assert torch.equal(clean, x) and not torch.equal(final, x)
+        attacked.append(final)
+    torch.testing.assert_close(*attacked)
+
+
+def test_what_is_wrong_from_the_start_is_not_robust():
+    class OffGrid(nn.Module):
+        """Class 1 exactly on the grey image."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            grey = (x.flatten(1) == 0.5).all(1)
+            return torch.stack([~grey, grey], 1) + 0 * x.sum()
+
+    split = ArraySplit(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    result = accuracies(
+        OffGrid(), split, THREAT, steps=1, seed=0, batch_size=4, fabric=fabric, traits=Traits()
+    )
+    assert result == (0, 0)
+
+
+@dataclass
+class Crew:
+    """One of several processes, whose sums are added up by hand."""
+
+    global_rank: int
+    world_size: int
+    device: str = "cpu"
+
+
+@pytest.mark.parametrize(("total", "size"), [(23, 8), (16, 8), (5, 8)])
+def test_a_batch_dependent_model_is_validated_in_its_fixed_batches(monkeypatch, total, size):
+    """As it is judged: whole batches of that size, the same for any number of processes."""
+    x = torch.arange(total).float().view(-1, 1, 1, 1) / total
+    split = ArraySplit(x, torch.arange(total) % 2)
+    met: list[Tensor] = []
+
+    class Odd(nn.Module):
+        """Class 1 where a row's place in its batch is odd, and so right in some places."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            met.append((x.flatten() * total).round().long())
+            odd = torch.arange(len(x)) % 2 == 1
+            return torch.stack([~odd, odd], 1).float()
+
+    monkeypatch.setattr(validation, "gather", lambda value, _: value[None])
+    found = []
+    for ranks in (1, 2, 4):
+        met.clear()
+        clean = 0.0
+        for rank in range(ranks):
+            crew: Any = Crew(rank, ranks)
+            share, none = accuracies(
+                Odd(), split, None, steps=1, seed=ranks, batch_size=3, fabric=crew,
+                traits=Traits(batch_dependent=True, batch_size=size),
+            )  # fmt: skip
+            assert none is None
+            clean += share
+        found.append((sorted(ids.tolist() for ids in met), clean))
+    assert found[1:] == found[:1] * 2
+    batches = fixed_batches(total, size)
+    order = torch.cat([ids for ids, _ in batches])
+    assert found[0][0] == sorted(ids.tolist() for ids, _ in batches)
+    assert len(order) == -(-total // size) * size and {len(ids) for ids, _ in batches} == {size}
+    assert order[:total].sort().values.tolist() == list(range(total)) != order[:total].tolist()
+    assert torch.equal(order[total:], order[:total].repeat(2)[: len(order) - total])
+    assert [own for _, own in batches] == [size] * (total // size) + [total % size] * bool(
+        total % size
+    )
+    # Each sample counts once, where it is met first.
+    place = torch.arange(len(order)) % size
+    right = (order % 2 == place % 2)[:total].sum().item()
+    assert found[0][1] == pytest.approx(right / total) and 0 < right < total
+
+
+# Files
+
+
+def test_what_killed_writers_leave_is_removed(tmp_path):
+    for name in (".model.safetensors.12.tmp", ".tmpAb1", "metrics.csv"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    model = net()
+    save_weights(model, tmp_path / "model.safetensors")
+    other = net()
+    nn.utils.vector_to_parameters(torch.zeros(200), other.parameters())
+    load_weights(other, tmp_path / "model.safetensors")
+    assert_same_weights(other, model)
+    with pytest.raises(UserError, match="do not match the model"):
+        load_weights(net(plain=True), tmp_path / "model.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    for name, message in (
+        ("broken.safetensors", "is not a safetensors file"),
+        ("missing.safetensors", "there are no weights at"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_weights(net(), tmp_path / name)
+
+
+def test_weights_that_modules_share_and_views_are_saved(tmp_path):
+    def tied() -> nn.Sequential:
+        first = nn.Linear(3, 3)
+        first.bias = nn.Parameter(torch.rand(6)[:3])
+        return nn.Sequential(first, nn.ReLU(), first)
+
+    model, other = tied(), tied()
+    save_weights(model, tmp_path / "model.safetensors")
+    load_weights(other, tmp_path / "model.safetensors")
+    assert_same_weights(other, model)
+    assert other[0] is other[2]
+
+
+def test_a_table_with_missing_values(tmp_path):
+    write_table(tmp_path / "t.csv", [{"a": 1, "b": 0.123456789}, {"a": 2, "c": 1e-9}])
+    assert (tmp_path / "t.csv").read_text() == "a,b,c\n1,0.123457,\n2,,1e-09\n"
+
+
+def test_summaries_of_another_kind_are_refused(tmp_path):
+    for name, text in (("a", "{"), ("b", '{"schema": "x"}'), ("c", "[]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name}\b"):
+            Summary.load(tmp_path / name)
+
+
+# Mistakes and configs
+
+MISTAKES = [
+    (lambda: Trainer(epochs=0), r"trainer\.epochs=0 is not at least 1"),
+    (lambda: Trainer(batch_size=0), r"trainer\.batch_size=0"),
+    (lambda: Trainer(val_steps=0), r"trainer\.val_steps=0"),
+    (lambda: Trainer(num_nodes=0), r"trainer\.num_nodes=0"),
+    (lambda: Trainer(save_every=-1), r"trainer\.save_every=-1"),
+    (lambda: Trainer(clip_grad=0), r"trainer\.clip_grad=0"),
+    (lambda: Trainer(ema=1), r"trainer\.ema=1 is not between"),
+    (lambda: Trainer(precision="bf16-mixd"), "did you mean 'bf16-mixed'"),
+    (lambda: SGD(schedule="cosin"), r"did you mean 'cosine'.*optimizer\.schedule"),
+    (lambda: SGD(schedule="multistep"), r"optimizer\.milestones"),
+    (lambda: SGD(lr=0), r"optimizer\.lr=0 is not above 0"),
+    (lambda: SGD(weight_decay=-1), r"optimizer\.weight_decay=-1"),
+    (lambda: SGD(warmup=-1), r"optimizer\.warmup=-1"),
+    (lambda: SGD(momentum=1), r"optimizer\.momentum=1"),
+    (lambda: SGD(momentum=0, nesterov=True), r"optimizer\.nesterov"),
+    (lambda: AdamW(beta1=1), r"optimizer\.beta1=1"),
+    (lambda: AdamW(beta2=-1), r"optimizer\.beta2=-1"),
+]
+
+
+def test_values_out_of_range_are_user_errors():
+    for make, message in MISTAKES:
+        with pytest.raises(UserError, match=message):
+            make()
+    assert len(MISTAKES) == 17
+
+
+def test_what_does_not_fit_the_data_or_the_machine_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"batch_size=103 is more than the 102 training samples"):
+        fit(tmp_path, Trainer(batch_size=103))
+    with pytest.raises(UserError, match=r"batch_size=1 is one image, and the model has batch norm"):
+        fit(tmp_path, Trainer(batch_size=1))
+    fit(tmp_path / "plain", Trainer(epochs=1, batch_size=1, val_steps=1), model=net(plain=True))
+    for trainer in (Trainer(accelerator="abacus"), Trainer(devices="many")):
+        with pytest.raises(UserError, match=r"cannot be had here: \S+"):
+            fit(tmp_path, trainer)
+    with pytest.raises(UserError, match="every parameter of the model is frozen"):
+        fit(tmp_path, model=net().requires_grad_(False))
+
+
+@dataclass
+class Parts:
+    """As much of a data set as is counted."""
+
+    train: Sized
+    val: Sized
+
+
+def test_what_does_not_fit_several_devices_is_a_user_error():
+    data: Any = Parts(range(100), range(3))
+    Trainer(batch_size=6).check(net(), data, 3)
+    for trainer, devices, message in (
+        (Trainer(batch_size=7), 3, "over 3 devices; take 6"),
+        (Trainer(batch_size=8), 4, "split holds 3 for 4 devices, which need one each"),
+        (
+            Trainer(batch_size=3), 3,
+            r"batch_size=3 is one image for each device.*batch_size=6 or more.*sync_batchnorm=true",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            trainer.check(net(), data, devices)
+    Trainer(batch_size=3, sync_batchnorm=True).check(net(), data, 3)
+    Trainer(batch_size=3).check(net(plain=True), data, 3)
+
+
+@dataclass(frozen=True)
+class Failing(Recorder):
+    """Raises in the first step."""
+
+    error: str = "CUDA out of memory. Tried to allocate 20.00 GiB"
+
+    def after_step(self, model: Classifier, step: Step) -> None:
+        raise RuntimeError(self.error)
+
+
+def test_out_of_memory_says_what_takes_less(tmp_path):
+    for trainer, take in (
+        (Trainer(batch_size=48), "trainer.batch_size=24 or trainer.precision=bf16-mixed$"),
+        (Trainer(batch_size=7, precision="bf16-mixed"), "trainer.batch_size=3$"),
+    ):
+        with pytest.raises(UserError, match=f"^out of memory: take {take}"):
+            fit(tmp_path / str(trainer.batch_size), trainer, defense=Failing())
+    for devices, batch_size, half in ((4, 24, 12), (4, 12, 4), (3, 15, 6)):
+        with (
+            pytest.raises(UserError, match=f"trainer.batch_size={half} or"),
+            Trainer(batch_size=batch_size)._enough_memory(devices),
+        ):
+            raise torch.OutOfMemoryError
+    for precision, take in (("32-true", "trainer.precision"), ("bf16-mixed", "a smaller backbone")):
+        with (
+            pytest.raises(UserError, match=f"take {take}"),
+            Trainer(batch_size=4, precision=precision)._enough_memory(4),
+        ):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        fit(tmp_path / "bug", defense=Failing(error="a bug of ours"))
+
+
+def test_shipped_configs_write_out_every_field_and_its_default():
+    found = []
+    for group, names in (("optimizer", ("sgd", "adamw")), ("trainer", ("default",))):
+        for name in names:
+            text = options(group)[name].read_text()
+            node = {str(k): v for k, v in OmegaConf.create(text).items()}
+            module, _, attribute = node.pop("_target_").rpartition(".")
+            component = getattr(import_module(module), attribute)
+            assert node.keys() == {f.name for f in fields(component)}
+            assert component(**node) == component(), "the file gives the defaults"
+            first, second = text.splitlines()[:2]
+            assert first.startswith("# advbench train ") and second.startswith("# ")
+            found.append(name)
+    assert found == ["sgd", "adamw", "default"]

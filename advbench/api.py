@@ -20,8 +20,8 @@ from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
-from advbench.evaluation.search import Watch
 from advbench.experiments import models
+from advbench.progress import Progress
 from advbench.runs import directory
 from advbench.runs.results import Results
 
@@ -50,7 +50,7 @@ def evaluate(
     surrogates: Mapping[str, Surrogate] | None = None,
     folder: str | Path | None = None,
     name: str = "model",
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Results:
     """Clean and robust accuracy of any classifier.
 
@@ -66,6 +66,7 @@ def evaluate(
     surrogates: other targets for ``msa`` and ``adaptive``; if None, those that the defense of a
         model from ``load`` names.
     folder: keep the evaluation there, and go on with it if it was interrupted.
+    progress: shows how far the evaluation is; None shows nothing.
     Raises ``UserError`` for a model in training mode and for whatever does not fit.
     """
     if isinstance(threat, str):
@@ -110,8 +111,8 @@ def evaluate(
     stages = evaluation.stages()
     most = None if budget is None else seconds(budget)
     if folder is None:
-        return evaluation.execute(None, stages, watch, budget=most)
+        return evaluation.execute(None, stages, progress, budget=most)
     if directory.kind_in(Path(folder)) == "train":
         raise UserError(f"'{folder}' holds a training run: give another folder")
     with directory.occupied(Path(folder)):
-        return evaluation.execute(Path(folder), stages, watch, budget=most)
+        return evaluation.execute(Path(folder), stages, progress, budget=most)

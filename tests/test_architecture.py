@@ -20,7 +20,7 @@ LAYERS = [
     ["runs"],
     ["attacks", "backbones", "data"],
     ["config", "console"],
-    ["surgery", "files", "devices", "text"],
+    ["surgery", "files", "devices", "text", "progress"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

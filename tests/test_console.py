@@ -104,7 +104,7 @@ def test_an_evaluation_on_a_terminal(clock: Clock) -> None:
         view = EvaluationView(shown, bar, ["apgd-ce", "apgd-t"])
         view.stage("apgd-t", 80)
         clock.now = 4.0
-        view.progress(20, 70, 100, 90.0)
+        view.update(20, correct=70, samples=100, seconds_left=90.0)
     text = stream.getvalue()
     for part in ("[2/2] apgd-t", "20/80", str(Accuracy.of(70, 100)), "90 s left", "70 alive",
                  "30 broken", "5.0 samples/s"):  # fmt: skip
@@ -117,7 +117,7 @@ def test_what_matters_most_stays_on_a_narrow_terminal(clock: Clock) -> None:
         view = EvaluationView(shown, bar, ["apgd-ce"])
         view.stage("apgd-ce", 80)
         clock.now = 4.0
-        view.progress(20, 70, 100, 90.0)
+        view.update(20, correct=70, samples=100, seconds_left=90.0)
     text = stream.getvalue()
     assert str(Accuracy.of(70, 100)) in text and "90 s left" in text
     assert "samples/s" not in text
@@ -130,7 +130,7 @@ def test_an_evaluation_without_a_terminal_speaks_now_and_then(clock: Clock) -> N
         view.stage("apgd-ce", 80)
         for second in range(1, 41):
             clock.now = float(second)
-            view.progress(second, 90 - second, 100, None)
+            view.update(second, correct=90 - second, samples=100)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "[1/1] apgd-ce: 80 samples"
     assert [line.split()[2] for line in lines[1:]] == ["16/80", "32/80"]
@@ -145,7 +145,7 @@ def test_groups_of_one_stage_are_one_stage(clock: Clock) -> None:
     for group in range(3):
         view.stage("pgd", 64)
         clock.now += 16
-        view.progress(64, 100, 200)
+        view.update(64, correct=100, samples=200)
         assert f"{64 * (group + 1)}/{64 * (group + 1)}" in stream.getvalue().splitlines()[-1]
     assert stream.getvalue().count("64 samples") == 1
 
@@ -156,12 +156,13 @@ def test_a_training_with_and_without_a_terminal(clock: Clock) -> None:
         shown, stream = screen(terminal)
         with Bar(shown) as bar:
             view = TrainingView(shown, bar, batch_size=128)
-            view.progress(40, 100, "epoch 2/5  loss 0.512")  # 40 of them in an earlier sitting
+            view.stage("training", 100)
+            view.update(40, "epoch 2/5  loss 0.512")  # 40 of them in an earlier sitting
             clock.now = 1.0
             row = {"epoch": 2, "loss": 0.5, "val_clean": 0.9, "val_robust": 0.5, "seconds": 1.0}
             view.epoch(row)
             clock.now = 17.0
-            view.progress(57, 100, "epoch 3/5  loss 0.400")
+            view.update(57, "epoch 3/5  loss 0.400")
         text = stream.getvalue()
         assert "epoch   2  loss 0.500  val_clean  90.0 %  val_robust  50.0 %  1.0 s" in text
         for part in ("epoch 3/5  loss 0.400", "43 s left", "val 90.0 / 50.0 %", "128 samples/s"):

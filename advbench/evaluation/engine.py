@@ -26,29 +26,17 @@ from advbench.evaluation.fast_model import Searcher, Speed, searcher
 from advbench.evaluation.joint_search import JointSearch, no_room
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples, fixed_batches
-from advbench.evaluation.search import Search, Watch
+from advbench.evaluation.search import Search
 from advbench.evaluation.stage_cache import Archive
 from advbench.evaluation.stage_state import Ledger
 from advbench.evaluation.store import Records, Store
+from advbench.progress import NullProgress, Progress
 
 CLEAN = "clean"
 NOISE_GROUP = 64  # samples of a stochastic model that are attacked as a whole
 VOTES = 10  # evaluations of a stochastic model, of which the majority decides
 TINY = torch.finfo(torch.float32).tiny
 COMPARED = 8  # images on which the search's copy of a model is held against the model
-
-
-class Nobody:
-    """Looks on at nothing."""
-
-    def stage(self, name: str, waiting: int) -> None:
-        pass
-
-    def progress(self, done: int, correct: int, n: int, left: float | None = None) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
 
 
 @dataclass
@@ -71,7 +59,7 @@ class Engine:
     surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
     keep_images: bool = False
     share: tuple[int, int] = (0, 1)
-    watch: Watch = field(default_factory=Nobody)
+    progress: Progress = field(default_factory=NullProgress)
     archive: Archive | None = None
     hurry: Callable[[], bool] = lambda: False
     moved: bool = field(default=False, init=False)
@@ -114,7 +102,7 @@ class Engine:
                     still = len(held(store, stage.name, correct))
                     search = self._search(stage, prepared[stage.target], store, still, len(mine))
                     if self.traits.batch_dependent:
-                        self.watch.stage(stage.name, len(pending))
+                        self.progress.stage(stage.name, len(pending))
                     if not self._attack(stage, search, store, pending):
                         return False
                 correct = held(store, stage.name, correct)
@@ -161,7 +149,7 @@ class Engine:
                 correct=correct,
                 total=total,
                 keep_images=self.keep_images,
-                watch=self.watch,
+                progress=self.progress,
                 hurry=self._late,
             )
             return lambda unit, wanted: joint.run(unit.rows, wanted)
@@ -180,7 +168,7 @@ class Engine:
             exact=self._is_exact(stage),
             keep_images=self.keep_images,
             whole=self.traits.stochastic,
-            watch=self.watch,
+            progress=self.progress,
             hurry=self.hurry if self.units is None else self._late,
         )
         return lambda unit, wanted: single.run(wanted)
@@ -233,15 +221,15 @@ class Engine:
                     raise
             self._back_off()
         if fast is surrogate.model:
-            self.watch.note(
+            self.progress.note(
                 f"no faster copy of '{target}': the search runs on it as it is, in float32"
             )
         if isinstance(fast, Searcher) and fast.precision != self.speed.precision:
-            self.watch.note(
+            self.progress.note(
                 f"bfloat16 blurs the margins of '{target}', so the search runs in float32"
             )
         if not surrogate.stochastic and not self.shapes.placeless:
-            self.watch.note(
+            self.progress.note(
                 "an image's logits depend, in their last bits, on its place in the batch: "
                 "a repeated evaluation may round differently"
             )
@@ -260,7 +248,7 @@ class Engine:
 
     def _back_off(self) -> None:
         self.shapes.shrink()
-        self.watch.note(f"out of memory: going on with batches of {self.shapes.largest}")
+        self.progress.note(f"out of memory: going on with batches of {self.shapes.largest}")
 
     def _pending(self, store: Store, stage: str, attacked: Tensor) -> Tensor:
         """The samples that have no record of the stage, here or in the archive."""
@@ -268,7 +256,7 @@ class Engine:
         if self.archive is not None and not self.traits.stochastic and len(pending):
             for records, seconds, folder in self.archive.records(stage, pending):
                 store.append(stage, records, seconds)
-                self.watch.note(f"{stage}: {len(records)} samples known from {folder}")
+                self.progress.note(f"{stage}: {len(records)} samples known from {folder}")
                 known = torch.from_numpy(records.sample)
                 pending = pending[~torch.isin(pending, known)]
         return pending
@@ -276,7 +264,7 @@ class Engine:
     def _score_clean(self, mine: Tensor, store: Store) -> bool:
         pending = self._pending(store, CLEAN, mine)
         if len(pending):
-            self.watch.stage(CLEAN, len(pending))
+            self.progress.stage(CLEAN, len(pending))
         draws = VOTES if self.traits.stochastic else 1
         while len(pending):
             if self._late():
@@ -325,7 +313,9 @@ class Engine:
             self.moved = True
             pending = pending[~torch.isin(pending, unit.own)]
             known = store.records(CLEAN)
-            self.watch.progress(len(mine) - len(pending), int((~known.broken).sum()), len(known))
+            self.progress.update(
+                len(mine) - len(pending), correct=int((~known.broken).sum()), samples=len(known)
+            )
         return True
 
 

@@ -22,16 +22,16 @@ from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.checks import check_gradient, learns, probe, probe_surrogate
 from advbench.evaluation.deadline import Deadline
-from advbench.evaluation.engine import CLEAN, Engine, Nobody
+from advbench.evaluation.engine import CLEAN, Engine
 from advbench.evaluation.fast_model import Speed
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.resources import Crew
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.search import Watch
 from advbench.evaluation.stage_cache import Archive
 from advbench.evaluation.store import Store, clear_journal
 from advbench.evaluation.summary import measures
 from advbench.files import file_sha256, short_hash, write_atomic, write_json
+from advbench.progress import NullProgress, Progress
 from advbench.runs import provenance
 from advbench.runs.fingerprint import model_sha256
 from advbench.runs.results import RESULTS, Accuracy, Results, StageResult
@@ -135,7 +135,7 @@ class Evaluation:
         self,
         folder: Path | None,
         stages: tuple[Stage, ...],
-        watch: Watch | None = None,
+        progress: Progress | None = None,
         *,
         crew: Crew | None = None,
         archive: Path | None = None,
@@ -149,7 +149,7 @@ class Evaluation:
         budget: seconds after which to stop; the results then name the stages that are missing.
         Raises UserError for a folder that holds another evaluation.
         """
-        hurry, watch = Deadline(budget), watch or Nobody()
+        hurry, progress = Deadline(budget), progress or NullProgress()
         crew = crew or Crew(self.samples.device)
         identity = self.identity()
         started = datetime.now(timezone.utc)
@@ -171,7 +171,7 @@ class Evaluation:
             surrogates=self.surrogates,
             keep_images=self.keep_images,
             share=(crew.rank, crew.size),
-            watch=watch,
+            progress=progress,
             archive=None if archive is None else Archive(archive, folder, identity, stages),
             hurry=hurry,
         )

@@ -24,8 +24,9 @@ from advbench.devices import out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.search import NO_GRADIENT, TELL_SECONDS, Watch
+from advbench.evaluation.search import NO_GRADIENT, TELL_SECONDS
 from advbench.evaluation.store import Records, Store
+from advbench.progress import Progress
 
 
 class Bench:
@@ -101,14 +102,14 @@ class JointSearch:
         correct: int,
         total: int,
         keep_images: bool,
-        watch: Watch,
+        progress: Progress,
         hurry: Callable[[], bool],
     ) -> None:
         self.stage, self.attack, self.model = stage, stage.attack, model
         self.samples, self.threat = samples, threat
         self.oracle, self.store, self.seed = oracle, store, seed
         self.correct, self.total, self.keep_images = correct, total, keep_images
-        self.watch, self.hurry = watch, hurry
+        self.progress, self.hurry = progress, hurry
         self.done = 0
         self.told = time.perf_counter()
 
@@ -177,7 +178,9 @@ class JointSearch:
             if time.perf_counter() - self.told > TELL_SECONDS:
                 self.told = time.perf_counter()
                 share = (attempt + (query + 1) / attack.queries) / tries
-                self.watch.progress(self.done + int(share * counted), self.correct, self.total)
+                self.progress.update(
+                    self.done + int(share * counted), correct=self.correct, samples=self.total
+                )
             if self.hurry():
                 return None
         bench.judge(rows.point)

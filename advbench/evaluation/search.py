@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.stage_state import Ledger
 from advbench.evaluation.store import Store
+from advbench.progress import Progress
 
 NO_GRADIENT = (
     "the model's gradient is NaN or infinite for whole images, so an attack along it would find "
@@ -46,25 +46,6 @@ TELL_SECONDS = 0.2
 COMMIT_SECONDS = 2.0
 FLIGHT_SECONDS = 30.0
 FLIGHT_SHARE = 0.02  # of the time may go into writing down what is under way
-
-
-class Watch(Protocol):
-    """Who looks on while an evaluation runs."""
-
-    def stage(self, name: str, waiting: int) -> None:
-        """A stage begins with so many samples to attack."""
-        ...
-
-    def progress(self, done: int, correct: int, n: int, left: float | None = None) -> None:
-        """So many of the stage's samples are done; of all n, so many are still correct.
-
-        left: seconds that the stage will still take.
-        """
-        ...
-
-    def note(self, text: str) -> None:
-        """Something that a person should know."""
-        ...
 
 
 class Search:
@@ -92,7 +73,7 @@ class Search:
         exact: bool,
         keep_images: bool,
         whole: bool,
-        watch: Watch,
+        progress: Progress,
         hurry: Callable[[], bool],
     ) -> None:
         self.stage, self.attack = stage, stage.attack
@@ -100,7 +81,7 @@ class Search:
         self.oracle, self.referee, self.shapes, self.store = oracle, referee, shapes, store
         self.seed, self.correct, self.total = seed, correct, total
         self.exact, self.keep_images, self.whole = exact, keep_images, whole
-        self.watch, self.hurry = watch, hurry
+        self.progress, self.hurry = progress, hurry
         self.inside = self.attack.stays_inside(threat)
         self.rows: Rows | None = None
         # For each slot: position in the ledger or -1; queries of its search; smallest margin seen.
@@ -110,7 +91,7 @@ class Search:
 
     def run(self, pending: Tensor) -> bool:
         """Attack the samples ``pending`` (sorted ids). Returns False if time was up before."""
-        self.watch.stage(self.stage.name, len(pending))
+        self.progress.stage(self.stage.name, len(pending))
         self.ledger = Ledger(pending, self.samples.split.labels[pending])
         self.forecast = Forecast(self.attack.tries * self.attack.queries)
         self.fresh: list[int] = []  # positions with a record that is not yet stored
@@ -134,7 +115,7 @@ class Search:
             if self._write_down():
                 return False
         self._commit()
-        self.watch.progress(self.done, self.correct, self.total, 0.0)
+        self._show(0.0)
         return True
 
     # --- slots ----------------------------------------------------------------------------------
@@ -210,7 +191,7 @@ class Search:
         self.place = self.place[:0]
         if self.samples.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.watch.note(
+        self.progress.note(
             f"out of memory: going on with {self.shapes.largest} samples side by side "
             f"(trainer.batch_size={self.shapes.largest})"
         )
@@ -325,8 +306,13 @@ class Search:
 
     def _tell(self, now: float, hurry: bool) -> None:
         if now - self.told > TELL_SECONDS or hurry:
-            self.watch.progress(self.done, self.correct, self.total, self._seconds_left())
+            self._show(self._seconds_left())
             self.told = now
+
+    def _show(self, seconds_left: float | None) -> None:
+        self.progress.update(
+            self.done, correct=self.correct, samples=self.total, seconds_left=seconds_left
+        )
 
     def _seconds_left(self) -> float | None:
         if not self.attack.queries:

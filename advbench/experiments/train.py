@@ -107,7 +107,7 @@ def train(
             Bar(screen) as bar,
             tracking.Tracked(
                 TrainingView(screen, bar, trainer.batch_size), logger, run, curves.draw
-            ) as report,
+            ) as progress,
         ):
             summary: Summary = trainer.fit(
                 model,
@@ -119,11 +119,11 @@ def train(
                 seed=cfg.seed,
                 folder=folder,
                 identity=identity,
-                report=report,
+                progress=progress,
                 prepared=cfg.init_from is not None and base is None,
             )
             if first:
-                report.finish(summary)
+                progress.finish(summary)
                 directory.renew_config(folder, kept)
     if first:
         protocol = "autoattack" if type(defense) is Defense else "msa"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from advbench.console import Bar, Meter, Screen
+from advbench.progress import NullProgress
 from advbench.runs.results import Accuracy
 from advbench.text import duration, number
 
 
-class TrainingView:
-    """Shows a training: the ``Report`` of the training loop.
+class TrainingView(NullProgress):
+    """Shows the ``Progress`` of a training.
 
     batch_size: samples of a step, over all devices.
     """
@@ -18,13 +19,18 @@ class TrainingView:
     def __init__(self, screen: Screen, bar: Bar, batch_size: int) -> None:
         self.screen, self.bar, self.batch_size = screen, bar, batch_size
         self.meter = Meter()
+        self.total = 0
         self.last = ""
-        bar.begin("training")
 
     def note(self, text: str) -> None:
         self.screen.line(text)
 
-    def progress(self, done: int, total: int, text: str) -> None:
+    def stage(self, name: str, total: int) -> None:
+        self.meter, self.total = Meter(), total
+        self.bar.begin(name)
+
+    def update(self, done: int, text: str = "", **_: float | None) -> None:
+        total = self.total
         self.meter.at(done)
         if done == total:
             return
@@ -49,8 +55,8 @@ class TrainingView:
         self.last = f"val {' / '.join(f'{100 * value:.1f}' for value in values)} %"
 
 
-class EvaluationView:
-    """Shows an evaluation: the ``Watch`` of the engine.
+class EvaluationView(NullProgress):
+    """Shows the ``Progress`` of an evaluation.
 
     stages: names of all stages, in order.
     """
@@ -58,32 +64,43 @@ class EvaluationView:
     def __init__(self, screen: Screen, bar: Bar, stages: Sequence[str] = ()) -> None:
         self.screen, self.bar, self.stages = screen, bar, list(stages)
         self.name = ""
-        self.before = self.waiting = 0
+        self.before = self.total = 0
         self.meter = Meter()
 
-    def stage(self, name: str, waiting: int) -> None:
+    def stage(self, name: str, total: int) -> None:
         if name == self.name:  # the next group of the same stage
-            self.before, self.waiting = self.before + self.waiting, waiting
+            self.before, self.waiting = self.before + self.total, total
             return
-        self.name, self.before, self.waiting = name, 0, waiting
+        self.name, self.before, self.total = name, 0, total
         self.meter = Meter()
         self.meter.at(0)
         place = ""
         if name in self.stages:
             place = f"[{self.stages.index(name) + 1}/{len(self.stages)}] "
         self.bar.begin(f"{place}{name}")
-        self.screen.line(f"{place}{name}: {waiting} samples")
+        self.screen.line(f"{place}{name}: {total} samples")
 
-    def progress(self, done: int, correct: int, n: int, left: float | None = None) -> None:
+    def update(
+        self,
+        done: int,
+        text: str = "",
+        *,
+        correct: int | None = None,
+        samples: int | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
         done += self.before
         self.meter.at(done)
-        parts = [str(Accuracy.of(correct, n))]
-        if left:
-            parts.append(f"{duration(left)} left")
-        parts.append(f"{correct} alive, {n - correct} broken")
+        parts = [text] if text else []
+        if correct is not None and samples is not None:
+            parts.append(str(Accuracy.of(correct, samples)))
+        if seconds_left:
+            parts.append(f"{duration(seconds_left)} left")
+        if correct is not None and samples is not None:
+            parts.append(f"{correct} alive, {samples - correct} broken")
         if self.meter.rate is not None:
             parts.append(f"{number(self.meter.rate)} samples/s")
-        self.bar.update(done, self.before + self.waiting, parts)
+        self.bar.update(done, self.before + self.total, parts)
 
     def note(self, text: str) -> None:
         self.screen.line(text)

@@ -49,7 +49,7 @@ def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     return state
 
 
-class Progress:
+class Checkpoints:
     """The two files that a training goes on from.
 
     ``epoch.pt`` is the state at the start of the epoch that runs, which a diverged epoch goes back

@@ -34,8 +34,9 @@ from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
 from advbench.errors import UserError
+from advbench.progress import Progress
 from advbench.recipes.base import Recipe
-from advbench.training.checkpoint import Progress, remove_progress, save_weights
+from advbench.training.checkpoint import Checkpoints, remove_progress, save_weights
 from advbench.training.feed import Feed
 from advbench.training.guards import (
     SLOWER,
@@ -51,7 +52,7 @@ from advbench.training.optimizers import Optimizer
 from advbench.training.pace import Pace
 from advbench.training.position import Position
 from advbench.training.settings import Settings
-from advbench.training.summary import Report, Summary, measured
+from advbench.training.summary import Summary, measured
 from advbench.training.validation import accuracies
 
 
@@ -70,7 +71,7 @@ class Fit:
     seed: int
     folder: Path
     identity: Mapping[str, Any]
-    report: Report
+    progress: Progress
     prepared: bool
 
     def __post_init__(self) -> None:
@@ -85,8 +86,8 @@ class Fit:
         self.steps_per_epoch = self.feed.steps
         self.select_robust = "adversarial" in self.recipe.parts
 
-        self.progress = Progress(self.folder, self.identity, fabric.is_global_zero)
-        saved = self.progress.newest()
+        self.checkpoints = Checkpoints(self.folder, self.identity, fabric.is_global_zero)
+        saved = self.checkpoints.newest()
         fabric.barrier()  # before the first writes there
         self.learner = Learner(
             settings,
@@ -101,18 +102,18 @@ class Fit:
             prepared=self.prepared,
         )
         for note in self.learner.notes:
-            self.report.note(note)
+            self.progress.note(note)
         self.guard = Divergence(fabric.device, self.steps_per_epoch, self.model.num_classes)
         self.means = Means()
         self.position = Position()
         self.pace = Pace(fabric, settings.save_every)
         if saved is None:
-            self.progress.save_start(self._state())
+            self.checkpoints.save_start(self._state())
             return
         self._restore(saved)
         if not self.position.batch:
             self._publish()
-        self.report.note(
+        self.progress.note(
             f"going on at epoch {self.position.epoch + 1} of {settings.epochs}, "
             f"step {self.position.batch + 1} of {self.steps_per_epoch}"
         )
@@ -123,6 +124,7 @@ class Fit:
         return self.position.epoch * self.steps_per_epoch + self.position.batch
 
     def run(self) -> Summary:
+        self.progress.stage("training", self.settings.epochs * self.steps_per_epoch)
         while self.position.epoch < self.settings.epochs and not self.position.stopped:
             try:
                 self._train_epoch()
@@ -156,14 +158,14 @@ class Fit:
         self.guard.check(self.fabric)
         self._tell()
         if self.pace.meet():
-            self.progress.save_inside(self._state())
+            self.checkpoints.save_inside(self._state())
             self.pace.saved()
 
     def _tell(self) -> None:
         text = f"epoch {self.position.epoch + 1}/{self.settings.epochs}"
         if self.position.batch:
             text += f"  loss {self.means.last('loss'):.3f}"
-        self.report.progress(self.step, self.settings.epochs * self.steps_per_epoch, text)
+        self.progress.update(self.step, text)
 
     def _end_epoch(self) -> None:
         position, fabric = self.position, self.fabric
@@ -203,12 +205,12 @@ class Fit:
         self.means = Means()
         # Until it is written, a killed run repeats the epoch; on a GPU perhaps with other bits, so
         # nothing else may be left of the first attempt.
-        self.progress.save_start(self._state())
+        self.checkpoints.save_start(self._state())
         self.pace.saved()
         self._publish()
-        self.report.epoch(row)
+        self.progress.epoch(row)
         if found:
-            self.report.note(told(found))
+            self.progress.note(told(found))
         self._tell()
 
     def _publish(self) -> None:
@@ -226,16 +228,16 @@ class Fit:
         """To the start of the epoch, wherever in it this is, so that no save or kill matters."""
         again = self._slowed
         seconds = self.position.seconds, self.position.epoch_seconds
-        self._restore(self.progress.start())
+        self._restore(self.checkpoints.start())
         self.position.seconds, self.position.epoch_seconds = seconds
         self.guard.forget()
         epoch = self.position.epoch + 1
         if again:
             self._give_up(why)
         self.position.guards["diverged"] = {"epoch": epoch, "why": why, "rate": SLOWER}
-        self.progress.save_start(self._state())
+        self.checkpoints.save_start(self._state())
         self.fabric.barrier()  # the others may have to read it next
-        self.report.note(f"{why}: back to the start of epoch {epoch}, at {SLOWER:g} of the rate")
+        self.progress.note(f"{why}: back to the start of epoch {epoch}, at {SLOWER:g} of the rate")
 
     def _give_up(self, why: str) -> NoReturn:
         kept = f"the weights of epoch {self.position.epoch} are"
@@ -288,7 +290,7 @@ class Fit:
         if len(position.best) == 2 and robust_overfitting(val["robust"], last["robust"], n):
             fall = {"best": val["robust"], "last": last["robust"]}
             position.guards["robust_overfitting"] = fall
-            self.report.note(
+            self.progress.note(
                 f"robust overfitting: {100 * fall['best']:.1f} % under PGD at epoch "
                 f"{position.best_epoch} and {100 * fall['last']:.1f} % at the last; "
                 "model.safetensors is the former"

@@ -1,4 +1,4 @@
-"""What a finished training says of itself, and whom it tells on the way."""
+"""What a finished training says of itself."""
 
 from __future__ import annotations
 
@@ -6,42 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError
 from advbench.files import write_json
 
 SCHEMA = "advbench.training/1"
-
-
-class Report(Protocol):
-    """Where a training tells its progress; called in the first process only."""
-
-    def note(self, text: str) -> None:
-        """One line worth reading."""
-        ...
-
-    def progress(self, done: int, total: int, text: str) -> None:
-        """Steps done of all steps, about once a second."""
-        ...
-
-    def epoch(self, row: Mapping[str, float]) -> None:
-        """A new row of metrics.csv."""
-        ...
-
-
-class Silent:
-    """Tells nobody."""
-
-    def note(self, text: str) -> None:
-        pass
-
-    def progress(self, done: int, total: int, text: str) -> None:
-        pass
-
-    def epoch(self, row: Mapping[str, float]) -> None:
-        pass
 
 
 @dataclass(frozen=True)

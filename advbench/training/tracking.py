@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from advbench.errors import UserError
+from advbench.progress import Progress
 from advbench.training.metrics import Row, read_table
-from advbench.training.summary import Report, Summary
+from advbench.training.summary import Summary
 
 METRICS = "metrics.csv"
 PICTURE = "curves.png"
@@ -79,13 +80,13 @@ class Logger:
 
 
 class Tracked:
-    """A report that passes everything on, tells a logger as well and draws the curves.
+    """Passes all progress on, tells a logger as well and draws the curves.
 
     The logger begins with the first step: a mistake that is found before leaves nothing behind.
     """
 
-    def __init__(self, report: Report, logger: Logger | None, run: Run, draw: Draw) -> None:
-        self.report, self.logger, self.run, self.draw = report, logger, run, draw
+    def __init__(self, progress: Progress, logger: Logger | None, run: Run, draw: Draw) -> None:
+        self.progress, self.logger, self.run, self.draw = progress, logger, run, draw
         self.session: Session | None = None
         self._begun = False
         self._drawn = time.monotonic()
@@ -97,15 +98,28 @@ class Tracked:
         self._close(None)
 
     def note(self, text: str) -> None:
-        self.report.note(text)
+        self.progress.note(text)
 
-    def progress(self, done: int, total: int, text: str) -> None:
+    def stage(self, name: str, total: int) -> None:
+        self.progress.stage(name, total)
+
+    def update(
+        self,
+        done: int,
+        text: str = "",
+        *,
+        correct: int | None = None,
+        samples: int | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
         self._begin()
-        self.report.progress(done, total, text)
+        self.progress.update(
+            done, text, correct=correct, samples=samples, seconds_left=seconds_left
+        )
 
     def epoch(self, row: Mapping[str, float]) -> None:
         self._begin()
-        self.report.epoch(row)
+        self.progress.epoch(row)
         self._log()
         if time.monotonic() - self._drawn > REDRAW:
             self._draw(None)

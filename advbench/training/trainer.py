@@ -20,6 +20,7 @@ from advbench.defenses.base import Defense
 from advbench.devices import asking_for, out_of_memory
 from advbench.errors import UserError
 from advbench.files import canonical
+from advbench.progress import NullProgress, Progress
 from advbench.recipes.base import Recipe
 from advbench.training.checkpoint import (
     remove_leftovers,
@@ -29,7 +30,7 @@ from advbench.training.checkpoint import (
 from advbench.training.loop import Fit
 from advbench.training.optimizers import Optimizer
 from advbench.training.settings import Settings
-from advbench.training.summary import Report, Silent, Summary
+from advbench.training.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Trainer(Settings):
         seed: int,
         folder: Path,
         identity: Mapping[str, Any],
-        report: Report | None = None,
+        progress: Progress | None = None,
         prepared: bool = False,
     ) -> Summary:
         """Train ``model`` in place, or go on with the run that was interrupted in ``folder``.
@@ -59,6 +60,7 @@ class Trainer(Settings):
             ``metrics.csv``, ``summary.json`` (written last: the training is finished exactly if it
             is there) and, until then, ``epoch.pt`` and ``resume.pt`` to go on from.
         identity: JSON-like; what makes this run this run. Only an equal one goes on with it.
+        progress: shows how far the training is; None shows nothing.
         prepared: the weights are those of a training with the same defense, whose state goes on.
 
         The best epoch is the one of the highest robust validation accuracy, then the highest
@@ -85,7 +87,8 @@ class Trainer(Settings):
         folder = fabric.broadcast(folder)
         if fabric.is_global_zero:
             remove_leftovers(folder)
-        report = report if report is not None and fabric.is_global_zero else Silent()
+        if progress is None or not fabric.is_global_zero:
+            progress = NullProgress()
         if (folder / "summary.json").exists():
             summary = Summary.load(folder / "summary.json")
             require_identity(canonical(summary.identity), identity, folder)
@@ -104,7 +107,7 @@ class Trainer(Settings):
                 seed=seed,
                 folder=folder,
                 identity=identity,
-                report=report,
+                progress=progress,
                 prepared=prepared,
             ).run()
 

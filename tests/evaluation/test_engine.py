@@ -33,7 +33,7 @@ from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation import deadline, search, stage_cache
 from advbench.evaluation.batch_sizes import Shapes
-from advbench.evaluation.engine import CLEAN, Engine, Nobody
+from advbench.evaluation.engine import CLEAN, Engine
 from advbench.evaluation.eta import Forecast
 from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.fast_model import Searcher, Speed, ask, searcher
@@ -42,6 +42,7 @@ from advbench.evaluation.protocols import CurveProtocol, PGDProtocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.store import Store, read_samples
+from advbench.progress import NullProgress
 from advbench.runs.fingerprint import model_sha256
 from advbench.runs.results import Results
 
@@ -398,7 +399,7 @@ ERRORS = [
 ]
 
 
-class Notes(Nobody):
+class Notes(NullProgress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -412,9 +413,9 @@ def test_out_of_memory_ends_with_the_same_result(
 ) -> None:
     case = evaluation(slots=40)
     case = replace(case, model=Tight(net(), 16, error, text))
-    watch = Notes()
-    results = case.execute(tmp_path, case.stages(), watch)
-    assert any("out of memory" in note for note in watch.notes)
+    progress = Notes()
+    results = case.execute(tmp_path, case.stages(), progress)
+    assert any("out of memory" in note for note in progress.notes)
     assert results.robust == Results.load(whole / "results.json").robust
     ours, theirs = read_samples(tmp_path), read_samples(whole)
     for name, records in theirs.items():
@@ -439,9 +440,9 @@ class Fading(nn.Module):
 
 def test_out_of_memory_in_the_middle_of_a_search(whole: Path, tmp_path: Path) -> None:
     case = replace(evaluation(), model=Fading(net()))
-    watch = Notes()
-    case.execute(tmp_path, case.stages(), watch)
-    assert any("8 samples side by side" in note for note in watch.notes)
+    progress = Notes()
+    case.execute(tmp_path, case.stages(), progress)
+    assert any("8 samples side by side" in note for note in progress.notes)
     ours, theirs = read_samples(tmp_path), read_samples(whole)
     for name, records in theirs.items():
         for column in ("broken", "label", "forwards", "backwards"):  # no search counts twice
@@ -705,16 +706,16 @@ def test_records_of_another_evaluation_are_used_where_they_fit(tmp_path: Path) -
     first.execute(tmp_path / "small", first.stages())
     larger = evaluation(PGDProtocol(steps=5, loss="margin"))
     larger.execute(tmp_path / "alone", larger.stages())
-    watch = Notes()
+    progress = Notes()
     subset = replace(
         first, samples=Samples(larger.samples.split, first.samples.ids, first.samples.device)
     )
     subset.execute(tmp_path / "archive" / "subset", subset.stages())
     results = larger.execute(
-        tmp_path / "archive" / "larger", larger.stages(), watch, archive=tmp_path / "archive"
+        tmp_path / "archive" / "larger", larger.stages(), progress, archive=tmp_path / "archive"
     )
-    assert [note.split(":")[0] for note in watch.notes] == ["clean", "pgd-margin"]
-    assert "20 samples known from" in watch.notes[0]
+    assert [note.split(":")[0] for note in progress.notes] == ["clean", "pgd-margin"]
+    assert "20 samples known from" in progress.notes[0]
     alone = Results.load(tmp_path / "alone" / "results.json")
     assert (results.robust, results.stages[0].forwards) == (
         alone.robust,
@@ -723,11 +724,11 @@ def test_records_of_another_evaluation_are_used_where_they_fit(tmp_path: Path) -
     flags = [read_samples(tmp_path / d)["pgd-margin"] for d in ("alone", "archive/larger")]
     assert np.array_equal(flags[0].broken, flags[1].broken)
     for change in ({"seed": 1}, {"threat": Threat("linf", EPS / 2)}, {"slots": 8}):
-        watch = Notes()
+        progress = Notes()
         other = replace(larger, **change)
         folder = tmp_path / "archive" / next(iter(change))
-        other.execute(folder, other.stages(), watch, archive=tmp_path / "archive")
-        assert not any("pgd" in note for note in watch.notes), change
+        other.execute(folder, other.stages(), progress, archive=tmp_path / "archive")
+        assert not any("pgd" in note for note in progress.notes), change
 
 
 @dataclass(frozen=True)
@@ -759,9 +760,9 @@ def test_a_finished_evaluation_is_read_once(
     monkeypatch.setattr(stage_cache, "read_samples", lambda f: (read.append(f), read_samples(f))[1])
     case = evaluation(PGDProtocol(steps=5, loss="margin"))
     case.execute(tmp_path / "first", case.stages())
-    watch = Notes()
-    case.execute(tmp_path / "second", case.stages(), watch, archive=tmp_path)
-    assert [note.split(":")[0] for note in watch.notes] == ["clean", "pgd-margin"]
+    progress = Notes()
+    case.execute(tmp_path / "second", case.stages(), progress, archive=tmp_path)
+    assert [note.split(":")[0] for note in progress.notes] == ["clean", "pgd-margin"]
     assert read == [tmp_path / "first"]
 
 

@@ -21,7 +21,7 @@ from advbench.data.base import ArraySplit
 from advbench.defenses.base import Traits
 from advbench.errors import UserError
 from advbench.evaluation import search
-from advbench.evaluation.engine import CLEAN, Engine, Nobody
+from advbench.evaluation.engine import CLEAN, Engine
 from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.protocols import (
@@ -33,6 +33,7 @@ from advbench.evaluation.protocols import (
 )
 from advbench.evaluation.samples import Samples, subset
 from advbench.evaluation.store import Store, read_samples
+from advbench.progress import NullProgress
 from advbench.runs.results import Results, wilson
 
 SHAPE = (1, 4, 4)
@@ -131,13 +132,13 @@ class Cut(Exception):
     pass
 
 
-class Impatient(Nobody):
+class Impatient(NullProgress):
     """Interrupts an evaluation after so many messages."""
 
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def progress(self, done: int, correct: int, n: int, left: float | None = None) -> None:
+    def update(self, *_: object, **__: object) -> None:
         self.after -= 1
         if self.after < 0:
             raise Cut

@@ -19,12 +19,13 @@ from advbench.data.arrays import array_split
 from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol, MSAProtocol
-from advbench.evaluation.engine import Engine, Nobody
+from advbench.evaluation.engine import Engine
 from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.protocols import AutoAttackProtocol, FABProtocol, PGDProtocol
 from advbench.evaluation.samples import Samples, fixed_batches, subset
 from advbench.evaluation.store import Store, read_samples
+from advbench.progress import NullProgress
 
 LINF = Threat("linf", 0.1)
 SIDE = 4
@@ -326,7 +327,7 @@ def test_images_are_kept_once_and_break_alone(tmp_path: Path) -> None:
 def test_another_surrogate_of_the_same_name_is_not_reused(tmp_path: Path) -> None:
     notes: list[str] = []
 
-    class Reader(Nobody):
+    class Reader(NullProgress):
         def note(self, text: str) -> None:
             notes.append(text)
 

@@ -17,6 +17,7 @@ from advbench.backbones.preact_resnet import preact_resnet18
 from advbench.backbones.resnet import resnet20
 from advbench.defenses.base import Step
 from advbench.defenses.mfdv_snn import MFDVSNN
+from advbench.progress import NullProgress
 from advbench.recipes.base import frozen
 from advbench.recipes.pgd_at import PGDAT
 from advbench.training import compilation, learner
@@ -152,15 +153,12 @@ def test_training_through_the_copy_ends_where_training_without_does(tmp_path, mo
 
 
 def test_a_compiler_that_fails_is_told_and_done_without(tmp_path, monkeypatch):
-    class Notes:
+    class Notes(NullProgress):
         def __init__(self) -> None:
             self.lines: list[str] = []
 
         def note(self, text: str) -> None:
             self.lines.append(text)
-
-        def progress(self, done: int, total: int, text: str) -> None: ...
-        def epoch(self, row) -> None: ...
 
     def fails(*_) -> None:
         raise RuntimeError("no C++\ncompiler")
@@ -168,7 +166,7 @@ def test_a_compiler_that_fails_is_told_and_done_without(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "_try", fails)
     notes, model = Notes(), net()
     trainer = Trainer(epochs=1, batch_size=16, val_steps=1, compile="default")
-    fit(tmp_path / "a", trainer, model=model, report=notes)
+    fit(tmp_path / "a", trainer, model=model, progress=notes)
     assert notes.lines == [
         "trainer.compile=default fails here and training goes on without: "
         "RuntimeError: no C++ compiler"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from advbench.cli.main import main
 from advbench.data.sources import digits
 from advbench.defenses.base import Defense, Step
 from advbench.errors import UserError
+from advbench.progress import NullProgress
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.training import loop
@@ -60,7 +60,7 @@ class Breaks(Defense):
         return step.step == self.step and not self.rates
 
 
-class Notes:
+class Notes(NullProgress):
     """Keeps the lines, and tells the defense that the rate was lowered."""
 
     def __init__(self, rates: list[float]) -> None:
@@ -70,9 +70,6 @@ class Notes:
         self.lines.append(text)
         if "back to the start" in text:
             self.rates.append(0.1)
-
-    def progress(self, done: int, total: int, text: str) -> None: ...
-    def epoch(self, row: Mapping[str, float]) -> None: ...
 
 
 def finite(path: Path) -> bool:
@@ -96,7 +93,7 @@ def test_a_training_that_diverges_goes_back_and_on_at_a_lower_rate(tmp_path, def
     assert len(CASES) == 5
     defense.rates.clear()
     notes = Notes(defense.rates)
-    summary = fit(tmp_path, TRAINER, defense=defense, report=notes)
+    summary = fit(tmp_path, TRAINER, defense=defense, progress=notes)
     assert notes.lines == [f"{why}: back to the start of epoch 2, at 0.1 of the rate"]
     assert summary.guards == {"diverged": {"epoch": 2, "why": why, "rate": 0.1}}
     assert (summary.epochs, summary.steps) == (3, 3 * STEPS)
@@ -115,7 +112,7 @@ def test_going_back_repeats_the_epoch_as_if_it_had_begun_at_the_lower_rate(tmp_p
             return super().lr_at(step, epochs, steps_per_epoch) * (0.1 if step >= STEPS else 1)
 
     defense = Breaks(loss=math.inf)
-    fit(tmp_path / "a", TRAINER, defense=defense, report=Notes(defense.rates))
+    fit(tmp_path / "a", TRAINER, defense=defense, progress=Notes(defense.rates))
     fit(tmp_path / "b", TRAINER, defense=Breaks(step=-1), optimizer=Slow())
     for name in WEIGHTS:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -248,7 +245,7 @@ def collapsing(folder: Path, batches: int, epochs: int) -> tuple[Summary, list[s
         recipe=Weakening(threat=threat, steps=3, batches=batches),
         optimizer=AdamW(lr=2e-3, weight_decay=0.0, schedule="constant"),
         threat=threat,
-        report=notes,
+        progress=notes,
     )
     return summary, notes.lines
 
@@ -301,7 +298,7 @@ def test_the_last_epoch_is_held_against_the_best(tmp_path, monkeypatch, recipe, 
     monkeypatch.setattr(loop, "accuracies", lambda *_, **__: next(planted))
     notes = Notes([])
     trainer = Trainer(epochs=2, batch_size=16, val_steps=7)
-    summary = fit(tmp_path, trainer, recipe=recipe, report=notes)
+    summary = fit(tmp_path, trainer, recipe=recipe, progress=notes)
     assert summary.last == {"n": 24, "clean": 0.9, "robust": 0.5, "attack": "PGD-7, linf 0.1"}
     assert summary.val["robust"] == (0.9 if overfits else 0.5)
     if overfits:

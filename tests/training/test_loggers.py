@@ -18,6 +18,7 @@ import pytest
 from advbench.cli.main import main
 from advbench.errors import UserError
 from advbench.experiments.train import score
+from advbench.progress import NullProgress
 from advbench.report import curves
 from advbench.training import loggers, tracking
 from advbench.training.metrics import Row, read_table, write_table
@@ -211,20 +212,14 @@ def test_what_is_not_installed_is_one_line(
 # --- what they may not do -----------------------------------------------------------------------
 
 
-class Heard:
-    """A report that keeps what it hears."""
+class Heard(NullProgress):
+    """Keeps the lines."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-    def progress(self, done: int, total: int, text: str) -> None:
-        pass
-
-    def epoch(self, row: Mapping[str, float]) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -264,11 +259,11 @@ def summary() -> Summary:
 @pytest.mark.parametrize("moment", ["start", "log", "close", "never"])
 def test_a_failure_is_one_line(run: tracking.Run, moment: str) -> None:
     heard = Heard()
-    with tracking.Tracked(heard, Failing(moment), run, lambda folder, best: None) as report:
+    with tracking.Tracked(heard, Failing(moment), run, lambda folder, best: None) as progress:
         for epoch in (1, 2, 3):
-            report.progress(epoch, 3, "")
-            report.epoch(row(epoch))
-        report.finish(summary())
+            progress.update(epoch)
+            progress.epoch(row(epoch))
+        progress.finish(summary())
     failures = [note for note in heard.notes if "failed" in note]
     assert len(failures) == (moment != "never")
     assert not failures or "(ConnectionError: no route to host)" in failures[0]
@@ -286,10 +281,10 @@ def test_pictures_fail_in_a_line_and_not_too_often(
         raise RuntimeError("no font")
 
     heard = Heard()
-    with tracking.Tracked(heard, None, run, draw) as report:
+    with tracking.Tracked(heard, None, run, draw) as progress:
         for epoch in (1, 2, 3):  # at 30, 61 and 90 s
-            report.epoch(row(epoch))
-        report.finish(summary())
+            progress.epoch(row(epoch))
+        progress.finish(summary())
     assert drawn == [None, 3]
     assert heard.notes == ["no curves.png: RuntimeError: no font"] * 2
 

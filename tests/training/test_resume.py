@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from unittest.mock import Mock
 
 import numpy as np
@@ -12,8 +11,9 @@ import torch
 from small import STEPS, Planted, Stripes, assert_same_result, fit, position, run_script, table
 
 from advbench.errors import UserError
+from advbench.progress import NullProgress
 from advbench.training import loop
-from advbench.training.checkpoint import Progress, load_resume, save_resume
+from advbench.training.checkpoint import Checkpoints, load_resume, save_resume
 from advbench.training.optimizers import SGD, AdamW
 from advbench.training.trainer import Trainer
 
@@ -45,15 +45,12 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, trainer, optimiz
         fit(parts, trainer, optimizer=optimizer, defense=Planted(prepared=prepared))
     notes: list[str] = []
 
-    class Notes:
+    class Notes(NullProgress):
         def note(self, text: str) -> None:
             notes.append(text)
 
-        def progress(self, done: int, total: int, text: str) -> None: ...
-        def epoch(self, row: Mapping[str, float]) -> None: ...
-
     defense = Planted(prepared=prepared)
-    fit(parts, trainer, optimizer=optimizer, defense=defense, report=Notes())
+    fit(parts, trainer, optimizer=optimizer, defense=defense, progress=Notes())
     assert_same_result(whole, parts)
     assert prepared == [False], "prepared once, in eval mode"
     assert notes == ["going on at epoch 3 of 3, step 6 of 6"]
@@ -65,7 +62,7 @@ def test_files_are_those_of_a_finished_epoch_wherever_it_is_killed(tmp_path, mon
     """Repeated on a GPU, an epoch may end otherwise: nothing may be left of the first attempt."""
     trainer = Trainer(epochs=3, batch_size=16, val_steps=1)
     whole, parts, written = tmp_path / "whole", tmp_path / "parts", []
-    saves = {"weights": loop.save_weights, "start": Progress.save_start}
+    saves = {"weights": loop.save_weights, "start": Checkpoints.save_start}
 
     def weights(model, path) -> None:
         saves["weights"](model, path)
@@ -73,10 +70,10 @@ def test_files_are_those_of_a_finished_epoch_wherever_it_is_killed(tmp_path, mon
         if written.count(after) == 2:
             raise KeyboardInterrupt
 
-    def start(progress: Progress, state) -> None:
+    def start(checkpoints: Checkpoints, state) -> None:
         if after == "position" and state["position"]["epoch"] == 2:
             raise KeyboardInterrupt
-        saves["start"](progress, state)
+        saves["start"](checkpoints, state)
 
     with monkeypatch.context() as patch:
         # Every epoch is the best so far.
@@ -85,7 +82,7 @@ def test_files_are_those_of_a_finished_epoch_wherever_it_is_killed(tmp_path, mon
         fit(whole, trainer)
         with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
             kill.setattr(loop, "save_weights", weights)
-            kill.setattr(Progress, "save_start", start)
+            kill.setattr(Checkpoints, "save_start", start)
             fit(parts, trainer)
         ended = 1 if after == "position" else 2
         assert position(parts) == (ended, 0)
@@ -104,21 +101,21 @@ def test_the_newest_state_is_of_this_epoch_and_this_attempt(tmp_path):
     def at(epoch: int, batch: int, **guards: str) -> dict:
         return {"position": {"epoch": epoch, "batch": batch, "guards": guards}}
 
-    progress = Progress(tmp_path, {"run": "a"}, writes=True)
-    assert progress.newest() is None
+    checkpoints = Checkpoints(tmp_path, {"run": "a"}, writes=True)
+    assert checkpoints.newest() is None
     for start, inside, newest in (
         (at(1, 0), at(1, 3), at(1, 3)),
         (at(2, 0), at(1, 5), at(2, 0)),
         (at(2, 0, diverged="why"), at(2, 4), at(2, 0, diverged="why")),
     ):
-        progress.save_start(start)
-        assert progress.newest() == start
-        progress.save_inside(inside)
-        assert progress.newest() == newest and progress.start() == start
-    progress.save_start(at(3, 0))
+        checkpoints.save_start(start)
+        assert checkpoints.newest() == start
+        checkpoints.save_inside(inside)
+        assert checkpoints.newest() == newest and checkpoints.start() == start
+    checkpoints.save_start(at(3, 0))
     assert [path.name for path in tmp_path.iterdir()] == ["epoch.pt"]
-    Progress(tmp_path, {"run": "a"}, writes=False).save_start(at(4, 0))
-    assert progress.newest() == at(3, 0)
+    Checkpoints(tmp_path, {"run": "a"}, writes=False).save_start(at(4, 0))
+    assert checkpoints.newest() == at(3, 0)
 
 
 def test_a_finished_training_is_not_repeated(tmp_path):

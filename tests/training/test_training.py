@@ -39,6 +39,7 @@ from advbench.data.base import ArraySplit
 from advbench.defenses.base import Defense, Step, Traits
 from advbench.errors import UserError
 from advbench.experiments.models import load_weights
+from advbench.progress import NullProgress
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.training import learner, loop, schedules, validation
@@ -203,14 +204,12 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch, recipe, best):
     model, seen, planted = net(), [], iter(ACCURACIES)
     monkeypatch.setattr(loop, "accuracies", lambda *_, **__: next(planted))
 
-    class Weights:
-        def note(self, text: str) -> None: ...
-        def progress(self, done: int, total: int, text: str) -> None: ...
+    class Weights(NullProgress):
         def epoch(self, row: Mapping[str, float]) -> None:
             seen.append(state(model))
 
     trainer = Trainer(epochs=5, batch_size=16)
-    summary = fit(tmp_path, trainer, model=model, recipe=recipe, report=Weights())
+    summary = fit(tmp_path, trainer, model=model, recipe=recipe, progress=Weights())
     assert summary.best_epoch == best and len(seen) == 5
     clean, robust = ACCURACIES[best - 1]
     assert (summary.val["clean"], summary.val["robust"]) == (clean, robust)
@@ -352,7 +351,7 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
 def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emulated):
     monkeypatch.setattr(learner, "emulates_bf16", lambda device: emulated)
     seen: list[tuple[str, bool]] = []
-    report = Mock()
+    progress = Mock()
 
     class Watched(PGDAT):
         def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -375,14 +374,14 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emu
 
     monkeypatch.setattr(loop, "accuracies", validated)
     trainer = Trainer(epochs=3, batch_size=16, precision="bf16-mixed", val_steps=1)
-    summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1), report=report)
+    summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1), progress=progress)
     assert set(seen) == {
         ("attack", not emulated),
         ("loss", True),
         ("widened", emulated),
         ("validation", False),
     }
-    notes = [str(call) for call in report.note.mock_calls]
+    notes = [str(call) for call in progress.note.mock_calls]
     assert emulated == any("bfloat16 is emulated on this device" in note for note in notes)
     assert summary.val["clean"] > 0.4
     assert all(value.dtype != torch.bfloat16 for value in read_weights(

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from advbench.training import settings, trainer
+
 torch.set_num_threads(1)
 
 
@@ -19,3 +21,13 @@ def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
             del sys.modules[name]
+
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device counts as one with bfloat16, so that this mode is tested on any machine.
+
+    A processor that only emulates it gives the same kind of numbers, only later.
+    """
+    for module in (settings, trainer):
+        monkeypatch.setattr(module, "emulates_bf16", lambda device: False)

@@ -1,4 +1,4 @@
-"""The model as the attack of a training asks it: the same function, in fewer operations."""
+"""The model that the attack of a training passes through: the same function, fewer operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Pair(NamedTuple):
     both: nn.Conv2d
 
 
-class Target(nn.Module):
+class AttackModel(nn.Module):
     """A model whose passes in evaluation mode have batch norm folded into the convolutions.
 
     It shares the model's modules, and its weights once ``refresh`` was called: w gamma / sigma and
@@ -86,16 +86,16 @@ class Target(nn.Module):
         )
 
 
-def target(model: nn.Module, x: Tensor, y: Tensor) -> Target | None:
-    """A ``Target`` of the model that was held against it on a few images; None where none will do.
+def attack_model(model: nn.Module, x: Tensor, y: Tensor) -> AttackModel | None:
+    """An ``AttackModel`` that agrees with the model on a few images; None where there is none.
 
     x: (N, C, H, W) in [0, 1].  y: (N,) classes.
     """
     # Tracing fails in many ways on a model that is no plain graph, which is then attacked as it is.
     with contextlib.suppress(Exception):
-        found = Target(model)
-        if found.agrees(x, y):
-            return found
+        folded = AttackModel(model)
+        if folded.agrees(x, y):
+            return folded
     return None
 
 

@@ -18,14 +18,13 @@ def compiled(
     mode: str,
     x: Tensor,
     y: Tensor,
-    attack_cast: torch.autocast,
     cast: torch.autocast,
 ) -> list[str]:
     """Compiles trunk and head in place, so that no name of a weight changes, and tries them.
 
     mode: of ``torch.compile``.  x: (N, C, H, W) in [0, 1], of the shape that training will have: it
-        compiles for that alone.  y: (N,) classes.  attack_cast, cast: what the attack's passes and
-        the others run under.
+        compiles for that alone.  y: (N,) classes.  cast: the autocast of
+        training.
     Returns nothing, or in a line why it runs as it was.
     """
     parts = [model.trunk, model.head]
@@ -34,7 +33,7 @@ def compiled(
     try:
         with warnings.catch_warnings():  # of the compiler, of itself
             warnings.simplefilter("ignore")
-            _try(model, x, y, attack_cast, cast)
+            _try(model, x, y, cast)
     # A compiler fails in any way: no C++ compiler, a module that it can't trace, a bug of its own.
     except Exception as problem:
         for part in parts:
@@ -48,13 +47,11 @@ def compiled(
     return []
 
 
-def _try(
-    model: Classifier, x: Tensor, y: Tensor, attack_cast: torch.autocast, cast: torch.autocast
-) -> None:
+def _try(model: Classifier, x: Tensor, y: Tensor, cast: torch.autocast) -> None:
     """One pass as the attack makes them and one as training does, without a trace in the model."""
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices), buffers_kept(model), modes_kept(model):
-        with frozen(model), attack_cast:
+        with frozen(model), cast:
             point = x.detach().clone().requires_grad_()
             torch.autograd.grad(F.cross_entropy(model(point), y), point)
         model.train()

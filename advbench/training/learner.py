@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +12,11 @@ from torch import Tensor
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
-from advbench.devices import emulates_bf16
 from advbench.errors import UserError
 from advbench.recipes.base import Recipe
-from advbench.training.attack_model import Target, target
+from advbench.training.attack_model import AttackModel, attack_model
 from advbench.training.averaging import Average
 from advbench.training.compilation import compiled
-from advbench.training.emulation import Widened
 from advbench.training.optimizers import Optimizer
 from advbench.training.processes import share_buffers
 from advbench.training.randomness import derive
@@ -33,7 +30,7 @@ class Learner:
 
     fresh: the training begins, so the defense is prepared, unless ``prepared`` says that what that
         would find came with the weights. Otherwise ``restore`` comes next.
-    target: what the attack asks, where that is not the model itself.
+    attack_model: what the attack passes through, where that is not the model itself.
     notes: lines worth telling about how it runs.
     kept: the model that is validated and kept: the average of the weights, where there is one.
 
@@ -57,20 +54,7 @@ class Learner:
         self.model, self.splits, self.recipe, self.defense = model, splits, recipe, defense
         self.notes: list[str] = []
         mixed = settings.precision == "bf16-mixed"
-        emulated = mixed and emulates_bf16(fabric.device)
-        # An attack is free to ask in float32, where that is the faster of the two.
-        self.cast, self.attack_cast = (
-            torch.autocast(fabric.device.type, torch.bfloat16, enabled=narrow)
-            for narrow in (mixed, mixed and not emulated)
-        )
-        # Inside such a mode compiled code is passed over.
-        widen = emulated and fabric.device.type == "cpu" and settings.compile is None
-        self.widened = Widened() if widen else nullcontext()
-        if emulated:
-            self.notes.append(
-                "bfloat16 is emulated on this device: attacks run in float32, and "
-                "trainer.precision=32-true is faster still"
-            )
+        self.cast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=mixed)
         # Saves a CPU 5 to 25 % of a step, as measured; made for tensor cores; not proven elsewhere.
         known = fabric.device.type in ("cpu", "cuda")
         self.layout = torch.channels_last if known else torch.contiguous_format
@@ -90,13 +74,12 @@ class Learner:
         self.optimizer = schedule.build(trainable)
         self.training_step = TrainingStep(model, recipe, defense)
         self.forward, self.stepper = fabric.setup(self.training_step, self.optimizer)
-        self.target: Target | None = None
+        self.attack_model: AttackModel | None = None
         if settings.compile is not None:
             rows = settings.batch_size // fabric.world_size  # it compiles for one shape
-            casts = self.attack_cast, self.cast
-            self.notes += compiled(model, settings.compile, *self._images(rows), *casts)
+            self.notes += compiled(model, settings.compile, *self._images(rows), self.cast)
         elif fresh and "adversarial" in recipe.parts:
-            self.target = target(model, *self._images(4))
+            self.attack_model = attack_model(model, *self._images(4))
         self.generator = torch.Generator(fabric.device)
 
     def step(self, x: Tensor, y: Tensor, epoch: int, step: int, lr: float) -> dict[str, Tensor]:
@@ -114,21 +97,22 @@ class Learner:
         x, y, targets = self.splits.augmented(x, y, self.generator)
         x = x.contiguous(memory_format=self.layout)
         inputs = {"clean": x}
-        if self.target is not None:
-            self.target.refresh()
+        if self.attack_model is not None:
+            self.attack_model.refresh()
         if "adversarial" in self.recipe.parts:
-            with self.attack_cast:
-                inputs["adversarial"] = self.recipe.perturb(self.target or self.model, x, y)
-        given = inputs, y, epoch, step, targets
-
-        def here() -> Tensor:
             with self.cast:
-                return _total(self.training_step(*given))
+                victim = self.attack_model or self.model
+                inputs["adversarial"] = self.recipe.perturb(victim, x, y)
+        batch = inputs, y, epoch, step, targets
+
+        def loss_here() -> Tensor:
+            with self.cast:
+                return _total(self.training_step(*batch))
 
         self.stepper.zero_grad()
-        with self.widened, self.recipe.displaced(self.model, here, epoch):
+        with self.recipe.displaced(self.model, loss_here, epoch):
             with self.cast:
-                terms: dict[str, Tensor] = self.forward(*given)
+                terms: dict[str, Tensor] = self.forward(*batch)
             loss = _total(terms)
             fabric.backward(loss)
         if self.settings.clip_grad is not None:
@@ -161,7 +145,7 @@ class Learner:
             "memory": memory.state_dict() if memory else None,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.module.state_dict() if self.average else None,
-            "target": self.target is not None,
+            "target": self.attack_model is not None,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -172,7 +156,8 @@ class Learner:
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         # Decided once: asked again at other weights, it might be decided otherwise.
-        self.target = (self.target or Target(self.model)) if state["target"] else None
+        folded = state["target"]
+        self.attack_model = (self.attack_model or AttackModel(self.model)) if folded else None
 
     def _images(self, count: int) -> tuple[Tensor, Tensor]:
         """The first so many training images, or all, and their classes."""

@@ -77,7 +77,7 @@ class Fit:
     def __post_init__(self) -> None:
         settings, fabric = self.settings, self.fabric
         self.began = time.perf_counter()
-        settings.check(self.model, self.splits, fabric.world_size)
+        settings.check(self.model, self.splits, fabric.device, fabric.world_size)
         self.recipe.check(self.model.num_classes)
         self.share = settings.batch_size // fabric.world_size
         self.feed = Feed(

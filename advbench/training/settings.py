@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from advbench.data.base import Splits
+from advbench.devices import emulates_bf16
 from advbench.errors import UserError, did_you_mean
 
 # float16 is not here: small input gradients vanish in it, and an attack sees their sign alone.
@@ -24,8 +26,8 @@ class Settings:
         epoch waits for the next permutation.
     devices, accelerator, strategy, num_nodes: as lightning-fabric takes them. ``devices`` is a
         number, "auto", or a list such as "0,1".
-    precision: 32-true or bf16-mixed; validation is always in float32, and the attack of each step
-        too where the device only emulates bfloat16.
+    precision: 32-true or bf16-mixed, which a device without bfloat16 instructions refuses;
+        validation is always in float32.
     save_every: seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end
         saves ``epoch.pt``.
     sync_batchnorm: with several devices, batch norm over the rows of all of them, as if they were
@@ -72,10 +74,15 @@ class Settings:
             hint = did_you_mean(self.compile, MODES)
             raise UserError(f"no trainer.compile '{self.compile}'{hint} (trainer.compile=default)")
 
-    def check(self, model: nn.Module, splits: Splits, devices: int) -> None:
-        """Raises UserError unless the data can be dealt over so many devices, in batches from which
-        the model can learn.
+    def check(self, model: nn.Module, splits: Splits, device: torch.device, devices: int) -> None:
+        """Raises UserError unless the device is made for the precision, and the data can be dealt
+        over so many devices, in batches from which the model can learn.
         """
+        if self.precision == "bf16-mixed" and emulates_bf16(device):
+            raise UserError(
+                f"trainer.precision=bf16-mixed is slower than float32 on this {device.type}, which "
+                "only emulates bfloat16: take trainer.precision=32-true"
+            )
         if self.batch_size > len(splits.train):
             raise UserError(
                 f"trainer.batch_size={self.batch_size} is more than the {len(splits.train)} "

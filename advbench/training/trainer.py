@@ -17,7 +17,7 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
-from advbench.devices import asking_for, out_of_memory
+from advbench.devices import asking_for, emulates_bf16, out_of_memory
 from advbench.errors import UserError
 from advbench.files import canonical
 from advbench.progress import NullProgress, Progress
@@ -94,7 +94,7 @@ class Trainer(Settings):
             require_identity(canonical(summary.identity), identity, folder)
             remove_progress(folder)
             return summary
-        with _kernels(self.deterministic), self._enough_memory(fabric.world_size):
+        with _kernels(self.deterministic), self._enough_memory(fabric.device, fabric.world_size):
             return Fit(
                 settings=self,
                 fabric=fabric,
@@ -112,7 +112,7 @@ class Trainer(Settings):
             ).run()
 
     @contextmanager
-    def _enough_memory(self, devices: int) -> Iterator[None]:
+    def _enough_memory(self, device: torch.device, devices: int) -> Iterator[None]:
         """Raises UserError where a device, or the machine, runs out of memory inside."""
         try:
             yield
@@ -121,7 +121,7 @@ class Trainer(Settings):
                 raise
             half = max(1, self.batch_size // devices // 2) * devices
             smaller = [f"trainer.batch_size={half}"] if half < self.batch_size else []
-            if self.precision != "bf16-mixed":
+            if self.precision != "bf16-mixed" and not emulates_bf16(device):
                 smaller.append("trainer.precision=bf16-mixed")
             take = " or ".join(smaller or ["a smaller backbone"])
             raise UserError(f"out of memory: take {take}") from problem

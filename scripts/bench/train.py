@@ -226,7 +226,8 @@ def main() -> None:
                 "bf16": given.bf16, "compile": given.compile, "threads": given.threads,
                 "machine": machine(given.device), "torch": torch.__version__,
                 "torchvision": torchvision.__version__,
-                "folded": bench.learner.target is not None, "ratios": ratios, "seconds": seconds,
+                "folded": bench.learner.attack_model is not None,
+                "ratios": ratios, "seconds": seconds,
             }  # fmt: skip
             append(given.out, record)
 

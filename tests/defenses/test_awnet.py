@@ -359,7 +359,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_it_trains_under_every_recipe(tmp_path, name, precision):
+def test_it_trains_under_every_recipe(tmp_path, name, precision, bfloat16):
     assert len(RECIPES) == 3
     recipe, terms = RECIPES[name]
     defense, model = AWNet(), AWNet().apply(convnet(num_classes=3, input_shape=[1, 4, 4]))

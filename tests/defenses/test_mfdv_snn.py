@@ -265,7 +265,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_two_steps_of_training(tmp_path, name, precision):
+def test_two_steps_of_training(tmp_path, name, precision, bfloat16):
     assert len(RECIPES) == 3
     recipe, columns = RECIPES[name]
     defense = MFDVSNN(features=8, draws=2)

@@ -377,7 +377,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_displaces_float32_weights(tmp_path):
+def test_bfloat16_displaces_float32_weights(tmp_path, bfloat16):
     trainer = Trainer(epochs=1, batch_size=32, val_steps=1, precision="bf16-mixed")
     model = net(plain=True)
     start = state(model)

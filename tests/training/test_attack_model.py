@@ -21,7 +21,7 @@ from advbench.progress import NullProgress
 from advbench.recipes.base import frozen
 from advbench.recipes.pgd_at import PGDAT
 from advbench.training import compilation, learner
-from advbench.training.attack_model import Target, target
+from advbench.training.attack_model import AttackModel, attack_model
 from advbench.training.syncnorm import synchronise
 from advbench.training.trainer import Trainer
 
@@ -60,7 +60,7 @@ def test_a_folded_copy_is_the_model_of_now(backbone, folds, synced):
     if synced:
         synchronise(model)
     x = images()[0].double()
-    copy = Target(model)
+    copy = AttackModel(model)
     assert len(copy._pairs) == folds
     names = list(model.state_dict())
     for seed in (1, 2):  # the weights move between two steps
@@ -81,16 +81,16 @@ def test_a_folded_copy_is_the_model_of_now(backbone, folds, synced):
 
 def test_what_cannot_be_folded_or_disagrees_is_left_alone():
     x, y = images()
-    assert target(convnet(**SIZE), x, y) is not None
+    assert attack_model(convnet(**SIZE), x, y) is not None
     plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
-    assert target(plain, x, y) is None
+    assert attack_model(plain, x, y) is None
     hooked = convnet(**SIZE)
     for module in hooked.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda *_: None)
-    assert target(hooked, x, y) is None
+    assert attack_model(hooked, x, y) is None
     model = convnet(**SIZE)
-    copy = Target(model)
+    copy = AttackModel(model)
     assert copy.agrees(x, y)
     copy._pairs[0] = copy._pairs[0]._replace(norm=nn.BatchNorm2d(32))  # a wrong fold
     used(model)
@@ -102,10 +102,10 @@ def test_finding_out_whether_a_copy_agrees_draws_nothing():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     model = MFDVSNN().apply(convnet(**SIZE))
-    assert target(model, x, y) is not None, "its noise is drawn by its own module in both"
+    assert attack_model(model, x, y) is not None, "its noise is drawn by its own module in both"
     assert not torch.equal(before, torch.get_rng_state()), "the net's weights were drawn"
     torch.manual_seed(5)
-    target(model, x, y)
+    attack_model(model, x, y)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -119,7 +119,7 @@ def test_the_attack_of_a_training_asks_the_copy_for_input_gradients_alone(tmp_pa
 
     class Counting(PGDAT):
         def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            assert isinstance(model, Target)
+            assert isinstance(model, AttackModel)
             before, gradients = len(asked), [p.grad for p in model.parameters()]
             point = super().perturb(model, x, y)
             passes.append(len(asked) - before)
@@ -144,7 +144,7 @@ def test_the_attack_of_a_training_asks_the_copy_for_input_gradients_alone(tmp_pa
 
 def test_training_through_the_copy_ends_where_training_without_does(tmp_path, monkeypatch):
     fit(tmp_path / "with")
-    monkeypatch.setattr(learner, "target", lambda *_: None)
+    monkeypatch.setattr(learner, "attack_model", lambda *_: None)
     fit(tmp_path / "without")
     one, other = (load_file(tmp_path / f / "last.safetensors") for f in ("with", "without"))
     assert one.keys() == other.keys()
@@ -176,7 +176,7 @@ def test_a_compiler_that_fails_is_told_and_done_without(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_training_is_the_same_up_to_rounding(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner, "target", lambda *_: None)
+    monkeypatch.setattr(learner, "attack_model", lambda *_: None)
     runs = {}
     for name, mode in (("eager", None), ("compiled", "default")):
         model = net()

@@ -7,11 +7,9 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sized
-from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,7 +28,7 @@ from small import (
     table,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
@@ -42,13 +40,13 @@ from advbench.experiments.models import load_weights
 from advbench.progress import NullProgress
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
-from advbench.training import learner, loop, schedules, validation
+from advbench.training import loop, schedules, settings, validation
+from advbench.training import trainer as trainer_module
 from advbench.training.averaging import Average
 from advbench.training.checkpoint import (
     remove_leftovers,
     save_weights,
 )
-from advbench.training.emulation import Widened
 from advbench.training.guards import Divergence
 from advbench.training.learner import Learner
 from advbench.training.metrics import Means, write_table
@@ -347,11 +345,8 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
     assert waits, "the watch sees such a read"
 
 
-@pytest.mark.parametrize("emulated", [False, True])
-def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emulated):
-    monkeypatch.setattr(learner, "emulates_bf16", lambda device: emulated)
+def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, bfloat16):
     seen: list[tuple[str, bool]] = []
-    progress = Mock()
 
     class Watched(PGDAT):
         def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -364,8 +359,6 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emu
         def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
             assert step.adversarial is not None and step.adversarial.x.dtype == torch.float32
             seen.append(("loss", step.adversarial.logits.dtype == torch.bfloat16))
-            modes = [type(mode) for mode in _get_current_dispatch_mode_stack()]
-            seen.append(("widened", Widened in modes))
             return super().loss_terms(model, step)
 
     def validated(*args, **kwargs):
@@ -374,48 +367,18 @@ def test_bfloat16_is_for_training_and_its_attack_only(tmp_path, monkeypatch, emu
 
     monkeypatch.setattr(loop, "accuracies", validated)
     trainer = Trainer(epochs=3, batch_size=16, precision="bf16-mixed", val_steps=1)
-    summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1), progress=progress)
-    assert set(seen) == {
-        ("attack", not emulated),
-        ("loss", True),
-        ("widened", emulated),
-        ("validation", False),
-    }
-    notes = [str(call) for call in progress.note.mock_calls]
-    assert emulated == any("bfloat16 is emulated on this device" in note for note in notes)
+    summary = fit(tmp_path, trainer, recipe=Watched(threat=THREAT, steps=1))
+    assert set(seen) == {("attack", True), ("loss", True), ("validation", False)}
     assert summary.val["clean"] > 0.4
     assert all(value.dtype != torch.bfloat16 for value in read_weights(
         tmp_path / "last.safetensors").values())  # fmt: skip
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_widened_convolutions_round_as_bfloat16(groups: int) -> None:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups)
-    x = torch.randn(2, 4, 7, 7).bfloat16().float()
-    for part in (conv.weight, conv.bias):
-        assert part is not None
-        part.data = part.data.bfloat16().float()
-    kernels: list[torch.dtype] = []
-
-    class Kernels(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "convolution" in str(func):
-                kernels.append(args[0].dtype)
-            return func(*args, **(kwargs or {}))
-
-    answers = []
-    for narrow in (False, True):
-        point, copied = x.clone().requires_grad_(), deepcopy(conv)
-        with Kernels(), Widened(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            out = copied(point)
-            out.backward((out.detach() > 0).to(out.dtype))
-        assert copied.weight.grad is not None and copied.bias is not None
-        answers.append([out, point.grad, copied.weight.grad, copied.bias.grad])
-    assert kernels == 4 * [torch.float32]
-    for plain, ours in zip(*answers, strict=True):
-        assert torch.equal(ours.float(), plain.bfloat16().float())
-    assert answers[1][0].dtype == torch.bfloat16
+def test_bfloat16_is_refused_where_it_is_only_emulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "emulates_bf16", lambda device: True)
+    with pytest.raises(UserError, match=r"this cpu, which only emulates .*: take .*=32-true$"):
+        fit(tmp_path, Trainer(epochs=1, precision="bf16-mixed"))
+    assert list(tmp_path.iterdir()) == []
 
 
 # Validation
@@ -689,7 +652,8 @@ class Failing(Recorder):
         raise RuntimeError(self.error)
 
 
-def test_out_of_memory_says_what_takes_less(tmp_path):
+def test_out_of_memory_says_what_takes_less(tmp_path, monkeypatch, bfloat16):
+    cpu = torch.device("cpu")
     for trainer, take in (
         (Trainer(batch_size=48), "trainer.batch_size=24 or trainer.precision=bf16-mixed$"),
         (Trainer(batch_size=7, precision="bf16-mixed"), "trainer.batch_size=3$"),
@@ -699,15 +663,18 @@ def test_out_of_memory_says_what_takes_less(tmp_path):
     for devices, batch_size, half in ((4, 24, 12), (4, 12, 4), (3, 15, 6)):
         with (
             pytest.raises(UserError, match=f"trainer.batch_size={half} or"),
-            Trainer(batch_size=batch_size)._enough_memory(devices),
+            Trainer(batch_size=batch_size)._enough_memory(cpu, devices),
         ):
             raise torch.OutOfMemoryError
     for precision, take in (("32-true", "trainer.precision"), ("bf16-mixed", "a smaller backbone")):
         with (
             pytest.raises(UserError, match=f"take {take}"),
-            Trainer(batch_size=4, precision=precision)._enough_memory(4),
+            Trainer(batch_size=4, precision=precision)._enough_memory(cpu, 4),
         ):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(trainer_module, "emulates_bf16", lambda device: True)
+    with pytest.raises(UserError, match=r"take trainer.batch_size=2$"):
+        fit(tmp_path / "emulated", Trainer(batch_size=4), defense=Failing())
     with pytest.raises(RuntimeError, match="a bug of ours"):
         fit(tmp_path / "bug", defense=Failing(error="a bug of ours"))
 

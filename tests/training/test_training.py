@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import math
 from collections import Counter
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, fields
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_fabric import Fabric
 from omegaconf import OmegaConf
 from small import (
     STEPS,
@@ -34,90 +32,25 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.config import options
 from advbench.data.base import ArraySplit
-from advbench.defenses.base import Defense, Step, Traits
+from advbench.defenses.base import Defense, Step
 from advbench.errors import UserError
 from advbench.experiments.models import load_weights
 from advbench.progress import NullProgress
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
-from advbench.training import loop, schedules, settings, validation
+from advbench.training import loop, schedules, settings
 from advbench.training import trainer as trainer_module
 from advbench.training.averaging import Average
-from advbench.training.checkpoint import (
-    remove_leftovers,
-    save_weights,
-)
 from advbench.training.guards import Divergence
 from advbench.training.learner import Learner
-from advbench.training.metrics import Means, write_table
+from advbench.training.metrics import Means
 from advbench.training.optimizers import SGD, AdamW
 from advbench.training.randomness import deal, derive, permutation
 from advbench.training.summary import Summary
 from advbench.training.trainer import Trainer
-from advbench.training.validation import accuracies, fixed_batches
+from advbench.training.validation import accuracies
 
-# Schedules and optimizers
-
-
-def test_schedules_in_closed_form():
-    args = (100, [50, 75], 0.1)
-    assert [schedules.constant(s, *args) for s in (0, 99)] == [1, 1]
-    for step, factor in ((0, 1.0), (50, 0.5), (25, 0.5 + math.sqrt(0.5) / 2), (100, 0.0)):
-        assert schedules.cosine(step, *args) == pytest.approx(factor)
-    for step, factor in ((0, 1), (49, 1), (50, 0.1), (74, 0.1), (75, 0.01), (99, 0.01)):
-        assert schedules.multistep(step, *args) == pytest.approx(factor)
-    for step, factor in ((0, 0), (25, 0.5), (50, 1), (75, 0.5), (100, 0)):
-        assert schedules.cyclic(step, *args) == pytest.approx(factor)
-    assert [schedules.warmup(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert schedules.warmup(0, 0) == 1
-    assert len(schedules.SCHEDULES) == 5
-
-
-def test_one_cycle_is_that_of_pytorch():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, pct_start=0.025, total_steps=200
-    )
-    for step in range(200):
-        rate = optimizer.param_groups[0]["lr"]
-        assert schedules.onecycle(step, 200, [], 0.1) == pytest.approx(rate, abs=1e-12)
-        optimizer.step()
-        if step < 199:
-            theirs.step()
-    assert schedules.onecycle(0, 10, [], 0.1) == 1 and schedules.onecycle(0, 1, [], 0.1) == 1
-
-
-def test_the_schedules_of_the_papers():
-    """Rice et al. 2020, Wong et al. 2020, Pang et al. 2021: rates at the steps that they name."""
-    rice = SGD(lr=0.1, schedule="multistep", milestones=[100, 150])
-    rates = [rice.lr_at(390 * epoch, 200, 390) for epoch in (0, 99, 100, 149, 150, 199)]
-    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    wong = SGD(lr=0.2, schedule="cyclic")
-    rates = [wong.lr_at(step, 30, 100) for step in (0, 750, 1500, 2250)]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.1])
-    pang = SGD(lr=0.1, schedule="multistep", milestones=[100, 105])
-    assert pang.lr_at(104 * 390, 110, 390) == pytest.approx(0.01)
-
-
-def test_learning_rate_counts_milestones_and_warmup_in_epochs():
-    optimizer = SGD(lr=0.2, schedule="multistep", milestones=[2], gamma=0.5, warmup=0.5)
-    rates = [optimizer.lr_at(step, epochs=4, steps_per_epoch=4) for step in range(16)]
-    assert rates == pytest.approx([0.1, *[0.2] * 7, *[0.1] * 8])
-    cosine = AdamW(lr=1.0, warmup=1.0)
-    assert cosine.lr_at(1, 2, 4) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi / 8)))
-
-
-def test_optimizers_take_their_values():
-    weight = nn.Parameter(torch.zeros(2))
-    sgd = SGD(lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.1).build([weight])
-    assert isinstance(sgd, torch.optim.SGD)
-    assert {k: sgd.defaults[k] for k in ("lr", "momentum", "nesterov", "weight_decay")} == {
-        "lr": 0.3, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1
-    }  # fmt: skip
-    adamw = AdamW(lr=0.3, beta1=0.5, beta2=0.6, weight_decay=0.1).build([weight])
-    assert isinstance(adamw, torch.optim.AdamW)
-    assert adamw.defaults["betas"] == (0.5, 0.6) and adamw.defaults["weight_decay"] == 0.1
-
+CPU = torch.device("cpu")
 
 # The order of samples, and randomness
 
@@ -381,199 +314,6 @@ def test_bfloat16_is_refused_where_it_is_only_emulated(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# Validation
-
-
-def test_validation_of_a_linear_model_in_closed_form():
-    generator = torch.Generator().manual_seed(2)
-    x = 0.2 + 0.6 * torch.rand(50, 1, 2, 3, generator=generator)
-    weight = torch.randn(6, generator=generator)
-    head = nn.Linear(6, 2)
-    head.weight.data = torch.stack([weight, -weight]) / 2
-    head.bias.data = torch.tensor([-0.5, 0.5]) * (weight.sum() / 2)
-    model = Classifier(
-        nn.Flatten(), num_features=6, num_classes=2, input_shape=(1, 2, 3), head=head
-    )
-    margin = (x.flatten(1) - 0.5) @ weight  # of class 0 over class 1
-    y = (margin < 0).long()
-    y[:5] = 1 - y[:5]
-    split = ArraySplit(x, y)
-    fabric = Fabric(accelerator="cpu", devices=1)
-
-    def measure(threat: Threat | None, batch_size: int = 16) -> tuple[float, float | None]:
-        return accuracies(
-            model,
-            split,
-            threat,
-            steps=5,
-            seed=0,
-            batch_size=batch_size,
-            fabric=fabric,
-            traits=Traits(),
-        )
-
-    survives = (margin.abs() > 0.1 * weight.abs().sum())[5:].sum().item()
-    assert 5 < survives < 40
-    torch.manual_seed(0)
-    assert measure(THREAT) == pytest.approx((45 / 50, survives / 50))
-    torch.manual_seed(1)
-    assert measure(THREAT, batch_size=7) == measure(THREAT)
-    assert measure(None) == (pytest.approx(0.9), None)
-    assert not any(p.grad is not None for p in model.parameters())
-
-
-def test_validation_attacks_the_same_points_whatever_the_batch_and_the_generator():
-    class Spy(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            calls.append(x)
-            return super().forward(x)
-
-    x, y = torch.rand(20, 1, 2, 3), torch.arange(20) % 2
-    model = Spy(nn.Flatten(), nn.Linear(6, 2))
-    fabric = Fabric(accelerator="cpu", devices=1)
-    attacked = []
-    for seed, batch_size in ((0, 20), (1, 7)):
-        calls: list[Tensor] = []
-        torch.manual_seed(seed)
-        accuracies(
-            model,
-            ArraySplit(x, y),
-            THREAT,
-            steps=1,
-            seed=0,
-            batch_size=batch_size,
-            fabric=fabric,
-            traits=Traits(),
-        )
-        clean, _, final = (torch.cat(calls[first::3]) for first in range(3))
-        assert torch.equal(clean, x) and not torch.equal(final, x)
-        attacked.append(final)
-    torch.testing.assert_close(*attacked)
-
-
-def test_what_is_wrong_from_the_start_is_not_robust():
-    class OffGrid(nn.Module):
-        """Class 1 exactly on the grey image."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            grey = (x.flatten(1) == 0.5).all(1)
-            return torch.stack([~grey, grey], 1) + 0 * x.sum()
-
-    split = ArraySplit(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64))
-    fabric = Fabric(accelerator="cpu", devices=1)
-    result = accuracies(
-        OffGrid(), split, THREAT, steps=1, seed=0, batch_size=4, fabric=fabric, traits=Traits()
-    )
-    assert result == (0, 0)
-
-
-@dataclass
-class Crew:
-    """One of several processes, whose sums are added up by hand."""
-
-    global_rank: int
-    world_size: int
-    device: str = "cpu"
-
-
-@pytest.mark.parametrize(("total", "size"), [(23, 8), (16, 8), (5, 8)])
-def test_a_batch_dependent_model_is_validated_in_its_fixed_batches(monkeypatch, total, size):
-    """As it is judged: whole batches of that size, the same for any number of processes."""
-    x = torch.arange(total).float().view(-1, 1, 1, 1) / total
-    split = ArraySplit(x, torch.arange(total) % 2)
-    met: list[Tensor] = []
-
-    class Odd(nn.Module):
-        """Class 1 where a row's place in its batch is odd, and so right in some places."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            met.append((x.flatten() * total).round().long())
-            odd = torch.arange(len(x)) % 2 == 1
-            return torch.stack([~odd, odd], 1).float()
-
-    monkeypatch.setattr(validation, "gather", lambda value, _: value[None])
-    found = []
-    for ranks in (1, 2, 4):
-        met.clear()
-        clean = 0.0
-        for rank in range(ranks):
-            crew: Any = Crew(rank, ranks)
-            share, none = accuracies(
-                Odd(), split, None, steps=1, seed=ranks, batch_size=3, fabric=crew,
-                traits=Traits(batch_dependent=True, batch_size=size),
-            )  # fmt: skip
-            assert none is None
-            clean += share
-        found.append((sorted(ids.tolist() for ids in met), clean))
-    assert found[1:] == found[:1] * 2
-    batches = fixed_batches(total, size)
-    order = torch.cat([ids for ids, _ in batches])
-    assert found[0][0] == sorted(ids.tolist() for ids, _ in batches)
-    assert len(order) == -(-total // size) * size and {len(ids) for ids, _ in batches} == {size}
-    assert order[:total].sort().values.tolist() == list(range(total)) != order[:total].tolist()
-    assert torch.equal(order[total:], order[:total].repeat(2)[: len(order) - total])
-    assert [own for _, own in batches] == [size] * (total // size) + [total % size] * bool(
-        total % size
-    )
-    # Each sample counts once, where it is met first.
-    place = torch.arange(len(order)) % size
-    right = (order % 2 == place % 2)[:total].sum().item()
-    assert found[0][1] == pytest.approx(right / total) and 0 < right < total
-
-
-# Files
-
-
-def test_what_killed_writers_leave_is_removed(tmp_path):
-    for name in (".model.safetensors.12.tmp", ".tmpAb1", "metrics.csv"):
-        (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
-
-
-def test_weights_of_another_model_are_refused(tmp_path):
-    model = net()
-    save_weights(model, tmp_path / "model.safetensors")
-    other = net()
-    nn.utils.vector_to_parameters(torch.zeros(200), other.parameters())
-    load_weights(other, tmp_path / "model.safetensors")
-    assert_same_weights(other, model)
-    with pytest.raises(UserError, match="do not match the model"):
-        load_weights(net(plain=True), tmp_path / "model.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
-    for name, message in (
-        ("broken.safetensors", "is not a safetensors file"),
-        ("missing.safetensors", "there are no weights at"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_weights(net(), tmp_path / name)
-
-
-def test_weights_that_modules_share_and_views_are_saved(tmp_path):
-    def tied() -> nn.Sequential:
-        first = nn.Linear(3, 3)
-        first.bias = nn.Parameter(torch.rand(6)[:3])
-        return nn.Sequential(first, nn.ReLU(), first)
-
-    model, other = tied(), tied()
-    save_weights(model, tmp_path / "model.safetensors")
-    load_weights(other, tmp_path / "model.safetensors")
-    assert_same_weights(other, model)
-    assert other[0] is other[2]
-
-
-def test_a_table_with_missing_values(tmp_path):
-    write_table(tmp_path / "t.csv", [{"a": 1, "b": 0.123456789}, {"a": 2, "c": 1e-9}])
-    assert (tmp_path / "t.csv").read_text() == "a,b,c\n1,0.123457,\n2,,1e-09\n"
-
-
-def test_summaries_of_another_kind_are_refused(tmp_path):
-    for name, text in (("a", "{"), ("b", '{"schema": "x"}'), ("c", "[]")):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=rf"{name}\b"):
-            Summary.load(tmp_path / name)
-
-
 # Mistakes and configs
 
 MISTAKES = [
@@ -627,7 +367,7 @@ class Parts:
 
 def test_what_does_not_fit_several_devices_is_a_user_error():
     data: Any = Parts(range(100), range(3))
-    Trainer(batch_size=6).check(net(), data, 3)
+    Trainer(batch_size=6).check(net(), data, CPU, 3)
     for trainer, devices, message in (
         (Trainer(batch_size=7), 3, "over 3 devices; take 6"),
         (Trainer(batch_size=8), 4, "split holds 3 for 4 devices, which need one each"),
@@ -637,9 +377,9 @@ def test_what_does_not_fit_several_devices_is_a_user_error():
         ),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            trainer.check(net(), data, devices)
-    Trainer(batch_size=3, sync_batchnorm=True).check(net(), data, 3)
-    Trainer(batch_size=3).check(net(plain=True), data, 3)
+            trainer.check(net(), data, CPU, devices)
+    Trainer(batch_size=3, sync_batchnorm=True).check(net(), data, CPU, 3)
+    Trainer(batch_size=3).check(net(plain=True), data, CPU, 3)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,30 @@
+"""An evaluation that nothing disturbed, and one that writes everything down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_searches import evaluation
+
+from advbench.evaluation import search
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    case = evaluation()
+    results = case.execute(folder, case.stages())
+    broken = [stage.broken for stage in results.stages]
+    assert broken[0] > 3 and sum(broken[1:]) > 0 and results.robust.acc > 0.1, broken
+    return folder
+
+
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is written down at once."""
+    for name in ("COMMIT_SECONDS", "TELL_SECONDS", "FLIGHT_SECONDS"):
+        monkeypatch.setattr(search, name, 0.0)
+    monkeypatch.setattr(search, "FLIGHT_SHARE", np.inf)

@@ -1,0 +1,134 @@
+"""The copy that a search runs: the same function, or it is not used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from made_up_searches import evaluation, net, samples
+from torch import Tensor, nn
+
+from advbench.evaluation.engine import CLEAN, Engine
+from advbench.evaluation.fast_model import Searcher, Speed, ask, searcher
+from advbench.evaluation.store import Store, read_samples
+
+# --- what is searched, and what is scored -------------------------------------------------------
+
+
+def test_the_search_copy_is_the_model_folded() -> None:
+    model = net()
+    clean = samples(model).fetch(torch.arange(8))
+    fast = searcher(model, Speed(), clean)
+    assert isinstance(fast, Searcher)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    for a, b in zip(ask(model, clean), ask(fast, clean), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Shy(nn.Module):
+    """Hides its gradient in a way that a traced copy would not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.inner(x)
+        return hidden + 1e-3 * x.flatten(1)[:, :5]
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() > 0 else -self.inner(x)
+
+
+class Singleton(nn.Module):
+    """Can't be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.eval()
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise TypeError("cannot copy a lock")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [Shy, Branching, Singleton])
+def test_a_copy_that_is_another_function_is_not_used(make: type[nn.Module]) -> None:
+    model = make()
+    clean = samples(net()).fetch(torch.arange(8))
+    fast = searcher(model, Speed(), clean)
+    assert (fast is model) == (make is Singleton)
+    for a, b in zip(ask(model, clean), ask(fast, clean), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+
+
+def test_a_search_in_bf16_is_confirmed_in_float32(whole: Path) -> None:
+    case = replace(evaluation(), speed=Speed("bf16"))
+    store = Store(None)
+    engine = Engine(case.model, case.samples, case.threat, slots=16, speed=case.speed)
+    engine.run(case.stages(), store)
+    broken = {name: int(store.records(name).broken.sum()) for name in ("apgd", CLEAN)}
+    exact = read_samples(whole)
+    assert broken[CLEAN] == exact[CLEAN].broken.sum()
+    assert abs(broken["apgd"] - int(exact["apgd"].broken.sum())) <= 3
+    for name in ("apgd", "apgd-t", "fab-t", "square"):
+        records = store.records(name)
+        assert (records.margin[records.broken] <= 0).all()
+        assert (records.margin[~records.broken] > 0).all()
+
+
+class Viewing(nn.Module):
+    """Takes a view that channels last does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3), nn.Linear(128, 5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+def test_a_model_of_one_layout_is_copied_in_it() -> None:
+    torch.manual_seed(0)
+    model = Viewing()
+    clean = samples(net()).fetch(torch.arange(8))
+    fast = searcher(model, Speed("bf16"), clean)
+    assert isinstance(fast, Searcher) and fast.layout is torch.contiguous_format
+    assert fast(clean.x).shape == (8, 5)
+
+
+def test_a_model_with_hooks_is_not_traced() -> None:
+    model = net()
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    clean = samples(net()).fetch(torch.arange(8))
+    fast = searcher(model, Speed(), clean)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    torch.testing.assert_close(fast(clean.x), model(clean.x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_search_finds_the_same(whole: Path, tmp_path: Path) -> None:
+    # One size of batch, because each is compiled.
+    case = replace(evaluation(slots=4), speed=Speed(compile="default"))
+    case.execute(tmp_path, case.stages())
+    ours, theirs = read_samples(tmp_path), read_samples(whole)
+    differ = sum(int((ours[n].broken != theirs[n].broken).sum()) for n in ("clean", "apgd"))
+    assert differ <= 1

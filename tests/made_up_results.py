@@ -1,0 +1,69 @@
+"""Results of evaluations that nobody ran, for tests of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from advbench.report.collection import Entry
+from advbench.runs.results import Accuracy, Results, StageResult
+
+SETTINGS = {"backbone": "convnet", "defense": "none", "recipe": "pgd_at", "seed": 0}
+DATA = {"name": "digits", "split": "test", "n": 200, "sha256": "c0ffee00" * 8}
+THREAT = {"norm": "linf", "eps": 8 / 255}
+AUTOATTACK = {"name": "autoattack", "version": "1", "suite": "standard", "seed": 0}
+PGD = {"name": "pgd", "version": "1", "steps": 50, "seed": 0}
+
+
+def results(robust: int = 100, **changes: Any) -> Results:
+    """Results of a plausible evaluation, in which ``robust`` images held.
+
+    changes: of fields; those of a mapping are merged into it.
+    """
+    n = changes.get("data", {}).get("n", DATA["n"])
+    stage = StageResult("apgd-ce", "APGD", "model", "why", robust / n, n, n - robust, 1.5, 40, 30)
+    values: dict[str, Any] = {
+        "run": "a-run",
+        "settings": SETTINGS,
+        "data": DATA,
+        "threat": THREAT,
+        "protocol": AUTOATTACK,
+        "clean": Accuracy.of(max(n - 10, 0), n),
+        "robust": Accuracy.of(robust, n),
+        "stages": (stage,),
+        "provenance": {"seconds": 12.5, "model_sha256": None},
+    }
+    for key, value in changes.items():
+        whole = key in ("protocol",) or not isinstance(values.get(key), dict)
+        values[key] = value if whole else {**values[key], **value}
+    return Results(**values)
+
+
+def put(folder: Path, robust: int = 100, **changes: Any) -> Path:
+    """An evaluation directory with results and nothing else."""
+    folder.mkdir(parents=True)
+    results(robust, **changes).save(folder / "results.json")
+    return folder
+
+
+def jumps(folder: Path, values: Sequence[float], **changes: Any) -> None:
+    """A sweep of a retrofit, the more robust the smaller its rest by 7."""
+    for jump in values:
+        settings = {"defense": "jumprelu", "defense.jump": jump}
+        name = "-".join([str(jump), *map(str, changes)])
+        put(folder / name, 100 + int(10 * jump) % 7, settings=settings, **changes)
+
+
+def entries(*found: Results) -> list[Entry]:
+    return [Entry(Path(f"run{i}"), each) for i, each in enumerate(found)]
+
+
+def seeds(*numbers: int | None, **changes: Any) -> list[Results]:
+    extra = changes.pop("settings", {})
+    return [results(settings={"seed": seed, **extra}, **changes) for seed in numbers]
+
+
+# --- formats ------------------------------------------------------------------------------------
+
+NASTY = "[red]a|b_*<b>&\\input{x}$%#~^\"'` \x1b[31m\r\n\ud800 =1+1 é→[/red]"

@@ -18,7 +18,7 @@ class Cheat(Attack):
     direction: Tensor
 
     @property
-    def tries(self) -> int:
+    def starts(self) -> int:
         return 1
 
     @property

@@ -90,7 +90,7 @@ class APGD(Attack):
         return self.loss_name in losses.TARGETED
 
     @property
-    def tries(self) -> int:
+    def starts(self) -> int:
         return self.restarts * (self.targets if self.targeted else 1)
 
     @property

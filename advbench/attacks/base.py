@@ -90,7 +90,7 @@ class Answer(NamedTuple):
 
 
 class Counted(nn.Module):
-    """A target that counts the rows it passes forwards and backwards, whoever calls it."""
+    """A model that counts the rows it passes forwards and backwards, whoever calls it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -111,26 +111,29 @@ class Counted(nn.Module):
 
 
 class Oracle:
-    """Answers an attack's queries to one target, and counts them.
+    """Answers an attack's queries to one victim model, and counts them.
 
-    model: returns logits (N, K), or a pair of logits and a bonus (N,) that is added to every loss.
+    model: returns logits (N, K), or a pair of logits and an auxiliary loss (N,) that is added to
+    the attack's loss.
     check: look at every gradient, which waits for the device. Training does not: its loss tells
-    soon enough.  anchored: the target takes the clean images too, ``model(x, clean)``.
+    soon enough.  needs_clean_input: the model takes the clean images too, ``model(x, clean)``.
     """
 
-    draws = 1
-    """Evaluations of the target for each answer."""
+    samples = 1
+    """Evaluations of the model for each answer: EOT samples."""
 
-    def __init__(self, model: nn.Module, check: bool = True, anchored: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, check: bool = True, needs_clean_input: bool = False
+    ) -> None:
         self.model = Counted(model)
         self.check = check
-        self.anchored = anchored
+        self.needs_clean_input = needs_clean_input
 
     def _ask(self, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Logits (N, K) and the bonus of each row, (N,) or 0."""
-        answer = self.model(x, clean) if self.anchored else self.model(x)
-        logits, bonus = answer if isinstance(answer, tuple) else (answer, 0.0)
-        return logits.float(), bonus
+        """Logits (N, K) and the auxiliary loss of each row, (N,) or 0."""
+        answer = self.model(x, clean) if self.needs_clean_input else self.model(x)
+        logits, auxiliary_loss = answer if isinstance(answer, tuple) else (answer, 0.0)
+        return logits.float(), auxiliary_loss
 
     @torch.no_grad()
     def logits(self, x: Tensor, clean: Tensor | None = None) -> Tensor:
@@ -141,8 +144,8 @@ class Oracle:
         """Logits, loss and, if asked for, gradient at ``rows.point``."""
         with torch.set_grad_enabled(gradient):
             point = rows.point.detach().requires_grad_(gradient)
-            logits, bonus = self._ask(point, rows.x)
-            loss = attack.loss(logits, rows) + bonus
+            logits, auxiliary_loss = self._ask(point, rows.x)
+            loss = attack.loss(logits, rows) + auxiliary_loss
             grad = torch.autograd.grad(loss.sum(), point)[0] if gradient else None
         usable = None
         if grad is not None and self.check:
@@ -206,7 +209,7 @@ class Attack(ABC):
 
     @property
     @abstractmethod
-    def tries(self) -> int:
+    def starts(self) -> int:
         """Searches per sample, one after the other: restarts, times targets if it is targeted."""
 
     def stays_inside(self, threat: Threat) -> bool:
@@ -222,7 +225,7 @@ class Attack(ABC):
     def start(
         self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
     ) -> Rows:
-        """The rows of a new search, at their starting points.  restart: (N,), below ``tries``."""
+        """The rows of a new search, at their starting points.  restart: (N,), below ``starts``."""
 
     def loss(self, logits: Tensor, rows: Rows) -> Tensor:
         """What the search raises, (N,)."""
@@ -295,7 +298,7 @@ def wrong_class(oracle: Oracle, rows: Rows, rank: Tensor) -> Tensor:
     logits = oracle.logits(rows.x)
     # Below y stands nothing: not even a class that the model masks.
     logits = logits.clamp_min(torch.finfo(logits.dtype).min).scatter(1, rows.y[:, None], -torch.inf)
-    rows.forwards += oracle.draws
+    rows.forwards += oracle.samples
     return logits.argsort(dim=1, descending=True).gather(1, rank[:, None]).squeeze(1)
 
 

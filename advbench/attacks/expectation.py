@@ -12,35 +12,39 @@ from advbench.errors import UserError
 
 
 class Expectation(Oracle):
-    """Answers with the mean over fresh draws of a stochastic model.
+    """Answers with the mean over fresh evaluations of a stochastic model (EOT).
 
-    draws: at least 1.  Logits, losses and gradients are means; the counts are of all draws.
+    samples: EOT samples, at least 1. Logits, losses and gradients are means; the counts are sums.
     """
 
     def __init__(
-        self, model: torch.nn.Module, draws: int, check: bool = True, anchored: bool = False
+        self,
+        model: torch.nn.Module,
+        samples: int,
+        check: bool = True,
+        needs_clean_input: bool = False,
     ) -> None:
-        super().__init__(model, check, anchored)
-        self.draws = draws
+        super().__init__(model, check, needs_clean_input)
+        self.samples = samples
 
     def logits(self, x: Tensor, clean: Tensor | None = None) -> Tensor:
         ask = super().logits
-        return torch.stack([ask(x, clean) for _ in range(self.draws)]).mean(0)
+        return torch.stack([ask(x, clean) for _ in range(self.samples)]).mean(0)
 
     def peek(self, rows: Rows) -> Tensor:
-        rows.forwards += self.draws - 1
+        rows.forwards += self.samples - 1
         return super().peek(rows)
 
     def query(self, attack: Attack, rows: Rows, gradient: bool = True) -> Answer:
         logits, loss, slope, usable = super().query(attack, rows, gradient)
-        for _ in range(self.draws - 1):
+        for _ in range(self.samples - 1):
             other = super().query(attack, rows, gradient)
             logits, loss = logits + other.logits, loss + other.loss
             if slope is not None and other.gradient is not None:
                 slope = slope + other.gradient
             if usable is not None and other.usable is not None:
                 usable = usable | other.usable
-        n = self.draws
+        n = self.samples
         return Answer(logits / n, loss / n, None if slope is None else slope / n, usable)
 
     def boundaries(self, rows: Rows) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:

@@ -80,7 +80,7 @@ class FAB(Attack):
         return self.targeted
 
     @property
-    def tries(self) -> int:
+    def starts(self) -> int:
         return self.restarts * (self.targets if self.targeted else 1)
 
     @property

@@ -38,7 +38,7 @@ class IFGSM(Attack):
         object.__setattr__(self, "step_size", size)
 
     @property
-    def tries(self) -> int:
+    def starts(self) -> int:
         return 1
 
     @property

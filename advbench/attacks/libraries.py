@@ -81,7 +81,7 @@ class LibraryAttack(Attack):
     joint = False  # it may pass over rows
 
     @property
-    def tries(self) -> int:
+    def starts(self) -> int:
         return 1
 
     @property

@@ -48,7 +48,7 @@ class PGD(Attack):
             object.__setattr__(self, "step_size", pixels(self.step_size, "step_size"))
 
     @property
-    def tries(self) -> int:
+    def starts(self) -> int:
         return self.restarts
 
     @property

@@ -132,7 +132,7 @@ class Square(Attack):
             raise UserError(f"p_init={self.p_init} is not a share of the image, in (0, 1]")
 
     @property
-    def tries(self) -> int:
+    def starts(self) -> int:
         return self.restarts
 
     @property

@@ -135,7 +135,7 @@ class RoutedTrunk(nn.Module):
     switch: soft mixes the batch norms by p; hard takes the adversarial ones where p > 1/2, and in
         the backward pass p still (straight-through).
     fixed_p: the p of every image, in place of the router's.
-    anchored: a batch is the clean images and then as many attacked ones; the router reads the
+    needs_clean_input: a batch is the clean images and then as many attacked ones; the router reads
         first half and is a constant, the trunk runs on the second.
     part: of the batch that is running; its t is kept, with its graph, until somebody takes it.
     """
@@ -146,13 +146,14 @@ class RoutedTrunk(nn.Module):
         self.trunk = trunk
         self.switch = switch
         self.fixed_p: float | None = None
-        self.anchored = False
+        self.needs_clean_input = False
         self.part: PartName | None = None
         self.kept: dict[PartName, Tensor] = {}
 
     def forward(self, z: Tensor) -> Tensor:
-        """Normalised images (N, C, H, W) -> features (N, D); (2N, C, H, W) if ``anchored``."""
-        if self.anchored:
+        """Normalised images (N, C, H, W) -> features (N, D); (2N, C, H, W) for a paired
+        batch."""
+        if self.needs_clean_input:
             clean, z = z.chunk(2)
             signals, t = self.router(clean)
             # Not by no_grad, which torch.fx would forget.
@@ -206,7 +207,7 @@ class FrozenRouter(nn.Module):
         super().__init__()
         self.model = model
         self.train(model.training)
-        _routed(model).anchored = True
+        _routed(model).needs_clean_input = True
 
     def forward(self, x: Tensor, clean: Tensor) -> Tensor:
         """x, clean: (N, C, H, W) -> logits (N, K)."""
@@ -225,7 +226,7 @@ class RouterBonus(nn.Module):
         _routed(model).enter("adversarial")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (N, C, H, W) -> logits (N, K) and the bonus (N,)."""
+        """x: (N, C, H, W) -> logits (N, K) and the auxiliary loss (N,)."""
         logits = self.model(x)
         t = _routed(self.model).take()["adversarial"]
         return logits, self.factor * F.logsigmoid(t)
@@ -338,7 +339,7 @@ class AWNet(Defense):
                 exact=False,
                 loss="ce",
                 why="the router stays at the clean image: no gradient goes through it",
-                anchored=True,
+                needs_clean_input=True,
             )
         }
         for p, norms in ((0.0, "clean"), (1.0, "adversarial")):
@@ -358,7 +359,7 @@ class AWNet(Defense):
                     exact=True,
                     loss="ce",
                     why=f"fools the router too: x' is to look {looks} (CE {sign} {factor:g} log p)",
-                    bonus=True,
+                    auxiliary_loss=True,
                 )
         return found
 

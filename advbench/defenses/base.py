@@ -108,25 +108,25 @@ class Step:
 class Surrogate:
     """A model that shares the defended model's weights and has friendlier gradients.
 
-    model: takes x (N, C, H, W), and the clean images too if ``anchored``: ``model(x, clean)``.
+    model: takes x (N, C, H, W); called as ``model(x, clean)`` if ``needs_clean_input``.
         Returns logits (N, K). In evaluation mode; ``advbench.surgery.twin`` makes one.
     exact: its logits equal those of the defended model.
     loss: the untargeted loss that suits it (a name of ``advbench.attacks.losses``).
     why: one line on why an attacker would use it.
-    anchored: some of its parts stay as they are at the clean image.
-    bonus: it returns a pair, logits and (N,) what the attacker adds to the loss of each row.
+    needs_clean_input: some of its parts stay as they are at the clean image.
+    auxiliary_loss: it returns a pair, logits and (N,) what the attacker adds to each row's loss.
     stochastic: it draws, as the model does: its gradients are means over draws too.
-    foreign: a model of other weights, whose images may transfer.
+    transfer: a model of other weights, whose images may transfer.
     """
 
     model: nn.Module
     exact: bool
     loss: str
     why: str
-    anchored: bool = False
-    bonus: bool = False
+    needs_clean_input: bool = False
+    auxiliary_loss: bool = False
     stochastic: bool = False
-    foreign: bool = False
+    transfer: bool = False
 
 
 def surrogates_of(defense: Defense, model: Any, traits: Traits) -> dict[str, Surrogate]:

@@ -145,7 +145,7 @@ class Chain(Defense):
             plain = {
                 name: surrogate
                 for name, surrogate in member.surrogates(target).items()
-                if not (surrogate.anchored or surrogate.bonus)
+                if not (surrogate.needs_clean_input or surrogate.auxiliary_loss)
             }
             if plain:
                 name, last = next(iter(plain.items()))

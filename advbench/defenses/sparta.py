@@ -252,7 +252,9 @@ class Sparta(Defense):
         why = "no gradient through the gates: they stay as they are at the clean image"
         detached = AnchoredGates(twin(model)).eval()
         return {
-            "gate_detached": Surrogate(detached, exact=False, loss="ce", why=why, anchored=True)
+            "gate_detached": Surrogate(
+                detached, exact=False, loss="ce", why=why, needs_clean_input=True
+            )
         }
 
     def _group(self, name: str, width: int) -> Hashable:

@@ -58,7 +58,7 @@ class MSAProtocol(Protocol):
         return reasons
 
     def stages(self, subject: Subject) -> list[Stage]:
-        own = {name: s for name, s in subject.surrogates.items() if not s.foreign}
+        own = {name: s for name, s in subject.surrogates.items() if not s.transfer}
         return [
             *self.on_model("apgd-ce", subject),
             *self.searches(own, subject),
@@ -93,7 +93,7 @@ class MSAProtocol(Protocol):
         return [
             self.on(name, surrogate, "apgd-t", attack)
             for name, surrogate in surrogates.items()
-            if not surrogate.bonus
+            if not surrogate.auxiliary_loss
         ]
 
     def last(self, subject: Subject) -> list[Stage]:
@@ -134,13 +134,13 @@ class AdaptiveProtocol(MSAProtocol):
             raise UserError("protocol=adaptive needs steps >= 1 and restarts >= 1")
 
     def stages(self, subject: Subject) -> list[Stage]:
-        foreign = {name: s for name, s in subject.surrogates.items() if s.foreign}
+        transfer = {name: s for name, s in subject.surrogates.items() if s.transfer}
         return [
             *super().stages(subject),
             *self.longer(subject),
             *self.more_draws(subject),
-            *self.searches(foreign, subject),
-            *self.targeted(foreign, subject),
+            *self.searches(transfer, subject),
+            *self.targeted(transfer, subject),
         ]
 
     def longer(self, subject: Subject) -> list[Stage]:
@@ -158,7 +158,7 @@ class AdaptiveProtocol(MSAProtocol):
         return stages + [
             replace(self.on(name, surrogate, "apgd-margin-long", attack), why=why)
             for name, surrogate in subject.surrogates.items()
-            if not (surrogate.bonus or surrogate.foreign)
+            if not (surrogate.auxiliary_loss or surrogate.transfer)
         ]
 
     def more_draws(self, subject: Subject) -> list[Stage]:

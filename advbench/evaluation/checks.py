@@ -95,10 +95,10 @@ def probe_surrogate(name: str, surrogate: Surrogate, samples: Samples, classes: 
     x = samples.fetch(samples.ids[:PROBE]).x
     with torch.enable_grad():
         point = x.clone().requires_grad_()
-        answer = _ask(surrogate.model, point, *([x] if surrogate.anchored else []))
+        answer = _ask(surrogate.model, point, *([x] if surrogate.needs_clean_input else []))
     parts = answer if isinstance(answer, tuple) else (answer,)
     shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
-    wanted = [(len(x), classes), (len(x),)][: 1 + surrogate.bonus]
+    wanted = [(len(x), classes), (len(x),)][: 1 + surrogate.auxiliary_loss]
     if shapes != wanted:
         raise UserError(
             f"surrogate '{name}' must return {wanted} for {len(x)} images, not {shapes}"

@@ -190,10 +190,10 @@ class Engine:
             torch.manual_seed(hash_of(f"{self.seed}/{stage}/{int(unit.rows[0])}"))
 
     def _oracle(self, stage: Stage, target: nn.Module) -> Oracle:
-        anchored = stage.target != "model" and self.surrogates[stage.target].anchored
+        paired = stage.target != "model" and self.surrogates[stage.target].needs_clean_input
         if stage.draws == 1:
-            return Oracle(target, anchored=anchored)
-        return Expectation(target, stage.draws, anchored=anchored)
+            return Oracle(target, needs_clean_input=paired)
+        return Expectation(target, stage.draws, needs_clean_input=paired)
 
     def _searcher(self, target: str) -> nn.Module:
         """The target's copy for searching; finds out which batch sizes suit it."""
@@ -214,7 +214,7 @@ class Engine:
             try:
                 fast = self._copy(surrogate, Clean(*(part[:COMPARED] for part in clean)))
                 if not surrogate.stochastic:  # noise can't be compared
-                    self.shapes.probe(Logits(fast, surrogate.anchored), clean)
+                    self.shapes.probe(Logits(fast, surrogate.needs_clean_input), clean)
                 break
             except RuntimeError as problem:
                 if not out_of_memory(problem):
@@ -237,10 +237,10 @@ class Engine:
 
     def _copy(self, surrogate: Surrogate, few: Clean) -> nn.Module:
         """The search's copy of a target; itself where it is more than a function of x."""
-        if surrogate.anchored or surrogate.bonus:
+        if surrogate.needs_clean_input or surrogate.auxiliary_loss:
             return surrogate.model
         target = surrogate.model
-        if self.traits.output == "probabilities" and not surrogate.foreign:
+        if self.traits.output == "probabilities" and not surrogate.transfer:
             with torch.no_grad():  # what shares the model's weights may end before its softmax
                 shares = are_shares(target(few.x))
             target = LogProbabilities(target).eval() if shares else target
@@ -320,14 +320,14 @@ class Engine:
 
 
 class Logits(nn.Module):
-    """The logits alone of a target that takes clean images too, or returns a bonus too."""
+    """The logits alone, of a surrogate that takes clean images or returns an auxiliary loss too."""
 
-    def __init__(self, target: nn.Module, anchored: bool) -> None:
+    def __init__(self, target: nn.Module, needs_clean_input: bool) -> None:
         super().__init__()
-        self.target, self.anchored = target, anchored
+        self.target, self.needs_clean_input = target, needs_clean_input
 
     def forward(self, x: Tensor) -> Tensor:
-        answer = self.target(x, x.detach()) if self.anchored else self.target(x)
+        answer = self.target(x, x.detach()) if self.needs_clean_input else self.target(x)
         return answer[0] if isinstance(answer, tuple) else answer
 
 

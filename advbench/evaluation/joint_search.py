@@ -133,7 +133,7 @@ class JointSearch:
         order = order[torch.isin(rows[order], wanted)].to(batch.x.device)
         bench = Bench(self.model, self.threat, batch)
         forwards, backwards = torch.zeros_like(batch.ids), torch.zeros_like(batch.ids)
-        for attempt in range(self.attack.tries):
+        for attempt in range(self.attack.starts):
             state = self._search(batch, bench, attempt, len(order))
             if state is None:
                 return False
@@ -161,7 +161,7 @@ class JointSearch:
 
     def _search(self, batch: Clean, bench: Bench, attempt: int, counted: int) -> Rows | None:
         """One search of all rows at once; returns their state, or None if time was up before."""
-        attack, tries = self.attack, self.attack.tries
+        attack, tries = self.attack, self.attack.starts
         restart = torch.full_like(batch.ids, attempt)
         random = KeyedRandom(self.seed, self.stage.name, batch.ids, restart)
         rows = attack.start(self.oracle, batch, self.threat, random, restart)

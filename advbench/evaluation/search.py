@@ -93,7 +93,7 @@ class Search:
         """Attack the samples ``pending`` (sorted ids). Returns False if time was up before."""
         self.progress.stage(self.stage.name, len(pending))
         self.ledger = Ledger(pending, self.samples.split.labels[pending])
-        self.forecast = Forecast(self.attack.tries * self.attack.queries)
+        self.forecast = Forecast(self.attack.starts * self.attack.queries)
         self.fresh: list[int] = []  # positions with a record that is not yet stored
         self.done = 0
         self.committed = self.flown = self.told = time.perf_counter()
@@ -274,7 +274,7 @@ class Search:
         again = []
         for position, age in zip(positions.tolist(), self.age[slots].tolist(), strict=True):
             attempt = int(self.ledger.attempt[position])
-            if broke or attempt + 1 == self.attack.tries:
+            if broke or attempt + 1 == self.attack.starts:
                 self.fresh.append(position)
                 self.done += 1
                 self.correct -= broke

@@ -40,15 +40,15 @@ def backbone_node(node: DictConfig, info: Info) -> DictConfig:
 
 
 def assemble(
-    backbone: Any, defense: Any, plugins: tuple[str, ...] = ()
+    backbone_node: Any, defense_node: Any, plugins: tuple[str, ...] = ()
 ) -> tuple[Classifier, Defense]:
     """A model with fresh weights and its defense applied."""
-    guard: Defense = config.build_defense(defense, plugins)
-    return guard.apply(config.build(backbone, "backbone", plugins=plugins)), guard
+    defense: Defense = config.build_defense(defense_node, plugins)
+    return defense.apply(config.build(backbone_node, "backbone", plugins=plugins)), defense
 
 
 def begun_from(
-    folder: Path, backbone: Any, defense: Any, plugins: tuple[str, ...] = ()
+    folder: Path, backbone_node: Any, defense_node: Any, plugins: tuple[str, ...] = ()
 ) -> tuple[Classifier, Defense]:
     """A model with the weights of another run, and its defense applied.
 
@@ -57,18 +57,18 @@ def begun_from(
     """
     folder = directory.find(folder)
     before = config.read(folder / directory.CONFIG).defense
-    if before.get("_target_") == defense.get("_target_"):
-        model, guard = assemble(backbone, defense, plugins)
+    if before.get("_target_") == defense_node.get("_target_"):
+        model, defense = assemble(backbone_node, defense_node, plugins)
         load_weights(model, folder / WEIGHTS)
-        return model, guard
+        return model, defense
     if not undefended(folder):
         raise UserError(
             f"init_from={folder} has another defense: begin from a run with the same, or with none"
         )
-    guard = config.build_defense(defense, plugins)
-    model = config.build(backbone, "backbone", plugins=plugins)
+    defense = config.build_defense(defense_node, plugins)
+    model = config.build(backbone_node, "backbone", plugins=plugins)
     load_weights(model, folder / WEIGHTS)
-    return guard.apply(model), guard
+    return defense.apply(model), defense
 
 
 def base_of(folder: Path, plugins: tuple[str, ...] = ()) -> Classifier | None:
@@ -89,24 +89,25 @@ def undefended(folder: str | Path) -> bool:
 
 
 def from_run(
-    folder: Path, plugins: tuple[str, ...] = (), defense: Any = None
+    folder: Path, plugins: tuple[str, ...] = (), defense_node: Any = None
 ) -> tuple[Classifier, Defense, DictConfig]:
     """The best model of a finished training run, in evaluation mode, with its defense and config.
 
     What an attacker must know of it is with it, as ``model.traits`` and ``model.defense``.
 
-    defense: a node in place of the run's own, of the same state.
+    defense_node: in place of the run's own, of the same state.
 
     Raises UserError for a run that did not finish, whose weights do not match its config, or whose
     config names code that is not advbench's or in ``plugins``.
     """
     folder = directory.find(folder)
     cfg = config.read(folder / directory.CONFIG)
-    model, guard = assemble(cfg.backbone, cfg.defense if defense is None else defense, plugins)
+    node = cfg.defense if defense_node is None else defense_node
+    model, defense = assemble(cfg.backbone, node, plugins)
     load_weights(model, folder / WEIGHTS)
-    told: Any = model
-    told.traits, told.defense = guard.traits(model), guard
-    return model.eval(), guard, cfg
+    labelled: Any = model
+    labelled.traits, labelled.defense = defense.traits(model), defense
+    return model.eval(), defense, cfg
 
 
 def from_factory(spec: str, weights: str | None) -> nn.Module:

@@ -134,18 +134,18 @@ def _retrofit(
     device: torch.device,
 ) -> tuple[Defense, Any]:
     """Put a defense on a finished model, beside the one that it may have."""
-    guard: Defense = config.build_defense(node, plugins)
+    defense: Defense = config.build_defense(node, plugins)
     if not hasattr(model, "input_shape"):
         model = Foreign(model, splits.info.input_shape)
-    if not guard.traits(model).retrofit:
+    if not defense.traits(model).retrofit:
         raise UserError(
-            f"{type(guard).__name__} has to be trained with the model: "
+            f"{type(defense).__name__} has to be trained with the model: "
             "advbench train defense=NAME init_from=RUN"
         )
-    model = guard.apply(model.eval()).to(device)
+    model = defense.apply(model.eval()).to(device)
     with torch.no_grad():
-        guard.prepare(model.eval(), splits)
-    return (guard if type(own) is Defense else Chain(members=(own, guard))), model
+        defense.prepare(model.eval(), splits)
+    return (defense if type(own) is Defense else Chain(members=(own, defense))), model
 
 
 def _declared(node: DictConfig) -> Traits:
@@ -178,10 +178,10 @@ def _other(run: str, info: Info, plugins: tuple[str, ...]) -> Surrogate:
         still = [
             s.model
             for s in defense.surrogates(model).values()
-            if not (s.stochastic or s.anchored or s.bonus)
+            if not (s.stochastic or s.needs_clean_input or s.auxiliary_loss)
         ]
         if not still:
             raise UserError(f"'{run}' is stochastic and names no surrogate that is not")
         target = still[0]
     why = "images that break another model of the same data may break this one"
-    return Surrogate(target, exact=False, loss="ce", why=why, foreign=True)
+    return Surrogate(target, exact=False, loss="ce", why=why, transfer=True)

@@ -54,22 +54,22 @@ def train(
     logger = config.build(told, "logger", plugins=plugins) if told else None
     threat: Threat = config.build(cfg.threat, "threat", plugins=plugins)
     splits: Splits = config.build(cfg.data, "data", plugins=plugins)
-    how = config.spelled_out(cfg.recipe, "recipe")
-    teachers = _teachers(how, plugins, cfg.data, splits.info)
-    recipe = config.build_recipe(how, plugins, threat=threat, teachers=teachers)
+    recipe_node = config.spelled_out(cfg.recipe, "recipe")
+    teachers = _teachers(recipe_node, plugins, cfg.data, splits.info)
+    recipe = config.build_recipe(recipe_node, plugins, threat=threat, teachers=teachers)
     optimizer = config.build(cfg.optimizer, "optimizer", plugins=plugins)
     trainer = config.build(cfg.trainer, "trainer", plugins=plugins)
     if not isinstance(trainer, Trainer):
         raise UserError("trainer=evaluation is for eval; train with trainer=default")
     _check_fit(cfg.backbone, splits.info)
     torch.manual_seed(cfg.seed)
-    node = models.backbone_node(cfg.backbone, splits.info)
-    guard = config.spelled_out(cfg.defense)
+    backbone_node = models.backbone_node(cfg.backbone, splits.info)
+    defense_node = config.spelled_out(cfg.defense)
     base = None
     if cfg.init_from is None:
-        model, defense = models.assemble(node, guard, plugins)
+        model, defense = models.assemble(backbone_node, defense_node, plugins)
     else:
-        model, defense = models.begun_from(cfg.init_from, node, guard, plugins)
+        model, defense = models.begun_from(cfg.init_from, backbone_node, defense_node, plugins)
         if models.undefended(cfg.init_from) and type(defense) is not Defense:
             base = directory.find(cfg.init_from) / models.WEIGHTS
     if (source := getattr(defense, "weights", None)) is not None:
@@ -78,7 +78,7 @@ def train(
     kept = cfg
     if "choices" not in cfg:
         kept = kept_config(cfg, choices)
-        kept.backbone, kept.defense, kept.recipe = node, guard, how
+        kept.backbone, kept.defense, kept.recipe = backbone_node, defense_node, recipe_node
     identity = {
         "config": directory.deciding(config.plain(kept)),
         "data": splits.fingerprints(),

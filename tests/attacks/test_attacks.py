@@ -58,7 +58,7 @@ def keyed(clean: Clean, restart: int = 0, seed: int = 0) -> tuple[KeyedRandom, T
 def largest_margin(attack: Attack, model: nn.Module, clean: Clean, threat: Threat) -> Tensor:
     """The largest margin at any point inside the threat that the attack visits, (N,)."""
     oracle, reached = Oracle(model), torch.full((len(clean.y),), -torch.inf)
-    for restart in range(attack.tries):
+    for restart in range(attack.starts):
         random, restarts = keyed(clean, restart)
         rows = attack.start(oracle, clean, threat, random, restarts)
         for _ in range(attack.queries):

@@ -215,9 +215,9 @@ def test_the_minimum_of_a_linear_model_is_found(norm: str, targeted: bool) -> No
     with torch.no_grad():
         logits = model(clean.x)
     attack = FAB(steps=20, targeted=targeted, targets=3)
-    assert attack.tries == (3 if targeted else 1)
+    assert attack.starts == (3 if targeted else 1)
     found = torch.stack(
-        [search(attack, model, clean, threat, restart)[0] for restart in range(attack.tries)]
+        [search(attack, model, clean, threat, restart)[0] for restart in range(attack.starts)]
     )
     for i, y in enumerate(clean.y.tolist()):
         expected = min(
@@ -270,7 +270,7 @@ def test_the_distances_are_the_authors(norm: str, targeted: bool) -> None:
     model, threat = curved(5), Threat(norm, 1.0)
     clean = batch(model, 24)
     attack = FAB(steps=40, targeted=targeted, targets=2)
-    for rank in range(attack.tries):
+    for rank in range(attack.starts):
         ours, _ = search(attack, model, clean, threat, rank)
         adversarial = run_theirs(model, clean, norm, 40, rank if targeted else None)
         theirs = threat.distance(adversarial, clean.x)
@@ -286,7 +286,7 @@ def test_starts_and_targets(norm: str) -> None:
     model, threat = linear(5), Threat(norm, 0.2)
     clean = batch(model, 12, 0.4, 0.6)
     attack = FAB(restarts=2, targets=3)
-    assert attack.tries == 6
+    assert attack.starts == 6
     assert not attack.stays_inside(threat)
     with torch.no_grad():
         ranking = model(clean.x).argsort(1, descending=True)

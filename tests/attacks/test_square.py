@@ -347,7 +347,7 @@ def test_restarts_differ_and_torch_draws_do_too(norm: str) -> None:
     shape, threat, attack = (1, 8, 8), Threat(norm, EPS[norm]), Square(steps=140, restarts=2)
     model, clean = linear(shape, 2), images(4, shape, 2)
     attack.check(2, threat)
-    assert (attack.tries, attack.queries) == (2, 141)
+    assert (attack.starts, attack.queries) == (2, 141)
     points: list[Tensor] = [
         craft(attack, model, clean, threat, random)
         for random in (keyed(clean), keyed(clean, restart=1), TorchRandom())

@@ -465,13 +465,13 @@ def test_surrogates_say_what_they_are(switch):
     assert found.keys() == NAMES | ({"soft"} if switch == "hard" else set())
     for name, surrogate in found.items():
         assert not surrogate.model.training and surrogate.why and "\n" not in surrogate.why
-        assert surrogate.anchored == (name == "frozen_router")
-        assert surrogate.bonus == surrogate.exact == name.startswith("router")
+        assert surrogate.needs_clean_input == (name == "frozen_router")
+        assert surrogate.auxiliary_loss == surrogate.exact == name.startswith("router")
         assert surrogate.loss == "ce"
         shared = {p.data_ptr() for p in surrogate.model.parameters()}
         assert shared == {p.data_ptr() for p in model.parameters()}
-        answer = surrogate.model(x, x) if surrogate.anchored else surrogate.model(x)
-        same = torch.equal(answer[0] if surrogate.bonus else answer, logits)
+        answer = surrogate.model(x, x) if surrogate.needs_clean_input else surrogate.model(x)
+        same = torch.equal(answer[0] if surrogate.auxiliary_loss else answer, logits)
         assert same or not surrogate.exact
         copy.deepcopy(surrogate.model)
     assert model_sha256(model) == before and torch.equal(model(x), logits)
@@ -526,16 +526,16 @@ def test_the_bonus_is_c_log_p():
         for sign in (1, -1):
             for c in (0.1, 1, 10):
                 point = images().requires_grad_()
-                logits, bonus = found[f"router{'+' if sign > 0 else '-'}{c}"].model(point)
-                torch.testing.assert_close(bonus, sign * c * p.log())
+                logits, auxiliary_loss = found[f"router{'+' if sign > 0 else '-'}{c}"].model(point)
+                torch.testing.assert_close(auxiliary_loss, sign * c * p.log())
                 assert torch.equal(logits, model(images()))
-                assert torch.autograd.grad(bonus.sum(), point)[0].abs().max() > 0
+                assert torch.autograd.grad(auxiliary_loss.sum(), point)[0].abs().max() > 0
                 seen += 1
         assert seen == 6
         with torch.no_grad():
             routed(model).router.score.bias.fill_(-500.0)  # p is zero in float32
-        _, bonus = found["router-1"].model(images())
-        assert bonus.isfinite().all() and (bonus > 400).all()
+        _, auxiliary_loss = found["router-1"].model(images())
+        assert auxiliary_loss.isfinite().all() and (auxiliary_loss > 400).all()
 
 
 # Mistakes

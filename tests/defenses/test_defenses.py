@@ -118,28 +118,28 @@ DATA: Any = Made()
 
 def prepared(defense: str, net: str) -> Classifier:
     """A defended model, prepared, with running statistics that are not the first ones."""
-    guard = DEFENSES[defense]
-    model = guard.apply(backbone(net)).train()
+    instance = DEFENSES[defense]
+    model = instance.apply(backbone(net)).train()
     with torch.no_grad():  # what starts at zero has moved, and rows differ
         for parameter in model.parameters():
             parameter += 0.03 * torch.randn_like(parameter)
     x, y = DATA.train.fetch(torch.arange(BATCH), torch.device("cpu"))
-    step = TrainingStep(model, Standard(THREAT), guard)
+    step = TrainingStep(model, Standard(THREAT), instance)
     for _ in range(3):
         with torch.no_grad():
             step({"clean": x}, y, 0, 0)
     with torch.no_grad():
-        guard.prepare(model.eval(), DATA)
+        instance.prepare(model.eval(), DATA)
     return model.eval()
 
 
 @pytest.mark.parametrize(("defense", "net"), PAIRS)
 def test_it_trains_two_steps_under_every_recipe(defense: str, net: str) -> None:
-    guard, seen = DEFENSES[defense], 0
+    instance, seen = DEFENSES[defense], 0
     for recipe in recipes(net).values():
-        model = guard.apply(backbone(net))
-        guard.prepare(model.eval(), DATA)
-        step = TrainingStep(model.train(), recipe, guard)
+        model = instance.apply(backbone(net))
+        instance.prepare(model.eval(), DATA)
+        step = TrainingStep(model.train(), recipe, instance)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for i in range(2):
@@ -163,11 +163,11 @@ def test_it_trains_two_steps_under_every_recipe(defense: str, net: str) -> None:
             optimizer.step()
             with torch.no_grad():
                 recipe.after_step(model, step.record)
-                guard.after_step(model, step.record)
+                instance.after_step(model, step.record)
         moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
         assert len(moved) > len(before) / 2
         with torch.no_grad():
-            guard.after_epoch(model.eval(), DATA)
+            instance.after_epoch(model.eval(), DATA)
         assert model(x).isfinite().all()
         seen += 1
     assert seen == (4 if net in BIG else 8)
@@ -185,9 +185,9 @@ def test_it_refuses_what_it_cannot_defend(defense: str, net: str) -> None:
 
 @pytest.mark.parametrize(("defense", "net"), [(d, "resnet20") for d in DEFENSES])
 def test_weights_come_back_and_traits_hold(defense: str, net: str, tmp_path: Path) -> None:
-    guard, model = DEFENSES[defense], prepared(defense, net)
+    instance, model = DEFENSES[defense], prepared(defense, net)
     save_weights(model, tmp_path / "w.safetensors")
-    other = guard.apply(BACKBONES[net](num_classes=CLASSES, input_shape=SHAPE))
+    other = instance.apply(BACKBONES[net](num_classes=CLASSES, input_shape=SHAPE))
     load_weights(other, tmp_path / "w.safetensors")
     other.eval()
     assert model_sha256(model) == model_sha256(other)
@@ -197,7 +197,7 @@ def test_weights_come_back_and_traits_hold(defense: str, net: str, tmp_path: Pat
     torch.manual_seed(0)
     assert torch.equal(logits, other(x))
 
-    traits = guard.traits(model)
+    traits = instance.traits(model)
     samples = Samples(DATA.test, subset(60, None), torch.device("cpu"))
     assert probe(model, samples, traits) == CLASSES  # refuses undeclared noise and dependence
     assert traits.stochastic == (not torch.equal(model(x), model(x)))
@@ -211,8 +211,8 @@ def test_weights_come_back_and_traits_hold(defense: str, net: str, tmp_path: Pat
 @pytest.mark.parametrize(("defense", "net"), [(d, "resnet20") for d in DEFENSES])
 def test_the_declared_gradient_is_the_measured_one(defense: str, net: str) -> None:
     """An exact gradient agrees with finite differences; one that is straight through does not."""
-    guard, model = DEFENSES[defense], prepared(defense, net).double()
-    traits = guard.traits(model)
+    instance, model = DEFENSES[defense], prepared(defense, net).double()
+    traits = instance.traits(model)
     if traits.stochastic or traits.gradient == "discontinuous":
         return  # no derivative to compare; what a jump does stands in its own test
     x, _ = DATA.test.fetch(torch.arange(BATCH), torch.device("cpu"))
@@ -237,21 +237,21 @@ def test_the_declared_gradient_is_the_measured_one(defense: str, net: str) -> No
 def test_surrogates_are_what_they_claim(defense: str, net: str) -> None:
     if (defense, net) in REFUSED:
         return
-    guard, model = DEFENSES[defense], prepared(defense, net)
+    instance, model = DEFENSES[defense], prepared(defense, net)
     before, seen = model_sha256(model), 0
     x, y = DATA.test.fetch(torch.arange(BATCH), torch.device("cpu"))
     shifted = (x + 0.03).clamp(0, 1)
-    for name, surrogate in guard.surrogates(model).items():
+    for name, surrogate in instance.surrogates(model).items():
         assert not any(module.training for module in surrogate.model.modules()), name
-        arguments = (shifted, x) if surrogate.anchored else (shifted,)
+        arguments = (shifted, x) if surrogate.needs_clean_input else (shifted,)
         answer = surrogate.model(*arguments)
-        assert isinstance(answer, tuple) == surrogate.bonus, name
-        logits = answer[0] if surrogate.bonus else answer
+        assert isinstance(answer, tuple) == surrogate.auxiliary_loss, name
+        logits = answer[0] if surrogate.auxiliary_loss else answer
         assert logits.shape == (BATCH, CLASSES) and surrogate.why, name
         if surrogate.exact:
             torch.testing.assert_close(logits, model(shifted), rtol=1e-4, atol=1e-5)
         rows = Rows(**started(CleanImages(torch.arange(BATCH), x, y), shifted, torch.zeros_like(y)))
-        found = Oracle(surrogate.model, anchored=surrogate.anchored).query(
+        found = Oracle(surrogate.model, needs_clean_input=surrogate.needs_clean_input).query(
             PGD(loss_name=surrogate.loss), rows
         )
         assert found.gradient is not None and found.gradient.abs().sum() > 0, name
@@ -265,8 +265,8 @@ def test_surrogates_are_what_they_claim(defense: str, net: str) -> None:
 
 def test_traits_are_worth_something() -> None:
     """Each value of each trait is declared by somebody."""
-    told = [guard.traits(prepared(name, "convnet")) for name, guard in DEFENSES.items()]
+    told = [instance.traits(prepared(name, "convnet")) for name, instance in DEFENSES.items()]
     assert {t.gradient for t in told} == {"exact", "discontinuous", "straight_through"}
     assert {t.stochastic for t in told} == {True, False} == {t.batch_dependent for t in told}
     assert Traits() in told
-    assert not any(isinstance(guard, nn.Module) for guard in DEFENSES.values())
+    assert not any(isinstance(instance, nn.Module) for instance in DEFENSES.values())

@@ -549,7 +549,7 @@ def test_surrogates_compute_what_they_say(inference):
     assert torch.equal(model(x), before), "the model is as it was"
     assert hpm.surrogates(model).keys() == found.keys()
     for name, surrogate in found.items():
-        assert not surrogate.exact and not surrogate.anchored and surrogate.why
+        assert not surrogate.exact and not surrogate.needs_clean_input and surrogate.why
         assert not surrogate.model.training
         gap = (logits[name] - before).abs().max()
         assert gap > 1e-3, name

@@ -133,7 +133,7 @@ def test_surrogates_by_hand(jump, capped):
         value = surrogate.model(x)
         (slope,) = torch.autograd.grad(value.sum(), x)
         threshold = jump * FACTORS.get(name, 1.0)
-        assert surrogate.exact == (name in SLOPES) and not surrogate.anchored
+        assert surrogate.exact == (name in SLOPES) and not surrogate.needs_clean_input
         torch.testing.assert_close(
             value.flatten(), torch.tensor([min(z, highest) if z > threshold else 0 for z in POINTS])
         )
@@ -453,7 +453,7 @@ def test_ifgsm_asks_once_per_step_for_each_row_alone():
     oracle, ids = Oracle(model), torch.arange(4)
     threat = Threat("linf", 0.01)
     rows = attack.start(oracle, Clean(ids, x, y), threat, NO_DRAWS, torch.zeros_like(ids))
-    assert torch.equal(rows.point, x) and (attack.tries, attack.queries) == (1, 5)
+    assert torch.equal(rows.point, x) and (attack.starts, attack.queries) == (1, 5)
     for _ in range(attack.queries):
         attack.advance(rows, attack.ask(oracle, rows, threat), threat, NO_DRAWS)
     assert rows.forwards.tolist() == rows.backwards.tolist() == rows.iteration.tolist() == [5] * 4

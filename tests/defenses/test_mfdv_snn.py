@@ -152,7 +152,7 @@ def test_the_mean_network_has_no_noise_and_leaves_the_model_alone():
     surrogates = defense.surrogates(model)
     assert list(surrogates) == ["mean"]
     surrogate = surrogates["mean"]
-    assert not surrogate.exact and not surrogate.anchored
+    assert not surrogate.exact and not surrogate.needs_clean_input
     mean = surrogate.model
     wanted = affine(head.classifier, affine(head.mu, x.flatten(1)))
     torch.testing.assert_close(mean(x), wanted)

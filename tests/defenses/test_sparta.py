@@ -409,7 +409,7 @@ def test_detached_gates_are_constants_of_the_clean_image():
     x = images(model, 3, seed=7).requires_grad_()
     before = model_sha256(model)
     surrogate = Sparta().surrogates(model)["gate_detached"]
-    assert (surrogate.anchored, surrogate.exact) == (True, False)
+    assert (surrogate.needs_clean_input, surrogate.exact) == (True, False)
 
     gate = torch.sigmoid(by_hand(clean, site.phi.weight.detach(), site.phi.bias.detach()))
     logits = surrogate.model(x, clean)

@@ -364,7 +364,7 @@ class Anchored(Linear):
 
 
 class Steered(Stepped):
-    """Logits without a gradient, and a bonus that has one."""
+    """Logits without a gradient, and an auxiliary loss that has one."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
         sign = torch.where(x.flatten(1).sum(1) > self.bar, -1.0, 1.0).detach()
@@ -373,8 +373,12 @@ class Steered(Stepped):
 
 @pytest.mark.parametrize(
     "surrogate",
-    [other(Linear()), other(Anchored(), anchored=True), other(Steered(), bonus=True)],
-    ids=["plain", "anchored", "bonus"],
+    [
+        other(Linear()),
+        other(Anchored(), needs_clean_input=True),
+        other(Steered(), auxiliary_loss=True),
+    ],
+    ids=["plain", "needs_clean_input", "auxiliary_loss"],
 )
 def test_a_surrogate_breaks_what_the_gradient_of_the_model_cannot(surrogate: Surrogate) -> None:
     model = Stepped()
@@ -395,8 +399,8 @@ class Detached(Linear):
     [
         (other(nn.Flatten()), r"must return \[\(16, 2\)\] for 16 images, not \[\(16, 16\)\]"),
         (other(Steered()), r"not \[\(16, 2\), \(16,\)\]"),
-        (other(Linear(), bonus=True), r"must return \[\(16, 2\), \(16,\)\]"),
-        (other(Linear(), anchored=True), "can't take the data's images"),
+        (other(Linear(), auxiliary_loss=True), r"must return \[\(16, 2\), \(16,\)\]"),
+        (other(Linear(), needs_clean_input=True), "can't take the data's images"),
         (other(Detached()), "surrogate 'other' has no gradient"),
     ],
 )
@@ -445,7 +449,7 @@ PLANS = [
         ["apgd-ce", "apgd-ce@soft", "apgd-t", "apgd-t@soft", "square"],
     ),
     (
-        subject({"two": other(Steered(), bonus=True)}),
+        subject({"two": other(Steered(), auxiliary_loss=True)}),
         ["apgd-ce", "apgd-ce@two", "apgd-t", "fab-t", "square"],
     ),
 ]
@@ -519,7 +523,7 @@ def test_more_draws_stop_where_they_break_nobody(tmp_path: Path) -> None:
 
 
 def test_foreign_models_come_last_and_only_where_they_are_asked_for() -> None:
-    found = {"soft": other(Linear()), "transfer-a": other(Linear(), foreign=True)}
+    found = {"soft": other(Linear()), "transfer-a": other(Linear(), transfer=True)}
     assert "transfer-a" not in {s.target for s in MSAProtocol().plan(subject(found))}
     names = [stage.name for stage in AdaptiveProtocol().plan(subject(found))]
     assert names[-2:] == ["apgd-ce@transfer-a", "apgd-t@transfer-a"]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import IO, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from advbench.errors import reason_of
 
 PLAIN_SECONDS = 15.0
 WINDOW = 20.0  # seconds over which a pace is measured
@@ -21,8 +26,60 @@ FAILED = "failed: "
 
 def table_console() -> Console:
     """For tables; without a terminal they are as wide as they need to be."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+    console = _Console(highlight=False)
+    return console if console.is_terminal else _Console(highlight=False, width=WIDE)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the process
+
+
+class Unbreakable:
+    """A stream for the progress of long work, which outlasts whoever reads it.
+
+    Once the stream can't be written, what comes is dropped. A reader that went away wanted no more;
+    anything else is said once, on the standard error.
+    """
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream, self._lost = stream, stream is None
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, method: str, *arguments: str) -> None:
+        if self._lost:
+            return
+        try:
+            getattr(self._stream, method)(*arguments)
+        except BrokenPipeError:
+            self._lost = True
+            discard(self._stream)
+        except (OSError, ValueError) as problem:  # a ValueError: it is closed
+            self._lost = True
+            discard(self._stream)
+            with suppress(AttributeError, OSError, ValueError):
+                print(
+                    f"advbench: can't print any more ({reason_of(problem)}); the work goes on, and "
+                    "log.txt has everything",
+                    file=sys.stderr,
+                )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def discard(stream: IO[str] | None) -> None:
+    """Send what is in a stream's buffer, and what comes, to nowhere."""
+    with suppress(AttributeError, OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
+        os.close(nowhere)
 
 
 class Screen:
@@ -33,7 +90,8 @@ class Screen:
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         # Bound to the stream of now: attacks of other libraries are silenced by replacing it.
-        self.console = console or Console(highlight=False, file=sys.stdout)
+        file = cast(IO[str], Unbreakable(sys.stdout))
+        self.console = console or Console(highlight=False, file=file)
         self.quiet = quiet
         self.log: Path | None = None
 
@@ -49,10 +107,10 @@ class Screen:
         self.note(text)
 
     def note(self, text: str) -> None:
-        """One line, in the log alone."""
+        """One line, in the log alone. Where that can't be written, the work goes on without."""
         if self.log is not None:
             stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
-            with self.log.open("a", encoding="utf-8") as file:
+            with suppress(OSError), self.log.open("a", encoding="utf-8") as file:
                 file.write(f"{stamp} {text}\n")
 
     def failed(self, reason: str) -> None:

@@ -13,6 +13,15 @@ class UserError(Exception):
     """
 
 
+def causes(problem: BaseException | None) -> list[BaseException]:
+    """The exception and what led to it, outermost first."""
+    links: list[BaseException] = []
+    while problem is not None and problem not in links:
+        links.append(problem)
+        problem = problem.__cause__ or problem.__context__
+    return links
+
+
 def reason_of(problem: BaseException) -> str:
     """What somebody else's exception says, in one line; its kind where it says nothing."""
     return " ".join(str(problem).split()) or type(problem).__name__

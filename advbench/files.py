@@ -4,30 +4,75 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from advbench.errors import UserError, causes
+from advbench.text import size
 
 if TYPE_CHECKING:  # importing torch takes seconds, and most commands on files need none
     from torch import Tensor
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file has no room: the disk, a quota or a limit on files is full."""
+
+
+def no_room(problem: BaseException, path: Path | None = None) -> UserError | None:
+    """What to tell the user where a disk is full; None for a problem of another kind.
+
+    path: the file that was being written, where it is known.
+    """
+    for link in causes(problem):
+        number = link.errno if isinstance(link, OSError) else None
+        if number is None and (told := re.search(r"\(os error (\d+)\)", str(link))):
+            number = int(told[1])  # of a library in Rust, such as safetensors
+        if number in FULL:
+            named = getattr(link, "filename2", None) or getattr(link, "filename", None)
+            path = path or (Path(named) if isinstance(named, str) else None)
+            what = "what is printed" if path is None else f"'{path}'{_free(path)}"
+            return UserError(
+                f"no room for {what}: {os.strerror(number)}; make room and type the same command "
+                "again"
+            )
+    return None
+
+
+def _free(path: Path) -> str:
+    """How much room there is on the disk of a file."""
+    with contextlib.suppress(OSError):
+        return f" ({size(shutil.disk_usage(path.absolute().parent).free)} free there)"
+    return ""
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary name beside ``path`` and put the file in its place.
 
-    A process that is killed at any moment leaves the old file or the new one.
+    A process that is killed at any moment leaves the old file or the new one. The file has the
+    permissions of any new file, whatever those are that ``write`` gives it.
+    Raises UserError where there is no room for it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as problem:
-        if problem.filename == str(temporary):
+    except Exception as problem:
+        if (full := no_room(problem, path)) is not None:
+            raise full from problem
+        if isinstance(problem, OSError) and problem.filename == str(temporary):
             problem.filename = str(path)  # the temporary one is nobody's concern
         raise
     finally:

@@ -23,6 +23,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def size(count: float) -> str:
+    """Bytes such as 0 bytes, 812 kB, 3.4 MB or 12 GB."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = 0
+    while count >= 1000 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.1f} {units[power]}" if power and count < 10 else f"{count:.0f} {units[power]}"
+
+
 def number(value: float) -> str:
     """With as many digits as a person wants: 0.42, 3.1, 57, 1,230."""
     return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:,.0f}"

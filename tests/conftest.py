@@ -13,6 +13,13 @@ from advbench.training import settings, trainer
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs the network, unless it is asked for."""
+    if "network" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("network")])
+        items[:] = [item for item in items if not item.get_closest_marker("network")]
+
+
 @pytest.fixture(autouse=True)
 def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Files of a test, imported in this process, do not keep their names from the next test's."""

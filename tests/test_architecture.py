@@ -20,8 +20,8 @@ LAYERS = [
     ["runs"],
     ["attacks", "backbones", "data"],
     ["config", "console"],
-    ["surgery", "files", "devices", "text", "progress"],
-    ["errors"],
+    ["surgery", "files", "devices", "progress"],
+    ["errors", "text"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 
+import yaml
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -14,7 +16,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from advbench.config import GROUPS, INSIDE, options
-from advbench.errors import UserError, did_you_mean
+from advbench.errors import UserError, causes, did_you_mean, reason_of
+from advbench.files import no_room
 
 PLUGINS = {
     "hydra/launcher/joblib": "sweep",
@@ -28,7 +31,7 @@ PLUGINS = {
 
 def of(problem: BaseException) -> str | None:
     """The line for a user's mistake; None for anything else, which is a bug of ours."""
-    chain = list(_chain(problem))
+    chain = causes(problem)
     for link in chain:
         if isinstance(link, UserError):
             return str(link)
@@ -43,21 +46,42 @@ def of(problem: BaseException) -> str | None:
             return message
         if isinstance(link, ConfigCompositionException) and (group := _no_such_group(link)):
             return _of_the_other_verb(group)
-    if isinstance(problem, OSError) and problem.filename is not None:
-        return f"can't use '{problem.filename}': {problem.strerror}"
+    if (message := _of_the_machine(problem)) is not None:
+        return message
     known = [link for link in chain if isinstance(link, HydraException | OmegaConfBaseException)]
     # The one that names the key, or else the innermost.
     told = [link for link in known if "full_key:" in str(link)] or known[-1:]
     return _first_line(told[0]) if told else None
 
 
-def _chain(problem: BaseException | None) -> list[BaseException]:
-    """The exception and what caused it, outermost first."""
-    links: list[BaseException] = []
-    while problem is not None and problem not in links:
-        links.append(problem)
-        problem = problem.__cause__ or problem.__context__
-    return links
+def _of_the_machine(problem: BaseException) -> str | None:
+    """What the system refuses: room, memory, a file."""
+    if (full := no_room(problem)) is not None:
+        return str(full)
+    for link in causes(problem):
+        if isinstance(link, RecursionError):
+            return "a value or a file is nested too deeply to be read"
+        if isinstance(link, MemoryError) or "can't allocate memory" in str(link):
+            told = f" ({reason_of(link):.120})" if str(link) else ""
+            return f"the memory is full{told}: take a smaller batch size, n or model"
+        if isinstance(link, UnicodeDecodeError):
+            return f"{_being_read(link)} is not a text in UTF-8: {link.reason}"
+        if isinstance(link, yaml.YAMLError):
+            return f"not valid YAML: {reason_of(link)}"
+        if isinstance(link, OSError) and link.filename is not None:
+            return f"can't use '{link.filename}': {link.strerror}"
+    return None
+
+
+def _being_read(problem: BaseException) -> str:
+    """The text file that was being read as it was raised: the error itself does not name it."""
+    name, trace = "a file", problem.__traceback__
+    while trace is not None:
+        for value in trace.tb_frame.f_locals.values():
+            if isinstance(value, io.TextIOWrapper) and isinstance(value.name, str):
+                name = f"'{value.name}'"
+        trace = trace.tb_next
+    return name
 
 
 def _no_such_group(problem: ConfigCompositionException) -> str | None:

@@ -118,12 +118,16 @@ def _strictly(label: str | None) -> int:
 def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
     """Raise UserError for settings that may not stand where they stand, or would be ignored."""
     from hydra.types import RunMode
+    from omegaconf import DictConfig
 
-    from advbench.config import SCHEMAS
+    from advbench.config import GROUPS, SCHEMAS
 
     keys = [field.name for field in dataclasses.fields(SCHEMAS[verb])]
     for added in sorted({str(key) for key in cfg} - {*keys}):  # with +KEY=VALUE
         raise UserError(f"no key '{added}'{did_you_mean(added, keys)}")
+    for group in GROUPS:
+        if not isinstance(node := cfg.get(group), DictConfig | None):
+            raise UserError(f"{group} is {node}, not a component: choose one with {group}=NAME")
     named = {override.partition("=")[0].lstrip("+") for override in hydra_cfg.overrides.task}
     if cfg.plugins and "plugins" not in named:
         raise UserError("plugins=[FILE.py] runs code, so it may be given on the command line only")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -52,15 +53,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Let Hydra hand its errors on instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    with suppress(AttributeError, ValueError):  # names of files may be any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore
     try:
-        return _dispatch(arguments)
+        return _written(_dispatch(arguments))
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        _say("\ninterrupted; the same command goes on from here")
         return 130
     except BrokenPipeError:
-        return 141
+        return _written(141)
     except Exception as problem:
-        return _refuse(problem)
+        return _written(_refuse(problem))
+
+
+def _written(status: int) -> int:
+    """The exit code, once all is printed; another one where that can't be."""
+    from advbench.console import discard
+
+    try:
+        sys.stdout.flush()
+    except OSError as problem:  # said already where it is not of now
+        discard(sys.stdout)
+        gone = isinstance(problem, BrokenPipeError)
+        return status or (141 if gone else _refuse(problem))
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        pass
+    return status
+
+
+def _say(text: str) -> None:
+    """A line on the standard error, if anybody can be told."""
+    with suppress(AttributeError, OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _lazy(module: str, function: str) -> Callable[[list[str]], int]:
@@ -79,7 +103,7 @@ def _refuse(problem: Exception) -> int:
         raise problem
     from advbench.text import printable
 
-    print(f"advbench: {printable(message)}", file=sys.stderr)
+    _say(f"advbench: {printable(message)}")
     return 2
 
 

@@ -124,6 +124,7 @@ def occupied(folder: Path) -> Iterator[None]:
     existed = folder.is_dir()
     fresh = not existed or not any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)  # nothing is written through one
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()

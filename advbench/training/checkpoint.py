@@ -28,7 +28,12 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def save_resume(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """state: tensors, numbers, strings, and lists and dicts of these."""
     content = {"identity": canonical(identity), "state": dict(state)}
-    write_atomic(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # of a full disk, a path would hide the system's error
+            torch.save(content, file)
+
+    write_atomic(path, write)
 
 
 def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:

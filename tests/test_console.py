@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,16 +236,15 @@ def test_nobody_was_broken() -> None:
 # --- --quiet on the command line -----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def place(start_in: Callable[[str, Callable[[], None]], Path]) -> Path:
     """A directory with a finished training, ``good``, and its evaluation, ``seen``."""
-    folder = tmp_path_factory.mktemp("place")
-    before = Path.cwd()
-    os.chdir(folder)
-    assert main(["train", "hydra.run.dir=good", *FAST]) == 0
-    assert main(["eval", "run=good", *EVAL, "hydra.run.dir=seen"]) == 0
-    yield folder
-    os.chdir(before)
+
+    def make() -> None:
+        assert main(["train", "hydra.run.dir=good", *FAST]) == 0
+        assert main(["eval", "run=good", *EVAL, "hydra.run.dir=seen"]) == 0
+
+    return start_in("console", make)
 
 
 def test_the_end_of_a_training(place: Path) -> None:

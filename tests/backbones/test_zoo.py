@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,45 +100,52 @@ DATA = ["data=npz", "data.path=d.npz"]
 FGSM = ["protocol=fgsm", "n=8"]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory with data, weights and the stand-in on the path."""
-    folder = tmp_path_factory.mktemp("zoo")
-    for name, text in STAND_IN.items():
-        file = folder / "stand_in/robustbench" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    before, path = Path.cwd(), list(sys.path)
+@pytest.fixture
+def place(
+    start_in: Callable[[str, Callable[[], None]], Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A directory with data, weights and an evaluation, ``seen``; the stand-in is on the path."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name[:11] == "robustbench"}
-    sys.path.insert(0, str(folder / "stand_in"))
-    os.chdir(folder)
-    random = np.random.default_rng(0)
-    arrays = {
-        "x_train": random.integers(0, 256, (32, 32, 32, 3), np.uint8),
-        "y_train": np.arange(32) % 10,
-        "x_test": random.integers(0, 256, (12, 32, 32, 3), np.uint8),
-        "y_test": np.arange(12) % 10,
-    }
-    np.savez("d.npz", **arrays)  # pyright: ignore
-    for name in ("Me2026Net", "Me2026Pair"):
-        torch.manual_seed(7)
-        model = robustbench.load(Entry("cifar10", "Linf", name), pretrained=False)
-        file = Path(f"models/cifar10/Linf/{name}.pt")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), file)
+
+    def make() -> None:
+        for name, text in STAND_IN.items():
+            file = Path("stand_in/robustbench", name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        random = np.random.default_rng(0)
+        arrays = {
+            "x_train": random.integers(0, 256, (32, 32, 32, 3), np.uint8),
+            "y_train": np.arange(32) % 10,
+            "x_test": random.integers(0, 256, (12, 32, 32, 3), np.uint8),
+            "y_test": np.arange(12) % 10,
+        }
+        np.savez("d.npz", **arrays)  # pyright: ignore
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(Path("stand_in").absolute())
+            for name in ("Me2026Net", "Me2026Pair"):
+                torch.manual_seed(7)
+                model = robustbench.load(Entry("cifar10", "Linf", name), pretrained=False)
+                file = Path(f"models/cifar10/Linf/{name}.pt")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(model.state_dict(), file)
+            command = ["eval", "model=robustbench:cifar10/Linf/Me2026Net", *DATA, *FGSM]
+            assert main([*command, "hydra.run.dir=seen"]) == 0
+        forget()
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name[:11] == "robustbench"]:
+            del sys.modules[name]
+
+    folder = start_in("zoo", make)
+    monkeypatch.syspath_prepend(folder / "stand_in")
     yield folder
-    os.chdir(before)
-    sys.path[:] = path
-    for name in [name for name in sys.modules if name[:11] == "robustbench"]:
-        del sys.modules[name]
+    forget()
     sys.modules.update(kept)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def seen(place: Path) -> Path:
     """The evaluation of a zoo model."""
-    command = ["eval", "model=robustbench:cifar10/Linf/Me2026Net", *DATA, *FGSM]
-    assert main([*command, "hydra.run.dir=seen"]) == 0
     return place / "seen"
 
 
@@ -170,7 +176,8 @@ def test_the_leaderboard_decides_data_and_threat() -> None:
 def test_a_zoo_model_is_evaluated_as_it_is(seen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Results.load(seen / "results.json")
     assert results.run == "Me2026Net" and results.threat == {"norm": "linf", "eps": 8 / 255}
-    # The same weights in a model of one's own give the same numbers.
+    # The same weights in a model of one's own, which may import what advbench has, are the same.
+    robustbench.load(Entry("cifar10", "Linf", "Me2026Net"), pretrained=False)
     Path("own.py").write_text(
         "import torch\nfrom robustbench.model_zoo import Net\n\n\ndef build():\n"
         "    model = Net()\n"

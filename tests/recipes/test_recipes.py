@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -394,16 +393,16 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def runs(start_in: Callable[[str, Callable[[], None]], Path]) -> Path:
     """A directory with runs to learn from."""
-    folder, before = tmp_path_factory.mktemp("runs"), Path.cwd()
-    os.chdir(folder)
-    for name in TEACHERS.values():
-        command = ["train", f"recipe={name}", f"hydra.run.dir={name}"]
-        assert main([*command, *FAST, *COMMANDS[name][0]]) == 0
-    yield folder
-    os.chdir(before)
+
+    def make() -> None:
+        for name in TEACHERS.values():
+            command = ["train", f"recipe={name}", f"hydra.run.dir={name}"]
+            assert main([*command, *FAST, *COMMANDS[name][0]]) == 0
+
+    return start_in("teachers", make)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -86,16 +86,20 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[]
 
 @pytest.fixture
 def start_in(
-    once: Callable[[str, Callable[[], None]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, Callable[[], None]], Path]:
+    once: Callable[[str, Callable[[], None]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[str, Callable[[], None]], Path]]:
     """Puts a test in a directory of its own, a copy of the one that ``once`` makes."""
+    folder = tmp_path.with_name(f"{tmp_path.name}-start")
 
     def start_in(name: str, make: Callable[[], None]) -> Path:
-        shutil.copytree(once(name, make), tmp_path, dirs_exist_ok=True)
-        monkeypatch.chdir(tmp_path)
-        return tmp_path
+        shutil.copytree(once(name, make), folder)
+        monkeypatch.chdir(folder)
+        return folder
 
-    return start_in
+    yield start_in
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from advbench.defenses.base import Defense, Surrogate, Traits, surrogates_of
 from advbench.errors import UserError
 from advbench.evaluation.deadline import seconds
 from advbench.evaluation.evaluation import Evaluation
+from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
@@ -95,24 +96,22 @@ def evaluate(
     own = getattr(model, "traits", None)
     traits = traits or (own if isinstance(own, Traits) else Traits())
     named = surrogates_of(defense, model, traits) if protocol.surrogates else {}
-    evaluation = Evaluation(
-        run=name,
+    job = Job(
         model=model,
+        samples=Samples(split, subset(len(split), n), anchor.device),
+        threat=threat,
         traits=traits,
         surrogates=named if surrogates is None else surrogates,
-        samples=Samples(split, subset(len(split), n), anchor.device),
-        data="arrays",
-        threat=threat,
-        protocol=protocol,
         seed=seed,
-        slots=resources.slots(shape[1:]),
-        speed=resources.speed,
+        batch_size=resources.batch_size_for(shape[1:]),
+        fast_model=resources.fast_model,
     )
-    stages = evaluation.stages()
+    evaluation = Evaluation(name, "arrays", protocol, job)
+    plan = evaluation.plan()
     most = None if budget is None else seconds(budget)
     if folder is None:
-        return evaluation.execute(None, stages, progress, budget=most)
+        return evaluation.execute(None, plan, progress, budget=most)
     if directory.kind_in(Path(folder)) == "train":
         raise UserError(f"'{folder}' holds a training run: give another folder")
     with directory.occupied(Path(folder)):
-        return evaluation.execute(Path(folder), stages, progress, budget=most)
+        return evaluation.execute(Path(folder), plan, progress, budget=most)

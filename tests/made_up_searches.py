@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from advbench.attacks.fab import FAB
 from advbench.attacks.square import Square
 from advbench.attacks.threat import Threat
 from advbench.data.base import ArraySplit
-from advbench.defenses.base import Traits
 from advbench.evaluation.engine import Engine
 from advbench.evaluation.evaluation import Evaluation
+from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.samples import Samples
 from advbench.progress import NullProgress
@@ -82,13 +83,19 @@ class Mixed(Protocol):
         return [Stage(name, attack, "a test") for name, attack in attacks.items()]
 
 
-def evaluation(protocol: Protocol | None = None, slots: int = 16, n: int = 40) -> Evaluation:
+def evaluation(protocol: Protocol | None = None, batch_size: int = 16, n: int = 40) -> Evaluation:
     model = net()
     threat = Threat("linf", EPS)
     case = samples(model, n)
     return Evaluation(
-        "net", model, Traits(), case, "made", threat, protocol or Mixed(), slots=slots
+        "net", "made", protocol or Mixed(), Job(model, case, threat, batch_size=batch_size)
     )
+
+
+def changed(case: Evaluation, **changes: Any) -> Evaluation:
+    """The same evaluation but for some fields, its own or those of its job."""
+    own = {name: changes.pop(name) for name in list(changes) if name in vars(case)}
+    return replace(case, **{"job": replace(case.job, **changes), **own})
 
 
 def files(folder: Path) -> bytes:
@@ -106,16 +113,16 @@ def impatient(after: int) -> Callable[[], bool]:
     """A clock that stops an evaluation, as a kill would, after so many looks."""
     looks = itertools.count()
 
-    def hurry() -> bool:
+    def deadline() -> bool:
         if next(looks) >= after:
             raise Cut
         return False
 
-    return hurry
+    return deadline
 
 
 def cut_engine(case: Evaluation, after: int) -> Engine:
-    return Engine(case.model, case.samples, case.threat, slots=case.slots, hurry=impatient(after))
+    return Engine(replace(case.job, deadline=impatient(after)))
 
 
 class Notes(NullProgress):

@@ -106,27 +106,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A model that shares the defended model's weights and has friendlier gradients.
-
-    model: takes x (N, C, H, W); called as ``model(x, clean)`` if ``needs_clean_input``.
-        Returns logits (N, K). In evaluation mode; ``advbench.surgery.twin`` makes one.
-    exact: its logits equal those of the defended model.
-    loss: the untargeted loss that suits it (a name of ``advbench.attacks.losses``).
-    why: one line on why an attacker would use it.
-    needs_clean_input: some of its parts stay as they are at the clean image.
-    auxiliary_loss: it returns a pair, logits and (N,) what the attacker adds to each row's loss.
-    stochastic: it draws, as the model does: its gradients are means over draws too.
-    transfer: a model of other weights, whose images may transfer.
-    """
+    """A model that shares the defended model's weights and has friendlier gradients."""
 
     model: nn.Module
+    """Takes x (N, C, H, W), and the clean images too if ``needs_clean_input``; returns logits
+    (N, K). In evaluation mode; ``advbench.surgery.twin`` makes one."""
     exact: bool
+    """Its logits equal those of the defended model."""
     loss: str
+    """The untargeted loss that suits it, a name of ``advbench.attacks.losses``."""
     why: str
+    """One line on why an attacker would use it."""
     needs_clean_input: bool = False
+    """Some of its parts stay as they are at the clean image: ``model(x, clean)``."""
     auxiliary_loss: bool = False
+    """It returns a pair: logits, and (N,) what the attacker adds to the loss of each row."""
     stochastic: bool = False
+    """It draws, as the model does, so its gradients are means over EOT samples too."""
     transfer: bool = False
+    """A model of other weights, whose adversarial images may transfer."""
 
 
 def surrogates_of(defense: Defense, model: Any, traits: Traits) -> dict[str, Surrogate]:

@@ -73,7 +73,7 @@ class MSAProtocol(Protocol):
         if subject.traits.gradient == "none":
             return []
         draws = self.draws if subject.traits.stochastic else 1
-        return [Stage(member, autoattack(member, subject), why(member, subject), draws=draws)]
+        return [Stage(member, autoattack(member, subject), why(member, subject), eot_samples=draws)]
 
     def searches(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
         """One search on each surrogate, on the loss that suits it."""
@@ -108,7 +108,7 @@ class MSAProtocol(Protocol):
     def on(self, name: str, surrogate: Surrogate, what: str, attack: Attack) -> Stage:
         """An attack on a surrogate."""
         draws = self.draws if surrogate.stochastic else 1
-        return Stage(f"{what}@{name}", attack, surrogate.why, target=name, draws=draws)
+        return Stage(f"{what}@{name}", attack, surrogate.why, victim=name, eot_samples=draws)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class AdaptiveProtocol(MSAProtocol):
                     f"apgd-margin-eot{draws}",
                     attack,
                     f"margin, mean over {draws} draws",
-                    draws=draws,
+                    eot_samples=draws,
                     only_if=stages[-1].name if times > 2 else None,
                 )
             )

@@ -18,26 +18,26 @@ from torch.fx.experimental.optimization import fuse
 
 from advbench.attacks import losses
 from advbench.attacks.base import Clean
+from advbench.defenses.base import Surrogate
 from advbench.devices import out_of_memory
 from advbench.errors import UserError, did_you_mean
+from advbench.evaluation.checks import are_shares
 from advbench.evaluation.cpu_kernels import packed
 
 BLUR = 0.05  # of a margin, in the median
+TINY = torch.finfo(torch.float32).tiny
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How a search runs the model.
-
-    precision: 32, or bf16, in which every success is still confirmed in float32.
-    compile: None, or a mode of ``torch.compile`` such as "default" or "reduce-overhead", which
-        takes a minute and needs a model that it understands.
-    Raises UserError for another precision or mode.
-    """
+class FastModelOptions:
+    """How a search runs its copy of the model. Raises UserError for an unknown value."""
 
     precision: str = "32"
+    """32, or bf16, in which every success is still confirmed in float32."""
     compile: str | None = None
+    """None, or a mode of ``torch.compile`` such as "default" or "reduce-overhead", which takes a
+    minute and needs a model that it understands."""
 
     def __post_init__(self) -> None:
         modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -49,20 +49,24 @@ class Speed:
                 raise UserError(f"no trainer.{what} '{value}'{did_you_mean(value, known)}")
 
 
-class Searcher(nn.Module):
+class FastModel(nn.Module):
     """A copy of a model for searching. Input (N, C, H, W) as the model's; logits float32."""
 
     def __init__(
-        self, model: nn.Module, speed: Speed, device: torch.device, layout: torch.memory_format
+        self,
+        model: nn.Module,
+        options: FastModelOptions,
+        device: torch.device,
+        layout: torch.memory_format,
     ) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
         self.device_type = device.type
-        self.precision = speed.precision
-        self.dtype = PRECISIONS[speed.precision]
+        self.precision = options.precision
+        self.dtype = PRECISIONS[options.precision]
         self.call = (
-            torch.compile(model, dynamic=False, mode=speed.compile) if speed.compile else model
+            torch.compile(model, dynamic=False, mode=options.compile) if options.compile else model
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +75,9 @@ class Searcher(nn.Module):
             return self.call(x).float()
 
 
-def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = False) -> nn.Module:
+def fast_copy(
+    model: nn.Module, options: FastModelOptions, clean: Clean, stochastic: bool = False
+) -> nn.Module:
     """A fast copy of ``model``, which must be in evaluation mode.
 
     clean: a few images, on which the copy's logits and gradients are held against the model's; a
@@ -95,18 +101,62 @@ def searcher(model: nn.Module, speed: Speed, clean: Clean, stochastic: bool = Fa
         for candidate in candidates:
             laid = candidate.to(memory_format=layout)
             few = clean.x.contiguous(memory_format=layout)
-            quicker = _packed(laid, few) if free and speed == Speed() else []
+            quicker = _packed(laid, few) if free and options == FastModelOptions() else []
             for copied in (*quicker, laid):
                 # Compared in float32: bf16 differs by more than a wrong fold would.
-                exact = Searcher(copied, Speed(), clean.x.device, layout)
+                exact = FastModel(copied, FastModelOptions(), clean.x.device, layout)
                 if not _agree(model, exact, clean, stochastic):
                     continue
-                fast = Searcher(copied, speed, clean.x.device, layout)
-                if speed.precision != "32" and not stochastic and _blurred(model, fast, clean):
-                    slow = replace(speed, precision="32")
-                    fast = Searcher(copied, slow, clean.x.device, layout)
+                fast = FastModel(copied, options, clean.x.device, layout)
+                if options.precision != "32" and not stochastic and _blurred(model, fast, clean):
+                    slow = replace(options, precision="32")
+                    fast = FastModel(copied, slow, clean.x.device, layout)
                 return fast.eval()
     return model
+
+
+def copy_of_surrogate(
+    surrogate: Surrogate, output: str, options: FastModelOptions, few: Clean
+) -> nn.Module:
+    """The fast copy of a victim; the victim itself where it is more than a function of x.
+
+    Args:
+        surrogate: the victim.
+        output: what the real model returns, ``logits`` or ``probabilities``.
+        options: precision and compilation.
+        few: images on which the copy is compared with the victim.
+    """
+    if surrogate.needs_clean_input or surrogate.auxiliary_loss:
+        return surrogate.model
+    model = surrogate.model
+    if output == "probabilities" and not surrogate.transfer:
+        with torch.no_grad():  # what shares the model's weights may end before its softmax
+            shares = are_shares(model(few.x))
+        model = LogProbabilities(model).eval() if shares else model
+    return fast_copy(model, options, few, surrogate.stochastic)
+
+
+class Logits(nn.Module):
+    """The logits alone of a victim that takes clean images or returns an auxiliary loss, too."""
+
+    def __init__(self, victim: nn.Module, needs_clean_input: bool) -> None:
+        super().__init__()
+        self.victim, self.needs_clean_input = victim, needs_clean_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = self.victim(x, x.detach()) if self.needs_clean_input else self.victim(x)
+        return answer[0] if isinstance(answer, tuple) else answer
+
+
+class LogProbabilities(nn.Module):
+    """Logits of a model that returns probabilities: near 0 and 1 those have no gradient left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).float().clamp_min(TINY).log()
 
 
 def _packed(model: nn.Module, x: Tensor) -> list[nn.Module]:

@@ -11,7 +11,6 @@ broken if it is wrong
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,11 @@ from advbench.attacks.referee import Referee, finite
 from advbench.attacks.threat import Threat
 from advbench.devices import out_of_memory
 from advbench.errors import UserError
+from advbench.evaluation.groups import no_room
+from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Stage
-from advbench.evaluation.samples import Samples
-from advbench.evaluation.search import NO_GRADIENT, TELL_SECONDS
+from advbench.evaluation.search import NO_GRADIENT, SHOW_SECONDS
 from advbench.evaluation.store import Records, Store
-from advbench.progress import Progress
 
 
 class Bench:
@@ -85,33 +84,23 @@ class Bench:
 class JointSearch:
     """A stage at work on fixed batches, one after the other.
 
-    seed: of the keyed draws.  correct: samples that are still correct as the stage begins, of
-    ``total``.  hurry: whether time is up; asked between two queries.
+    Args:
+        job: what is attacked, with the stage's own threat and deadline.
+        stage: the attack, and whom it attacks.
+        oracle: answers for the victim.
+        store: where records go.
+        correct: samples that are still correct as the stage begins, of ``total``.
+        total: samples of this process.
     """
 
     def __init__(
-        self,
-        stage: Stage,
-        model: nn.Module,
-        samples: Samples,
-        threat: Threat,
-        oracle: Oracle,
-        store: Store,
-        *,
-        seed: int,
-        correct: int,
-        total: int,
-        keep_images: bool,
-        progress: Progress,
-        hurry: Callable[[], bool],
+        self, job: Job, stage: Stage, oracle: Oracle, store: Store, *, correct: int, total: int
     ) -> None:
-        self.stage, self.attack, self.model = stage, stage.attack, model
-        self.samples, self.threat = samples, threat
-        self.oracle, self.store, self.seed = oracle, store, seed
-        self.correct, self.total, self.keep_images = correct, total, keep_images
-        self.progress, self.hurry = progress, hurry
+        self.job, self.stage, self.attack = job, stage, stage.attack
+        self.oracle, self.store = oracle, store
+        self.correct, self.total = correct, total
         self.done = 0
-        self.told = time.perf_counter()
+        self.shown = time.perf_counter()
 
     def run(self, rows: Tensor, wanted: Tensor) -> bool:
         """Attack the batch with the ids ``rows``, and keep a record of the ``wanted`` ones.
@@ -128,10 +117,10 @@ class JointSearch:
 
     def _run(self, rows: Tensor, wanted: Tensor) -> bool:
         begin = time.perf_counter()
-        batch = self.samples.fetch(rows)
+        batch = self.job.samples.fetch(rows)
         order = rows.argsort()
         order = order[torch.isin(rows[order], wanted)].to(batch.x.device)
-        bench = Bench(self.model, self.threat, batch)
+        bench = Bench(self.job.model, self.job.threat, batch)
         forwards, backwards = torch.zeros_like(batch.ids), torch.zeros_like(batch.ids)
         for attempt in range(self.attack.starts):
             state = self._search(batch, bench, attempt, len(order))
@@ -153,7 +142,9 @@ class JointSearch:
         }
         records = Records(**{name: part[order].cpu().numpy() for name, part in columns.items()})
         # What broke among others is no proof by itself.
-        images = bench.images[order][bench.alone[order]].cpu().numpy() if self.keep_images else None
+        images = (
+            bench.images[order][bench.alone[order]].cpu().numpy() if self.job.keep_images else None
+        )
         self.store.append(self.stage.name, records, time.perf_counter() - begin, images)
         self.done += len(order)
         self.correct -= int(records.alone.sum())
@@ -163,40 +154,33 @@ class JointSearch:
         """One search of all rows at once; returns their state, or None if time was up before."""
         attack, tries = self.attack, self.attack.starts
         restart = torch.full_like(batch.ids, attempt)
-        random = KeyedRandom(self.seed, self.stage.name, batch.ids, restart)
-        rows = attack.start(self.oracle, batch, self.threat, random, restart)
+        random = KeyedRandom(self.job.seed, self.stage.name, batch.ids, restart)
+        rows = attack.start(self.oracle, batch, self.job.threat, random, restart)
         for query in range(attack.queries):
-            answer = attack.ask(self.oracle, rows, self.threat)
+            answer = attack.ask(self.oracle, rows, self.job.threat)
             _look(bench, answer.logits, rows.point)
             if answer.usable is not None and not bool(answer.usable.all()):
                 raise UserError(NO_GRADIENT)
-            attack.advance(rows, answer, self.threat, random)
+            attack.advance(rows, answer, self.job.threat, random)
             if attack.peeks:
                 logits = self.oracle.peek(rows)
                 _look(bench, logits, rows.point)
-                attack.settle(rows, logits, self.threat)
-            if time.perf_counter() - self.told > TELL_SECONDS:
-                self.told = time.perf_counter()
+                attack.settle(rows, logits, self.job.threat)
+            if time.perf_counter() - self.shown > SHOW_SECONDS:
+                self.shown = time.perf_counter()
                 share = (attempt + (query + 1) / attack.queries) / tries
-                self.progress.update(
+                self.job.progress.update(
                     self.done + int(share * counted), correct=self.correct, samples=self.total
                 )
-            if self.hurry():
+            if self.job.deadline():
                 return None
         bench.judge(rows.point)
         bench.judge(bench.closest)  # the best of each row, together
         return rows
 
 
-def no_room(rows: int) -> UserError:
-    """Of a batch that can't be cut."""
-    return UserError(
-        f"the device has no memory for a batch of {rows} images that is attacked as a whole"
-    )
-
-
 def _look(bench: Bench, logits: Tensor, point: Tensor) -> None:
-    """Judge the batch where the target calls a row wrong that still holds."""
+    """Judge the batch where the victim calls a row wrong that is still robust."""
     wrong = (logits.argmax(1) != bench.clean.y) | ~finite(logits)
     if bool((wrong & ~bench.broken).any()):
         bench.judge(point)

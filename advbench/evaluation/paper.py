@@ -57,5 +57,5 @@ class PaperJumpReLU(Protocol):
         why = f"{steps} steps of {size:g} without projection"
         stages = [Stage("ifgsm", attack, why)]
         if "base" in subject.surrogates:
-            stages.append(Stage("gray-box", attack, f"{why}, made without the jump", target="base"))
+            stages.append(Stage("gray-box", attack, f"{why}, made without the jump", victim="base"))
         return stages

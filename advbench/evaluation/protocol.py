@@ -6,6 +6,7 @@ each sees only samples that are still correct.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,33 +23,35 @@ RESERVED = {"clean", "model"}
 
 @dataclass(frozen=True)
 class Stage:
-    """An attack on a target. The result is always scored on the real model.
-
-    target: ``model``, or the name of a surrogate.  why: one line on what the stage adds.
-    draws: of a stochastic target, of which each query takes the mean (EOT).  eps: a radius of the
-    stage's own, at most the threat's.  only_if: the name of an earlier stage; a group of a
-    stochastic model's samples is left out unless that one broke one of them.
-    """
+    """An attack on a victim model. The result is always scored on the real model."""
 
     name: str
+    """Unique in the plan; the key of its records and of its random numbers."""
     attack: Attack
+    """What searches."""
     why: str
-    target: str = "model"
-    draws: int = 1
+    """One line on what the stage adds."""
+    victim: str = "model"
+    """The attacked network: ``model``, or the name of a surrogate."""
+    eot_samples: int = 1
+    """Evaluations of a stochastic victim of which each query takes the mean (EOT)."""
     eps: float | None = None
+    """A radius of the stage's own, at most the threat's."""
     only_if: str | None = None
+    """An earlier stage: a group of a stochastic model's samples is left out unless that stage
+    broke one of them."""
 
     @property
     def follows_model(self) -> bool:
         """Whether it needs the gradient of the real model."""
-        return self.target == "model" and self.attack.gradient
+        return self.victim == "model" and self.attack.gradient
 
     def to_json(self) -> dict[str, Any]:
         attack = {"type": type(self.attack).__name__, **asdict(self.attack)}
-        own = {"draws": self.draws, "eps": self.eps, "only_if": self.only_if}
+        own = {"draws": self.eot_samples, "eps": self.eps, "only_if": self.only_if}
         return {
             "name": self.name,
-            "target": self.target,
+            "target": self.victim,
             "why": self.why,
             "attack": attack,
             **{key: value for key, value in own.items() if value not in (1, None)},
@@ -56,17 +59,39 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a plan is made from, and nothing else.
+class Plan:
+    """What an evaluation will do, and what makes it this one: what plan.json holds."""
 
-    surrogates: other targets, by name.  seed: of the attacks of other libraries.
-    """
+    identity: Mapping[str, Any]
+    """What must be equal for two evaluations to be the same one."""
+    reasons: tuple[str, ...]
+    """What the stages follow from, in words."""
+    stages: tuple[Stage, ...]
+    """In order of running."""
+
+    def to_json(self) -> dict[str, Any]:
+        content = {
+            "identity": self.identity,
+            "reasons": self.reasons,
+            "stages": [stage.to_json() for stage in self.stages],
+        }
+        return json.loads(json.dumps(content))  # as it stands in a file: tuples become lists there
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a plan is made from, and nothing else."""
 
     traits: Traits
+    """What an attacker must know of the model."""
     num_classes: int
+    """Of the model."""
     threat: Threat
+    """What the attacks may change."""
     seed: int = 0
+    """Of the attacks of other libraries."""
     surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
+    """Other victims, by name."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +101,7 @@ class Protocol(ABC):
     name: ClassVar[str]
     version: ClassVar[str] = "1"
     surrogates: ClassVar[bool] = False
-    """Whether it attacks other targets than the real model."""
+    """Whether it attacks other networks than the real model."""
 
     @property
     def title(self) -> str:
@@ -99,7 +124,7 @@ class Protocol(ABC):
                 stage.name
                 for stage in stages
                 if stage.follows_model
-                and stage.draws == 1
+                and stage.eot_samples == 1
                 and stage.attack.queries  # a library's has none, and averages as it likes
             ]
             if single:
@@ -151,9 +176,9 @@ class Protocol(ABC):
                 f"protocol={self.title}: stage {stage.name} goes to eps {stage.eps:g}, beyond the "
                 f"threat, {subject.threat}"
             )
-        if stage.draws > 1 and not stage.attack.averages:
+        if stage.eot_samples > 1 and not stage.attack.averages:
             raise UserError(
-                f"protocol={self.title}: stage {stage.name} takes no mean over draws (EOT): take "
+                f"protocol={self.title}: stage {stage.name} takes no mean over EOT samples: take "
                 "fab-t in the place of fab"
             )
         if stage.only_if is None:

@@ -223,7 +223,10 @@ class AutoAttackProtocol(Protocol):
         draws = 20 if self.suite == "rand" else 1
         return [
             Stage(
-                member, autoattack(member, subject, self.suite), why(member, subject), draws=draws
+                member,
+                autoattack(member, subject, self.suite),
+                why(member, subject),
+                eot_samples=draws,
             )
             for member in members
         ]

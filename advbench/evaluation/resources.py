@@ -11,20 +11,20 @@ from lightning_fabric import Fabric
 
 from advbench.devices import asking_for
 from advbench.errors import UserError
-from advbench.evaluation.fast_model import Speed
+from advbench.evaluation.fast_model import FastModelOptions
 
 ROOM = {"cpu": 2e5, "cuda": 8e6}
 """Values of images in a batch at which a device is busy, by trial on small and large nets."""
 
 
-class Crew:
+class ProcessGroup:
     """The processes that share an evaluation; this is one of them."""
 
     def __init__(self, device: torch.device, fabric: Fabric | None = None) -> None:
         self.fabric = fabric
         self.device = device if fabric is None else fabric.device
         self.rank = 0 if fabric is None else fabric.global_rank
-        self.size = 1 if fabric is None else fabric.world_size
+        self.world_size = 1 if fabric is None else fabric.world_size
 
     def wait(self) -> None:
         """Until all have come here. Ends this process if the first, which speaks for all, ended."""
@@ -47,7 +47,7 @@ class Resources:
     num_nodes: machines, each of which runs the same command through a launcher (torchrun, SLURM).
     batch_size: samples attacked side by side, at least 1; "auto" fits it to the images. It belongs
         to the result of ``engine=reference``, whose random numbers depend on the batch.
-    precision, compile: as of ``Speed``.
+    precision, compile: as of ``FastModelOptions``.
     Raises UserError for values out of range, and for a device that is not there.
     """
 
@@ -74,11 +74,11 @@ class Resources:
                 f"trainer.accelerator={self.accelerator} is not available here; "
                 "use trainer.accelerator=cpu"
             )
-        _ = self.speed
+        _ = self.fast_model
 
     @property
-    def speed(self) -> Speed:
-        return Speed(self.precision, self.compile)
+    def fast_model(self) -> FastModelOptions:
+        return FastModelOptions(self.precision, self.compile)
 
     @property
     def device(self) -> torch.device:
@@ -88,20 +88,20 @@ class Resources:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-    def slots(self, input_shape: tuple[int, ...]) -> int:
+    def batch_size_for(self, input_shape: tuple[int, ...]) -> int:
         """Samples attacked side by side, for images of that shape."""
         if isinstance(self.batch_size, int):
             return self.batch_size
         room = ROOM.get(self.device.type, ROOM["cpu"]) / math.prod(input_shape)
         return min(max(2 ** round(math.log2(room)), 8), 512)
 
-    def launch(self) -> Crew:
+    def launch(self) -> ProcessGroup:
         """Start the other processes, which run this same command, and meet them.
 
         Raises UserError for devices that can't be had.
         """
         if str(self.devices) == "1" and self.num_nodes == 1 and "WORLD_SIZE" not in os.environ:
-            return Crew(self.device)
+            return ProcessGroup(self.device)
         with asking_for(self.accelerator, self.devices, self.num_nodes):
             fabric = Fabric(
                 accelerator=self.accelerator,
@@ -110,4 +110,4 @@ class Resources:
                 strategy="ddp",
             )
             fabric.launch()
-        return Crew(self.device, fabric)
+        return ProcessGroup(self.device, fabric)

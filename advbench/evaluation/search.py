@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -27,62 +26,62 @@ from advbench.attacks import losses
 from advbench.attacks.base import Oracle, Rows
 from advbench.attacks.random import KeyedRandom
 from advbench.attacks.referee import Referee, finite
-from advbench.attacks.threat import Threat
 from advbench.devices import out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.batch_sizes import Shapes
 from advbench.evaluation.eta import Forecast
+from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Stage
-from advbench.evaluation.samples import Samples
 from advbench.evaluation.stage_state import Ledger
 from advbench.evaluation.store import Store
-from advbench.progress import Progress
 
 NO_GRADIENT = (
     "the model's gradient is NaN or infinite for whole images, so an attack along it would find "
     "nothing and its robust accuracy would mean nothing: mend the model's backward"
 )
-TELL_SECONDS = 0.2
+SHOW_SECONDS = 0.2
 COMMIT_SECONDS = 2.0
-FLIGHT_SECONDS = 30.0
-FLIGHT_SHARE = 0.02  # of the time may go into writing down what is under way
+SAVE_SECONDS = 30.0
+SAVE_SHARE = 0.02  # of the time may go into writing down what is under way
 
 
 class Search:
-    """A stage at work.
+    """A stage at work on samples that come and go one by one.
 
-    seed: of the keyed draws.  correct: samples that are still correct as the stage begins, of
-    ``total``.  exact: whether the oracle's margins are the model's, up to rounding.
-    whole: write everything down at the end and nothing before: what a stochastic model did can't be
-    gone on with in the middle.  hurry: whether time is up; asked between two queries.
+    Args:
+        job: what is attacked, with the stage's own threat and deadline.
+        stage: the attack, and whom it attacks.
+        oracle: answers for the victim.
+        store: where records go.
+        referee: judges on the real model.
+        shapes: the batch sizes that suit the victim.
+        correct: samples that are still correct as the stage begins, of ``total``.
+        total: samples of this process.
     """
 
     def __init__(
         self,
+        job: Job,
         stage: Stage,
-        samples: Samples,
-        threat: Threat,
         oracle: Oracle,
+        store: Store,
         referee: Referee,
         shapes: Shapes,
-        store: Store,
         *,
-        seed: int,
         correct: int,
         total: int,
-        exact: bool,
-        keep_images: bool,
-        whole: bool,
-        progress: Progress,
-        hurry: Callable[[], bool],
     ) -> None:
-        self.stage, self.attack = stage, stage.attack
-        self.samples, self.threat = samples, threat
-        self.oracle, self.referee, self.shapes, self.store = oracle, referee, shapes, store
-        self.seed, self.correct, self.total = seed, correct, total
-        self.exact, self.keep_images, self.whole = exact, keep_images, whole
-        self.progress, self.hurry = progress, hurry
-        self.inside = self.attack.stays_inside(threat)
+        self.job, self.stage, self.attack = job, stage, stage.attack
+        self.samples, self.threat = job.samples, job.threat
+        self.oracle, self.store, self.referee, self.shapes = oracle, store, referee, shapes
+        self.correct, self.total = correct, total
+        # Whether the oracle's margins are the model's, up to rounding.
+        logits = job.traits.output == "logits" and job.fast_model.precision == "32"
+        self.exact = stage.victim == "model" and logits
+        # Everything is written at the end, and nothing before: what a stochastic model did can't
+        # be resumed in the middle.
+        self.whole = job.traits.stochastic
+        self.inside = self.attack.stays_inside(job.threat)
         self.rows: Rows | None = None
         # For each slot: position in the ledger or -1; queries of its search; smallest margin seen.
         self.place = torch.empty(0, dtype=torch.int64)
@@ -91,14 +90,14 @@ class Search:
 
     def run(self, pending: Tensor) -> bool:
         """Attack the samples ``pending`` (sorted ids). Returns False if time was up before."""
-        self.progress.stage(self.stage.name, len(pending))
+        self.job.progress.stage(self.stage.name, len(pending))
         self.ledger = Ledger(pending, self.samples.split.labels[pending])
         self.forecast = Forecast(self.attack.starts * self.attack.queries)
         self.fresh: list[int] = []  # positions with a record that is not yet stored
         self.done = 0
-        self.committed = self.flown = self.told = time.perf_counter()
-        self.flight_cost = 0.0
-        waiting = self._board()
+        self.committed = self.saved = self.shown = time.perf_counter()
+        self.save_cost = 0.0
+        waiting = self._resume()
         self.waiting = deque(position for position in range(len(pending)) if position in waiting)
         while True:
             try:
@@ -169,7 +168,7 @@ class Search:
         positions = positions[torch.arange(width) % len(positions)]
         restart = self.ledger.attempt[positions].to(self.samples.device)
         clean = self.samples.fetch(self.ledger.samples[positions])
-        random = KeyedRandom(self.seed, self.stage.name, clean.ids, restart)
+        random = KeyedRandom(self.job.seed, self.stage.name, clean.ids, restart)
         return self.attack.start(self.oracle, clean, self.threat, random, restart)
 
     def _resize(self, taken: Tensor, width: int) -> None:
@@ -191,7 +190,7 @@ class Search:
         self.place = self.place[:0]
         if self.samples.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.progress.note(
+        self.job.progress.note(
             f"out of memory: going on with {self.shapes.largest} samples side by side "
             f"(trainer.batch_size={self.shapes.largest})"
         )
@@ -206,7 +205,7 @@ class Search:
             self._look(rows, answer.logits)
             if answer.usable is not None:
                 self._need_gradients(answer.usable)
-            random = KeyedRandom(self.seed, self.stage.name, rows.ids, rows.restart)
+            random = KeyedRandom(self.job.seed, self.stage.name, rows.ids, rows.restart)
             attack.advance(rows, answer, self.threat, random)
             if attack.peeks:
                 logits = self.oracle.peek(rows)
@@ -251,13 +250,13 @@ class Search:
             self.smallest[at], torch.where(judged.broken, torch.inf, judged.margin)
         )
         broken, wrong = judged.broken.cpu(), judged.wrong.cpu()
-        self.ledger.holds(self.place[slots[~broken]], wrong[~broken])
+        self.ledger.robust(self.place[slots[~broken]], wrong[~broken])
         if not broken.any():
             return
         distance = self.threat.distance(judged.point, x).cpu()[broken]
         positions = self.place[slots[broken]]
         label, margin = judged.label.cpu()[broken], judged.margin.cpu()[broken]
-        if self.keep_images:
+        if self.job.keep_images:
             self.ledger.keep_images(positions, judged.point[judged.broken])
         self._leave(rows, slots[broken], broke=True)
         self.ledger.breaks(positions, label, margin, distance, wrong[broken])
@@ -289,28 +288,28 @@ class Search:
     def _write_down(self) -> bool:
         """Store what is finished and, now and then, what is under way. Returns if time is up."""
         now = time.perf_counter()
-        hurry = self.hurry()
+        late = self.job.deadline()
         if self.whole:
-            self._tell(now, hurry)
-            return hurry
-        if self.fresh and (now - self.committed > COMMIT_SECONDS or hurry):
+            self._show_now_and_then(now, late)
+            return late
+        if self.fresh and (now - self.committed > COMMIT_SECONDS or late):
             self._commit()
-        pause = max(FLIGHT_SECONDS, self.flight_cost / FLIGHT_SHARE)
-        if now - self.flown > pause or hurry:
+        pause = max(SAVE_SECONDS, self.save_cost / SAVE_SHARE)
+        if now - self.saved > pause or late:
             self._commit()
-            self._save_flight()
-            self.flown = time.perf_counter()
-            self.flight_cost = self.flown - now
-        self._tell(now, hurry)
-        return hurry
+            self._save_in_progress()
+            self.saved = time.perf_counter()
+            self.save_cost = self.saved - now
+        self._show_now_and_then(now, late)
+        return late
 
-    def _tell(self, now: float, hurry: bool) -> None:
-        if now - self.told > TELL_SECONDS or hurry:
+    def _show_now_and_then(self, now: float, late: bool) -> None:
+        if now - self.shown > SHOW_SECONDS or late:
             self._show(self._seconds_left())
-            self.told = now
+            self.shown = now
 
     def _show(self, seconds_left: float | None) -> None:
-        self.progress.update(
+        self.job.progress.update(
             self.done, correct=self.correct, samples=self.total, seconds_left=seconds_left
         )
 
@@ -330,24 +329,24 @@ class Search:
         self.store.append(self.stage.name, records, now - self.committed, images)
         self.fresh, self.committed = [], now
 
-    def _save_flight(self) -> None:
+    def _save_in_progress(self) -> None:
         """Write down the searches under way, to go on in their middle after an interruption."""
         if not self.attack.queries:
             return
-        flight = {f"ledger.{name}": part for name, part in self.ledger.progress().items()}
+        state = {f"ledger.{name}": part for name, part in self.ledger.progress().items()}
         taken = (self.place >= 0).nonzero().flatten()
         if self.rows is not None and len(taken):
             at = taken.to(self.samples.device)
-            flight |= {f"rows.{f.name}": getattr(self.rows, f.name)[at] for f in fields(self.rows)}
-            flight["rows.smallest"] = self.smallest[at]
-        self.store.save_flight(self.stage.name, flight)
+            state |= {f"rows.{f.name}": getattr(self.rows, f.name)[at] for f in fields(self.rows)}
+            state["rows.smallest"] = self.smallest[at]
+        self.store.save_flight(self.stage.name, state)
 
-    def _board(self) -> set[int]:
+    def _resume(self) -> set[int]:
         """Take up the searches that were under way; returns the positions that have to wait."""
-        everyone, flights = set(range(len(self.ledger))), list(self.store.flights(self.stage.name))
-        for flight in flights:  # of this process and others, of this sitting and earlier ones
-            self.ledger.resume(_within(flight, "ledger."))
-        parts = [_within(flight, "rows.") for flight in flights if "rows.ids" in flight]
+        everyone, saves = set(range(len(self.ledger))), list(self.store.flights(self.stage.name))
+        for state in saves:  # of this process and others, of this sitting and earlier ones
+            self.ledger.resume(_within(state, "ledger."))
+        parts = [_within(state, "rows.") for state in saves if "rows.ids" in state]
         if not parts:
             return everyone
         saved = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -373,5 +372,5 @@ class Search:
         return everyone - set(boarding)
 
 
-def _within(flight: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): part for n, part in flight.items() if n.startswith(prefix)}
+def _within(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): part for n, part in state.items() if n.startswith(prefix)}

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from advbench.errors import UserError
-from advbench.evaluation.protocol import Stage
+from advbench.evaluation.protocol import Plan
 from advbench.evaluation.store import Records, Store, read_samples
 from advbench.runs.results import RESULTS, Results
 
@@ -24,22 +24,23 @@ class Archive:
 
     Bit for bit on the same machine, with as many threads, in batches as full.
 
-    folder: holds the evaluations.  own: this one's directory, left out.
-    identity, stages: of this evaluation.  A stage of theirs is of use if it is the same attack with
-    the same keyed draws on the same model and images. A library's attack draws by the batch, and
-    its records are of none.
+    A stage of theirs is used if it is the same attack with the same keyed random numbers on the
+    same model and images. A library's attack draws by the batch, so its records are not used.
+
+    Args:
+        folder: holds the evaluations.
+        own: this evaluation's directory, left out.
+        plan: of this evaluation.
     """
 
-    def __init__(
-        self, folder: Path, own: Path | None, identity: dict[str, Any], stages: Sequence[Stage]
-    ) -> None:
+    def __init__(self, folder: Path, own: Path | None, plan: Plan) -> None:
         self._offers: dict[str, list[Path]] = {}
         self._finished: dict[Path, dict[str, tuple[Records, float]]] = {}
-        # As they would stand in a file: tuples become lists there.
-        identity, plan = json.loads(json.dumps([identity, [stage.to_json() for stage in stages]]))
+        planned = plan.to_json()
+        identity = planned["identity"]
         wanted = {
             stage.name: essence(known)
-            for stage, known in zip(stages, plan, strict=True)
+            for stage, known in zip(plan.stages, planned["stages"], strict=True)
             if stage.attack.queries and not identity["keep_images"]
         }
         for other, theirs in _plans(folder):

@@ -41,8 +41,8 @@ class Ledger:
         self.forwards[at] += forwards
         self.backwards[at] += backwards
 
-    def holds(self, at: Tensor, wrong: Tensor) -> None:
-        """These samples held where so large a share of evaluations was wrong."""
+    def robust(self, at: Tensor, wrong: Tensor) -> None:
+        """These samples stayed correct where so large a share of evaluations was wrong."""
         self.wrong[at] = torch.maximum(self.wrong[at], wrong)
 
     @property

@@ -16,8 +16,9 @@ from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol
 from advbench.evaluation.deadline import seconds
 from advbench.evaluation.evaluation import Evaluation, finished_results
+from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Protocol
-from advbench.evaluation.resources import Crew, Resources
+from advbench.evaluation.resources import ProcessGroup, Resources
 from advbench.evaluation.samples import Samples, subset
 from advbench.experiments import models, outcome
 from advbench.experiments.home import Home, kept_config, resumed
@@ -51,41 +52,40 @@ def evaluate(
         run = directory.newest() if cfg.run is None else directory.find(cfg.run)
         cfg = OmegaConf.merge(cfg, {"run": str(run)})  # pyright: ignore[reportAssignmentType]
     cfg.defense = config.spelled_out(cfg.defense)
-    evaluation, crew = _evaluation(cfg, plugins)
-    stages = evaluation.stages()
-    identity = evaluation.identity()
+    evaluation, group = _evaluation(cfg, plugins)
+    plan, job = evaluation.plan(), evaluation.job
     kept = cfg if "choices" in cfg else kept_config(cfg, choices)
-    limit = str(evaluation.threat).replace(" ", "_").replace("/", "-")
+    limit = str(job.threat).replace(" ", "_").replace("/", "-")
     title = evaluation.protocol.title.replace("/", "-")
-    folder = home.of(f"{evaluation.run}-{title}-{limit}", identity)
-    with directory.occupied(folder) if crew.rank == 0 else nullcontext():
-        if crew.rank == 0:
+    folder = home.of(f"{evaluation.run}-{title}-{limit}", plan.identity)
+    with directory.occupied(folder) if group.rank == 0 else nullcontext():
+        if group.rank == 0:
             directory.keep_config(folder, kept, compare=False)  # the plan decides what is the same
             screen.log = folder / "log.txt"
             if finished_results(folder) is not None:
                 screen.line(f"finished already: {folder}")
-            of = f"{len(evaluation.samples)} samples of {evaluation.data}, {evaluation.threat}"
+            of = f"{len(job.samples)} samples of {evaluation.data}, {job.threat}"
             screen.line(f"evaluating {evaluation.run} on {of}")
-            for reason in evaluation.reasons(stages):
+            for reason in plan.reasons:
                 screen.line(reason)
-            for stage in stages:
-                screen.line(f"  {stage.name} on {stage.target}: {stage.why}")
-        names = [stage.name for stage in stages]
+            for stage in plan.stages:
+                screen.line(f"  {stage.name} on {stage.victim}: {stage.why}")
+        names = [stage.name for stage in plan.stages]
         with Bar(screen) as bar:
             results = evaluation.execute(
                 folder,
-                stages,
-                EvaluationView(screen, bar, names) if crew.rank == 0 else None,
-                crew=crew,
+                plan,
+                EvaluationView(screen, bar, names) if group.rank == 0 else None,
+                group=group,
                 archive=None if home.exact else home.folder,
                 budget=budget,
             )
-    if crew.rank == 0:
+    if group.rank == 0:
         outcome.show_evaluation(results, folder, screen)
     return results
 
 
-def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> tuple[Evaluation, Crew]:
+def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> tuple[Evaluation, ProcessGroup]:
     """What the config says, built on its devices; and the processes that share it.
 
     Raises UserError where the parts do not fit.
@@ -103,9 +103,9 @@ def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> tuple[Evaluation, 
             f"protocol={protocol.title} has no use for transfer: take protocol=adaptive"
         )
     splits: Splits = config.build(data_node, "data", plugins=plugins)
-    crew = resources.launch()
-    subject = candidate(cfg, trained, plugins, splits, crew.device)
-    samples = Samples(splits.test, subset(len(splits.test), cfg.n), crew.device)
+    group = resources.launch()
+    subject = candidate(cfg, trained, plugins, splits, group.device)
+    samples = Samples(splits.test, subset(len(splits.test), cfg.n), group.device)
     input_shape = getattr(subject.model, "input_shape", None)
     if input_shape is not None and splits.info.input_shape != tuple(input_shape):
         raise UserError(
@@ -116,21 +116,19 @@ def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> tuple[Evaluation, 
         subject.surrogates(cfg.transfer, splits.info, plugins) if protocol.surrogates else {}
     )
     for surrogate in surrogates.values():
-        surrogate.model.to(crew.device)
-    evaluation = Evaluation(
-        run=subject.name,
+        surrogate.model.to(group.device)
+    job = Job(
         model=subject.model,
+        samples=samples,
+        threat=threat,
         traits=subject.traits,
         surrogates=surrogates,
-        settings=subject.settings,
-        samples=samples,
-        data=splits.info.name,
-        threat=threat,
-        protocol=protocol,
         seed=cfg.seed,
-        slots=resources.slots(splits.info.input_shape),
-        speed=resources.speed,
+        batch_size=resources.batch_size_for(splits.info.input_shape),
+        fast_model=resources.fast_model,
         keep_images=cfg.adversarial,
-        code=subject.code,
     )
-    return evaluation, crew
+    evaluation = Evaluation(
+        subject.name, splits.info.name, protocol, job, code=subject.code, settings=subject.settings
+    )
+    return evaluation, group

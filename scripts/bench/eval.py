@@ -37,7 +37,7 @@ from advbench import config
 from advbench.attacks.base import Clean, Counted, attackable
 from advbench.attacks.threat import Threat
 from advbench.config import inherit
-from advbench.evaluation.fast_model import Speed, ask, searcher
+from advbench.evaluation.fast_model import FastModelOptions, ask, fast_copy
 from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import subset
@@ -52,7 +52,7 @@ class Prices:
     def __init__(self, model: nn.Module, clean: Clean, batches: list[int]) -> None:
         self.forward = self.both = float("inf")
         few = Clean(*(part[:8] for part in clean))
-        self.copies = [model, searcher(model, Speed(), few)]
+        self.copies = [model, fast_copy(model, FastModelOptions(), few)]
         self.clean, self.batches = clean, batches
 
     def measure(self, seconds: float = 0.5) -> None:
@@ -195,7 +195,7 @@ def main() -> None:
     test = config.build(inherit(None, trained, "data"), "data").test
     ids = subset(len(test), given.n)
     x, y = test.fetch(ids, given.device)
-    batch = given.batch or Resources(given.device).slots(tuple(x.shape[1:]))
+    batch = given.batch or Resources(given.device).batch_size_for(tuple(x.shape[1:]))
     print(f"{given.run.name}, {threat}, n = {len(y)}, batch {batch}, {given.threads} threads")
 
     with attackable(model):

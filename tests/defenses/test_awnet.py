@@ -30,7 +30,7 @@ from advbench.defenses import awnet
 from advbench.defenses.awnet import AWNet, MixBN, ModulatedConv, RoutedTrunk
 from advbench.defenses.base import Part, PartName, Step, Traits
 from advbench.errors import UserError
-from advbench.evaluation.fast_model import Searcher, Speed, ask, searcher
+from advbench.evaluation.fast_model import FastModel, FastModelOptions, ask, fast_copy
 from advbench.experiments.models import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
@@ -439,8 +439,8 @@ def test_a_search_runs_on_a_traced_copy(precision):
     _, model = defended()
     x = images(8)
     clean = Clean(torch.arange(8), x, torch.arange(8) % 3)
-    fast = searcher(model, Speed(precision), clean)
-    assert isinstance(fast, Searcher) and isinstance(fast.model, torch.fx.GraphModule)
+    fast = fast_copy(model, FastModelOptions(precision), clean)
+    assert isinstance(fast, FastModel) and isinstance(fast.model, torch.fx.GraphModule)
     (logits, gradient), (fast_logits, fast_gradient) = ask(model, clean), ask(fast, clean)
     close = 1e-4 if precision == "32" else 0.1
     torch.testing.assert_close(fast_logits, logits, rtol=close, atol=close)

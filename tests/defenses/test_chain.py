@@ -457,5 +457,5 @@ def test_the_noise_of_another_member_stays_in_a_surrogate() -> None:
     found = chain.surrogates(chain.apply(backbone()).eval())
     assert found["double"].stochastic and not found["mean"].stochastic
     plan = MSAProtocol().plan(Subject(Traits(stochastic=True), 10, THREAT, surrogates=found))
-    draws = {stage.name: stage.draws for stage in plan}
+    draws = {stage.name: stage.eot_samples for stage in plan}
     assert draws["apgd-ce@double"] == 20 and draws["apgd-margin@mean"] == 1

@@ -16,7 +16,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluation that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     case = evaluation()
-    results = case.execute(folder, case.stages())
+    results = case.execute(folder, case.plan())
     broken = [stage.broken for stage in results.stages]
     assert broken[0] > 3 and sum(broken[1:]) > 0 and results.robust.acc > 0.1, broken
     return folder

@@ -21,7 +21,7 @@ from advbench.evaluation.cpu_kernels import (
     indifferent,
     packed,
 )
-from advbench.evaluation.fast_model import Searcher, Speed, ask, searcher
+from advbench.evaluation.fast_model import FastModel, FastModelOptions, ask, fast_copy
 
 CASES = {  # convolutions; sums and ReLUs that they take in
     "convnet": (convnet, 4, 0, 4),
@@ -48,8 +48,8 @@ def test_backbones_are_packed_and_unchanged(name: str) -> None:
     torch.manual_seed(0)
     model = factory(num_classes=5, input_shape=[3, 16, 16], mean=[0.4] * 3, std=[0.3] * 3).eval()
     clean = Clean(torch.arange(8), images(8), torch.arange(8) % 5)
-    fast = searcher(model, Speed(), clean)
-    assert isinstance(fast, Searcher) and isinstance(fast.model, fx.GraphModule)
+    fast = fast_copy(model, FastModelOptions(), clean)
+    assert isinstance(fast, FastModel) and isinstance(fast.model, fx.GraphModule)
     own = [module for module in fast.model.modules() if isinstance(module, PackedConv)]
     calls = [len(node.args) for node in fast.model.graph.nodes if "packed" in str(node.target)]
     assert len(own) == convolutions and calls.count(2) == sums
@@ -167,10 +167,10 @@ class Untraceable(nn.Module):
 def test_linear_layers_of_untraced_models_too() -> None:
     clean = Clean(torch.arange(3), images(size=2), torch.arange(3))
     model = Untraceable().eval()
-    fast = searcher(model, Speed(), clean)
-    assert isinstance(fast, Searcher) and not isinstance(fast.model.head, nn.Linear)
+    fast = fast_copy(model, FastModelOptions(), clean)
+    assert isinstance(fast, FastModel) and not isinstance(fast.model.head, nn.Linear)
     assert isinstance(model.head, nn.Linear)
     torch.testing.assert_close(fast(clean.x), model(clean.x))
     model.register_forward_hook(lambda *_: None)
-    fast = searcher(model, Speed(), clean)
-    assert isinstance(fast, Searcher) and isinstance(fast.model.head, nn.Linear)
+    fast = fast_copy(model, FastModelOptions(), clean)
+    assert isinstance(fast, FastModel) and isinstance(fast.model.head, nn.Linear)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_up_searches import Cut, Notes, Parts, cut_engine, evaluation, files, net, samples
+from made_up_searches import Cut, Notes, Parts, changed, cut_engine, evaluation, files, net, samples
 from torch import Tensor, nn
 
 from advbench.attacks.pgd import PGD
@@ -41,13 +41,13 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(
     store = Store(tmp_path)
     while cuts < 5:
         try:
-            cut_engine(case, int(rng.integers(3, 25))).run(case.stages(), store)
+            cut_engine(case, int(rng.integers(3, 25))).run(case.plan().stages, store)
             break
         except Cut:
             cuts += 1
             store = Store(tmp_path)
     assert cuts == 5
-    case.execute(tmp_path, case.stages())
+    case.execute(tmp_path, case.plan())
     assert files(tmp_path) == files(whole)
 
 
@@ -56,8 +56,8 @@ def test_an_interruption_loses_no_search(tmp_path: Path, restless: None) -> None
     asked = []
     for after in (10**9, 40):
         case, folder = evaluation(), tmp_path / str(after)
-        calls = Calls(case.model)
-        case = replace(case, model=calls)
+        calls = Calls(case.job.model)
+        case = changed(case, model=calls)
         stages = [Stage("square", Square(steps=90), "a test")]
         folder.mkdir()
         with torch.no_grad():
@@ -68,7 +68,7 @@ def test_an_interruption_loses_no_search(tmp_path: Path, restless: None) -> None
                 cut_engine(case, 10**9).run(stages, Store(folder))
                 assert len(calls.sizes) > before > 30
         asked.append(sum(calls.sizes))
-    # A copy of the model is compared and probed once more, and one round of slots is asked again.
+    # A copy of the model is compared and probed once more, and one batch is asked again.
     assert asked[0] <= asked[1] <= asked[0] + 12 * 16 + 2 * 8
 
 
@@ -104,7 +104,7 @@ def test_order_of_the_samples_changes_nothing(
     monkeypatch.setattr(search, "deque", Shuffled)
     assert board is search.Search._board
     case = evaluation()
-    case.execute(tmp_path, case.stages())
+    case.execute(tmp_path, case.plan())
     assert files(tmp_path) == files(whole)
 
 
@@ -112,20 +112,22 @@ def test_order_of_the_samples_changes_nothing(
 def test_shards_merge_to_the_same_bytes(sized: bool, tmp_path: Path) -> None:
     """Also where a smaller batch would round differently."""
     case = evaluation(Parts(("apgd", "square")))
-    case = replace(case, model=Sized(net(), by_place=False)) if sized else case
-    case.execute(tmp_path / "one", case.stages())
+    case = changed(case, model=Sized(net(), by_place=False)) if sized else case
+    case.execute(tmp_path / "one", case.plan())
     (tmp_path / "three").mkdir()
     for rank in range(3):
-        engine = Engine(case.model, case.samples, case.threat, slots=16, share=(rank, 3))
-        assert engine.run(case.stages(), Store(tmp_path / "three", rank))
-    case.execute(tmp_path / "three", case.stages())
+        engine = Engine(replace(case.job, rank=rank, world_size=3))
+        assert engine.run(case.plan().stages, Store(tmp_path / "three", rank))
+    case.execute(tmp_path / "three", case.plan())
     assert files(tmp_path / "one") == files(tmp_path / "three")
 
 
-@pytest.mark.parametrize("slots", [8, 40])
-def test_other_batch_sizes_give_the_same_flags(slots: int, whole: Path, tmp_path: Path) -> None:
-    case = evaluation(slots=slots)
-    case.execute(tmp_path, case.stages())
+@pytest.mark.parametrize("batch_size", [8, 40])
+def test_other_batch_sizes_give_the_same_flags(
+    batch_size: int, whole: Path, tmp_path: Path
+) -> None:
+    case = evaluation(batch_size=batch_size)
+    case.execute(tmp_path, case.plan())
     ours, theirs = read_samples(tmp_path), read_samples(whole)
     for name, records in theirs.items():
         assert np.array_equal(ours[name].broken, records.broken), name
@@ -160,11 +162,11 @@ def test_a_batch_size_that_changes_bits_is_not_used(tmp_path: Path, restless: No
     folders = [tmp_path / "whole", tmp_path / "cut"]
     for folder in folders:
         folder.mkdir()
-        case = replace(evaluation(), model=model)
+        case = changed(evaluation(), model=model)
         if folder.name == "cut":
             with pytest.raises(Cut):
-                cut_engine(case, 50).run(case.stages(), Store(folder))
-        case.execute(folder, case.stages())
+                cut_engine(case, 50).run(case.plan().stages, Store(folder))
+        case.execute(folder, case.plan())
     assert files(folders[0]) == files(folders[1])
 
 
@@ -196,7 +198,7 @@ from advbench.evaluation import search
 search.COMMIT_SECONDS = search.FLIGHT_SECONDS = 0.0
 search.FLIGHT_SHARE = np.inf
 case = made_up_searches.evaluation()
-case.execute(Path(sys.argv[2]), case.stages())
+case.execute(Path(sys.argv[2]), case.plan())
 """
 
 
@@ -276,10 +278,10 @@ ERRORS = [
 def test_out_of_memory_ends_with_the_same_result(
     error: type[RuntimeError], text: str, tmp_path: Path, whole: Path
 ) -> None:
-    case = evaluation(slots=40)
-    case = replace(case, model=Tight(net(), 16, error, text))
+    case = evaluation(batch_size=40)
+    case = changed(case, model=Tight(net(), 16, error, text))
     progress = Notes()
-    results = case.execute(tmp_path, case.stages(), progress)
+    results = case.execute(tmp_path, case.plan(), progress)
     assert any("out of memory" in note for note in progress.notes)
     assert results.robust == Results.load(whole / "results.json").robust
     ours, theirs = read_samples(tmp_path), read_samples(whole)
@@ -304,9 +306,9 @@ class Fading(nn.Module):
 
 
 def test_out_of_memory_in_the_middle_of_a_search(whole: Path, tmp_path: Path) -> None:
-    case = replace(evaluation(), model=Fading(net()))
+    case = changed(evaluation(), model=Fading(net()))
     progress = Notes()
-    case.execute(tmp_path, case.stages(), progress)
+    case.execute(tmp_path, case.plan(), progress)
     assert any("8 samples side by side" in note for note in progress.notes)
     ours, theirs = read_samples(tmp_path), read_samples(whole)
     for name, records in theirs.items():
@@ -316,8 +318,8 @@ def test_out_of_memory_in_the_middle_of_a_search(whole: Path, tmp_path: Path) ->
 
 
 def test_without_memory_for_one_image_it_says_so() -> None:
-    case = replace(evaluation(), model=Tight(net(), 0, *ERRORS[0]))
-    engine = Engine(case.model, case.samples, case.threat, slots=16)
+    case = changed(evaluation(), model=Tight(net(), 0, *ERRORS[0]))
+    engine = Engine(case.job)
     with pytest.raises(UserError, match="does not hold a single image"):
         engine.run([Stage("pgd", PGD(), "")], Store(None))
 
@@ -329,7 +331,7 @@ def test_stages_of_one_name_are_refused() -> None:
             return 2 * super().stages(subject)
 
     with pytest.raises(UserError, match="stages of the same name: apgd, apgd"):
-        evaluation(Twice(wanted=("apgd",))).stages()
+        evaluation(Twice(wanted=("apgd",))).plan()
     near: list[float | str] = [0.0156863, 0.0313725]
     assert CurveProtocol(eps=near).radii(Threat("linf", "8/255")) == [0.0156863, 8 / 255]
 
@@ -342,14 +344,14 @@ def test_flights_of_other_processes_mislead_nobody(
 ) -> None:
     """Cut, gone on with by another number of processes, and cut again."""
     protocol = PGDProtocol(steps=4, restarts=5, loss="margin")
-    case = evaluation(protocol, n=40, slots=8)
-    case.execute(tmp_path / "whole", case.stages())
+    case = evaluation(protocol, n=40, batch_size=8)
+    case.execute(tmp_path / "whole", case.plan())
     for n, cuts in enumerate(itertools.product((8, 14, 18), (6, 15, 30))):
         folder = tmp_path / str(n)
         folder.mkdir()
         for share, cut in zip((first, second), cuts, strict=True):
-            engine = replace(cut_engine(case, cut), share=share)
+            engine = Engine(replace(cut_engine(case, cut).job, rank=share[0], world_size=share[1]))
             with suppress(Cut):
-                engine.run(case.stages(), Store(folder, share[0]))
-        case.execute(folder, case.stages())
+                engine.run(case.plan().stages, Store(folder, share[0]))
+        case.execute(folder, case.plan())
         assert files(folder) == files(tmp_path / "whole")

@@ -21,7 +21,7 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path) -> None
     sittings = 0
     while True:
         begin = time.perf_counter()
-        results = case.execute(tmp_path, case.stages(), budget=0.15 * 1.05**sittings)
+        results = case.execute(tmp_path, case.plan(), budget=0.15 * 1.05**sittings)
         sittings += 1
         if not results.missing:
             break
@@ -45,7 +45,7 @@ def test_durations() -> None:
 def test_the_forecast_is_right_within_a_quarter() -> None:
     """On a made-up stage: 200 samples, a third of which break at once and some later."""
     rng = np.random.default_rng(0)
-    n, queries, slots = 200, 900, 32
+    n, queries, batch_size = 200, 900, 32
     ends = np.where(rng.random(n) < 0.33, rng.integers(1, 60, n), queries)
     late = rng.random(n) < 0.1
     ends[late] = rng.integers(1, queries, late.sum())
@@ -53,7 +53,7 @@ def test_the_forecast_is_right_within_a_quarter() -> None:
     forecast = Forecast(queries)
     waiting, under_way, history = list(range(n)), {}, []
     while waiting or under_way:
-        while waiting and len(under_way) < slots:
+        while waiting and len(under_way) < batch_size:
             under_way[waiting.pop(0)] = 0
         tick = next(clock)
         forecast.query_seconds = 1.0
@@ -62,7 +62,7 @@ def test_the_forecast_is_right_within_a_quarter() -> None:
             if under_way[sample] == ends[sample]:
                 forecast.ended(under_way.pop(sample), bool(ends[sample] < queries))
         ages = np.array(list(under_way.values()), dtype=np.int64)
-        history.append((tick, forecast.seconds(ages, len(waiting), slots)))
+        history.append((tick, forecast.seconds(ages, len(waiting), batch_size)))
     total = len(history)
     checked = [(tick, left) for tick, left in history if 0.1 < tick / total < 0.9]
     assert len(checked) > 1000

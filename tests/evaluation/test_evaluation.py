@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cheat import Cheat
+from made_up_searches import changed
 from torch import Tensor, nn
 
 import advbench
@@ -21,8 +22,9 @@ from advbench.data.base import ArraySplit
 from advbench.defenses.base import Traits
 from advbench.errors import UserError
 from advbench.evaluation import search
-from advbench.evaluation.engine import CLEAN, Engine
+from advbench.evaluation.engine import Engine
 from advbench.evaluation.evaluation import Evaluation
+from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.protocols import (
     AutoAttackProtocol,
@@ -71,29 +73,31 @@ def robust_truth(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 def evaluation(
-    protocol: Protocol, *, slots: int = 16, eps: float = 0.05, n: int = 60, classes: int = 2
+    protocol: Protocol, *, batch_size: int = 16, eps: float = 0.05, n: int = 60, classes: int = 2
 ) -> Evaluation:
     model, x = linear(classes), images(n)
     split = ArraySplit(x, labels(model, x))
     samples = Samples(split, subset(n, None), torch.device("cpu"))
     threat = Threat("linf", eps)
-    return Evaluation("linear", model, Traits(), samples, "made", threat, protocol, slots=slots)
+    return Evaluation(
+        "linear", "made", protocol, Job(model, samples, threat, batch_size=batch_size)
+    )
 
 
 def kept(case: Evaluation, stages: Sequence[Stage] = (), seed: int = 0) -> Store:
     """The records of the stages, by default the case's own."""
     store = Store(None)
-    engine = Engine(case.model, case.samples, case.threat, seed=seed, slots=case.slots)
-    assert engine.run(stages or case.stages(), store)
+    engine = Engine(dataclasses.replace(case.job, seed=seed))
+    assert engine.run(stages or case.plan().stages, store)
     return store
 
 
 def test_a_linear_model_gets_its_exact_robust_accuracy() -> None:
     case = evaluation(PGDProtocol(steps=20, restarts=2))
-    x, y = images(), case.samples.split.labels
-    results = case.execute(None, case.stages())
+    x, y = images(), case.job.samples.split.labels
+    results = case.execute(None, case.plan())
     assert results.clean.acc == pytest.approx(55 / 60)
-    truth = robust_truth(case.model, x, y, 0.05)
+    truth = robust_truth(case.job.model, x, y, 0.05)
     assert 0 < truth.sum() < 55
     assert results.robust.acc == pytest.approx(int(truth.sum()) / 60)
     stage = results.stages[0]
@@ -107,7 +111,7 @@ def test_records_tell_margin_distance_and_label() -> None:
     case = evaluation(PGDProtocol(steps=20))
     store = kept(case)
     clean, attacked = store.records(CLEAN), store.records("pgd-ce")
-    y = case.samples.split.labels.numpy()
+    y = case.job.samples.split.labels.numpy()
     assert (clean.broken == (clean.label != y)).all()
     assert set(attacked.sample) == set(clean.sample[~clean.broken])
     broke = attacked.broken
@@ -118,10 +122,13 @@ def test_records_tell_margin_distance_and_label() -> None:
     assert np.isnan(attacked.distance[~broke]).all()
 
 
-@pytest.mark.parametrize("slots", [1, 7, 64])
-def test_batch_size_changes_nothing(slots: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_batch_size_changes_nothing(batch_size: int) -> None:
     protocol = PGDProtocol(steps=10, restarts=3, loss="margin")
-    few, reference = evaluation(protocol, slots=slots, classes=4), evaluation(protocol, classes=4)
+    few, reference = (
+        evaluation(protocol, batch_size=batch_size, classes=4),
+        evaluation(protocol, classes=4),
+    )
     stores = [kept(case, seed=3).records("pgd-margin") for case in (few, reference)]
     for name in ("sample", "broken", "label", "forwards", "backwards"):
         assert np.array_equal(getattr(stores[0], name), getattr(stores[1], name)), name
@@ -151,13 +158,13 @@ def test_an_interrupted_evaluation_ends_with_the_same_records(
         monkeypatch.setattr(search, name, 0.0)
     monkeypatch.setattr(search, "FLIGHT_SHARE", np.inf)
     protocol = PGDProtocol(steps=10, restarts=3)
-    whole = evaluation(protocol, slots=4)
-    expected = whole.execute(tmp_path / "whole", whole.stages())
+    whole = evaluation(protocol, batch_size=4)
+    expected = whole.execute(tmp_path / "whole", whole.plan())
     cuts = 0
     while not (tmp_path / "cut" / "results.json").exists():
-        case = evaluation(protocol, slots=4)
+        case = evaluation(protocol, batch_size=4)
         try:
-            case.execute(tmp_path / "cut", case.stages(), Impatient(5))
+            case.execute(tmp_path / "cut", case.plan(), Impatient(5))
         except Cut:
             cuts += 1
     assert cuts >= 3
@@ -170,15 +177,15 @@ def test_an_interrupted_evaluation_ends_with_the_same_records(
 
 def test_a_folder_with_another_evaluation_is_refused(tmp_path: Path) -> None:
     case = evaluation(PGDProtocol(steps=3))
-    case.execute(tmp_path, case.stages())
+    case.execute(tmp_path, case.plan())
     other = evaluation(PGDProtocol(steps=4))
     with pytest.raises(UserError, match=r"another evaluation \(it differs in: protocol\)"):
-        other.execute(tmp_path, other.stages())
+        other.execute(tmp_path, other.plan())
 
 
 def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
     case = evaluation(PGDProtocol(steps=3))
-    results = case.execute(tmp_path, case.stages())
+    results = case.execute(tmp_path, case.plan())
     raw = json.loads((tmp_path / "results.json").read_text())
     assert list(raw) == [
         "schema", "run", "settings", "data", "threat", "protocol", "clean", "robust", "stages",
@@ -196,10 +203,10 @@ def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
 
 def test_a_cheating_attack_breaks_only_what_its_budget_can() -> None:
     case = evaluation(CleanProtocol(), eps=0.01)
-    weight = case.model[1].weight.detach()  # pyright: ignore
+    weight = case.job.model[1].weight.detach()  # pyright: ignore
     direction = (weight[1] - weight[0]).view(SHAPE)
     store = kept(case, [Stage("cheat", Cheat(torch.stack([direction, -direction])), "cheats")])
-    truth = robust_truth(case.model, images(), case.samples.split.labels, 0.01).numpy()
+    truth = robust_truth(case.job.model, images(), case.job.samples.split.labels, 0.01).numpy()
     records = store.records("cheat")
     assert np.array_equal(records.broken, ~truth[records.sample])
     assert not records.broken.all()
@@ -209,13 +216,13 @@ def test_kept_images_break_the_model_inside_the_budget(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     case = evaluation(PGDProtocol(steps=10))
-    case = Evaluation(**{**case.__dict__, "keep_images": True})
-    results = case.execute(tmp_path, case.stages())
+    case = changed(case, keep_images=True)
+    results = case.execute(tmp_path, case.plan())
     kept = load_file(tmp_path / "adversarial.safetensors")
     assert len(kept["sample"]) == results.stages[0].broken > 0
     point, x = torch.from_numpy(kept["x"]), images()[torch.from_numpy(kept["sample"])]
-    assert case.threat.contains(point, x).all()
-    y = case.samples.split.labels[torch.from_numpy(kept["sample"])]
+    assert case.job.threat.contains(point, x).all()
+    y = case.job.samples.split.labels[torch.from_numpy(kept["sample"])]
     with torch.no_grad():
         assert (case.model(point).argmax(1) != y).all()
 
@@ -249,7 +256,7 @@ def test_reference_engine_is_pyautoattack_sample_for_sample(channels_last: bool)
         samples = Samples(ArraySplit(x, y), subset(16, None), torch.device("cpu"))
         threat, protocol = Threat("linf", eps), AutoAttackProtocol(engine="reference")
         stages = protocol.plan(Subject(Traits(), 4, threat, 7))
-        assert Engine(model, samples, threat, seed=7, slots=8).run(stages, store)
+        assert Engine(Job(model, samples, threat, seed=7, batch_size=8)).run(stages, store)
         broken = np.zeros(16, bool)
         for name in (CLEAN, *(stage.name for stage in stages)):
             records = store.records(name)
@@ -273,8 +280,8 @@ def test_reference_engine_is_pyautoattack_sample_for_sample(channels_last: bool)
 def test_any_torchattacks_attack_behind_the_referee() -> None:
     for name, params in (("PGD", {"alpha": 0.01, "steps": 20}), ("CW", {"steps": 20})):
         case = evaluation(TorchattacksProtocol(name, params))
-        results = case.execute(None, case.stages())
-        truth = robust_truth(case.model, images(), case.samples.split.labels, 0.05)
+        results = case.execute(None, case.plan())
+        truth = robust_truth(case.job.model, images(), case.job.samples.split.labels, 0.05)
         assert results.robust.acc >= int(truth.sum()) / 60
         assert results.stages[0].forwards > 0
     with pytest.raises(UserError, match="did you mean 'MIFGSM'"):
@@ -301,7 +308,7 @@ def test_plans_are_what_the_protocols_say() -> None:
     for protocol, classes, names in table:
         plan = protocol.plan(Subject(Traits(), classes, threat, 0))
         assert [stage.name for stage in plan] == names
-        assert all(stage.why and stage.target == "model" for stage in plan)
+        assert all(stage.why and stage.victim == "model" for stage in plan)
         json.dumps([stage.to_json() for stage in plan])
     for engine in ("fast", "reference"):
         some = AutoAttackProtocol("plus", engine, attacks=["square", "apgd-ce"])
@@ -334,7 +341,7 @@ def test_autoattack_has_upstreams_parameters_in_every_norm_and_suite() -> None:
                     member = theirs.apgd_targeted if stage.name == "apgd-t" else theirs.apgd
                     assert attack.steps == member.n_iter and attack.restarts == member.n_restarts
                     assert attack.large_radius == member.use_largereps
-                    assert stage.draws == theirs.apgd.eot_iter
+                    assert stage.eot_samples == theirs.apgd.eot_iter
                 elif stage.name.startswith("fab"):
                     restarts = 1 if stage.name == "fab-t" else theirs.fab.n_restarts
                     assert (attack.steps, attack.restarts) == (theirs.fab.n_iter, restarts)
@@ -355,7 +362,7 @@ def test_autoattack_knows_any_number_of_classes(classes: int) -> None:
         for stage in plan:
             assert getattr(stage.attack, "targets", 1) <= 9
     case = evaluation(AutoAttackProtocol(), n=6, classes=classes, eps=0.01)
-    tiny = [dataclasses.replace(stage, attack=short(stage.attack)) for stage in case.stages()]
+    tiny = [dataclasses.replace(stage, attack=short(stage.attack)) for stage in case.plan().stages]
     store = kept(case, tiny)
     assert len(store.records("apgd-ce")) == int((~store.records(CLEAN).broken).sum())
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from made_up_searches import evaluation, net, samples
+from made_up_searches import changed, evaluation, net, samples
 from torch import Tensor, nn
 
-from advbench.evaluation.engine import CLEAN, Engine
-from advbench.evaluation.fast_model import Searcher, Speed, ask, searcher
+from advbench.evaluation.engine import Engine
+from advbench.evaluation.fast_model import FastModel, FastModelOptions, ask, fast_copy
+from advbench.evaluation.job import CLEAN
 from advbench.evaluation.store import Store, read_samples
 
 # --- what is searched, and what is scored -------------------------------------------------------
@@ -20,8 +20,8 @@ from advbench.evaluation.store import Store, read_samples
 def test_the_search_copy_is_the_model_folded() -> None:
     model = net()
     clean = samples(model).fetch(torch.arange(8))
-    fast = searcher(model, Speed(), clean)
-    assert isinstance(fast, Searcher)
+    fast = fast_copy(model, FastModelOptions(), clean)
+    assert isinstance(fast, FastModel)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     for a, b in zip(ask(model, clean), ask(fast, clean), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ class Singleton(nn.Module):
 def test_a_copy_that_is_another_function_is_not_used(make: type[nn.Module]) -> None:
     model = make()
     clean = samples(net()).fetch(torch.arange(8))
-    fast = searcher(model, Speed(), clean)
+    fast = fast_copy(model, FastModelOptions(), clean)
     assert (fast is model) == (make is Singleton)
     for a, b in zip(ask(model, clean), ask(fast, clean), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -80,10 +80,10 @@ def test_a_copy_that_is_another_function_is_not_used(make: type[nn.Module]) -> N
 
 
 def test_a_search_in_bf16_is_confirmed_in_float32(whole: Path) -> None:
-    case = replace(evaluation(), speed=Speed("bf16"))
+    case = changed(evaluation(), fast_model=FastModelOptions("bf16"))
     store = Store(None)
-    engine = Engine(case.model, case.samples, case.threat, slots=16, speed=case.speed)
-    engine.run(case.stages(), store)
+    engine = Engine(case.job)
+    engine.run(case.plan().stages, store)
     broken = {name: int(store.records(name).broken.sum()) for name in ("apgd", CLEAN)}
     exact = read_samples(whole)
     assert broken[CLEAN] == exact[CLEAN].broken.sum()
@@ -110,8 +110,8 @@ def test_a_model_of_one_layout_is_copied_in_it() -> None:
     torch.manual_seed(0)
     model = Viewing()
     clean = samples(net()).fetch(torch.arange(8))
-    fast = searcher(model, Speed("bf16"), clean)
-    assert isinstance(fast, Searcher) and fast.layout is torch.contiguous_format
+    fast = fast_copy(model, FastModelOptions("bf16"), clean)
+    assert isinstance(fast, FastModel) and fast.layout is torch.contiguous_format
     assert fast(clean.x).shape == (8, 5)
 
 
@@ -119,7 +119,7 @@ def test_a_model_with_hooks_is_not_traced() -> None:
     model = net()
     model.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
     clean = samples(net()).fetch(torch.arange(8))
-    fast = searcher(model, Speed(), clean)
+    fast = fast_copy(model, FastModelOptions(), clean)
     assert any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     torch.testing.assert_close(fast(clean.x), model(clean.x), rtol=1e-4, atol=1e-5)
 
@@ -127,8 +127,8 @@ def test_a_model_with_hooks_is_not_traced() -> None:
 @pytest.mark.slow
 def test_a_compiled_search_finds_the_same(whole: Path, tmp_path: Path) -> None:
     # One size of batch, because each is compiled.
-    case = replace(evaluation(slots=4), speed=Speed(compile="default"))
-    case.execute(tmp_path, case.stages())
+    case = changed(evaluation(batch_size=4), fast_model=FastModelOptions(compile="default"))
+    case.execute(tmp_path, case.plan())
     ours, theirs = read_samples(tmp_path), read_samples(whole)
     differ = sum(int((ours[n].broken != theirs[n].broken).sum()) for n in ("clean", "apgd"))
     assert differ <= 1

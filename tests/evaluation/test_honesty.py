@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,7 +27,8 @@ from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol, MSAProtocol
 from advbench.evaluation.engine import Engine
 from advbench.evaluation.evaluation import Evaluation
-from advbench.evaluation.fast_model import Searcher, Speed, searcher
+from advbench.evaluation.fast_model import FastModel, FastModelOptions, fast_copy
+from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.protocols import (
     AutoAttackProtocol,
@@ -63,10 +65,9 @@ def case(model: nn.Module, protocol: Protocol, traits: Traits | None = None, **m
     x = torch.full((N, *SHAPE), 0.25)
     x[:, :, :2] += 0.5
     y = torch.zeros(N, dtype=torch.int64)
-    return Evaluation(
-        "net", model, traits or Traits(), Samples(ArraySplit(x, y), torch.arange(N), y.device),
-        "made", Threat("linf", 0.3), protocol, slots=8, **more,
-    )  # fmt: skip
+    samples = Samples(ArraySplit(x, y), torch.arange(N), y.device)
+    job = Job(model, samples, Threat("linf", 0.3), traits=traits or Traits(), batch_size=8, **more)
+    return Evaluation("net", "made", protocol, job)
 
 
 class OneMember(Protocol):
@@ -86,11 +87,11 @@ def test_images_that_were_not_scored_are_not_counted_as_right(
     protocol: Protocol, tmp_path: Path
 ) -> None:
     wrong = case(Linear(-1.0), protocol)  # misclassifies every image
-    results = wrong.execute(tmp_path, wrong.stages(), budget=1e-9)
+    results = wrong.execute(tmp_path, wrong.plan(), budget=1e-9)
     assert results.missing[0] == "clean" and results.clean.acc == results.robust.acc == 0
     assert results.clean.ci95[1] < 0.5, "of the eight that were scored"
-    assert wrong.execute(tmp_path, wrong.stages()).missing == ()
-    assert wrong.execute(tmp_path, wrong.stages()).clean.acc == 0
+    assert wrong.execute(tmp_path, wrong.plan()).missing == ()
+    assert wrong.execute(tmp_path, wrong.plan()).clean.acc == 0
 
 
 # --- models whose gradient says little ----------------------------------------------------------
@@ -99,14 +100,14 @@ def test_images_that_were_not_scored_are_not_counted_as_right(
 def test_the_search_on_a_softmax_sees_its_logits() -> None:
     said, saturated = Traits(output="probabilities"), Linear(4.0, "probabilities")
     with pytest.raises(UserError, match=r"returns probabilities.*traits.output=probabilities"):
-        case(saturated, PGDProtocol()).stages()
+        case(saturated, PGDProtocol()).plan()
     evaluation = case(saturated, PGDProtocol(steps=20, restarts=1, loss="margin"), said)
-    x = evaluation.samples.fetch(torch.arange(8)).x
+    x = evaluation.job.samples.fetch(torch.arange(8)).x
     for traits, margin in ((said, 32.0), (Traits(), 1.0)):
-        engine = Engine(saturated, evaluation.samples, evaluation.threat, traits=traits)
-        logits = engine._searcher("model")(x)
+        engine = Engine(replace(evaluation.job, traits=traits))
+        logits = engine._fast_model("model")(x)
         torch.testing.assert_close(logits[:, 0] - logits[:, 1], torch.full((8,), margin))
-    results = evaluation.execute(None, evaluation.stages())
+    results = evaluation.execute(None, evaluation.plan())
     assert (results.clean.acc, results.robust.acc) == (1, 0)
 
 
@@ -114,13 +115,13 @@ def test_a_model_without_a_gradient_is_not_attacked_along_it() -> None:
     stuck, none = Linear(frozen=True), Traits(gradient="none")
     for protocol in (AutoAttackProtocol(), PGDProtocol()):
         with pytest.raises(UserError, match=r"follows the model's gradient.*protocol=square"):
-            case(stuck, protocol, none).stages()
+            case(stuck, protocol, none).plan()
     with pytest.raises(UserError, match=r"no gradient in its input.*traits.gradient=none"):
-        case(stuck, PGDProtocol()).stages()
+        case(stuck, PGDProtocol()).plan()
     for traits in (none, Traits()):
         evaluation = case(stuck, SquareProtocol(steps=300), traits)
-        assert evaluation.execute(None, evaluation.stages()).robust.acc == 0
-    assert [stage.name for stage in case(stuck, MSAProtocol(), none).stages()] == ["square"]
+        assert evaluation.execute(None, evaluation.plan()).robust.acc == 0
+    assert [stage.name for stage in case(stuck, MSAProtocol(), none).plan().stages] == ["square"]
 
 
 # --- models that draw ---------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_the_worst_draw_is_the_worst_of_all_that_were_judged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     evaluation = case(Moody().eval(), PGDProtocol(steps=10, restarts=1), Traits(stochastic=True))
-    results = evaluation.execute(None, evaluation.stages())
+    results = evaluation.execute(None, evaluation.plan())
     assert results.robust.acc > 0.5, "three in ten are no majority"
     assert results.measures["worst_draw"] < 0.05, "and yet each was wrong somewhere on the way"
 
@@ -149,7 +150,7 @@ def test_a_group_of_a_model_that_draws_is_not_filled_up_with_others() -> None:
     split = ArraySplit(torch.rand(600, *SHAPE), torch.zeros(600, dtype=torch.int64))
     everyone = Samples(split, torch.arange(600), torch.device("cpu"))
     for traits, rows in ((Traits(), 500), (Traits(stochastic=True), 64)):
-        engine = Engine(Linear(), everyone, Threat("linf", 0.1), slots=500, traits=traits)
+        engine = Engine(Job(Linear(), everyone, Threat("linf", 0.1), batch_size=500, traits=traits))
         assert engine.shapes.largest == rows
 
 
@@ -249,7 +250,7 @@ def test_noise_of_ones_own_is_averaged_over_in_every_surrogate() -> None:
     assert not any(one.stochastic for one in still.values())
     subject = Subject(Traits(stochastic=True), 10, Threat("linf", 0.1), 0, noisy)
     plan = [stage for stage in MSAProtocol().plan(subject) if stage.attack.gradient]
-    assert len(plan) > 7 and {stage.draws for stage in plan} == {20}
+    assert len(plan) > 7 and {stage.eot_samples for stage in plan} == {20}
     own = {"mean": Surrogate(model, False, "ce", "")}
     defense = Mock(spec=Defense, **{"surrogates.return_value": own})
     defense.traits.return_value = Traits(stochastic=True)  # it knows which of them draw
@@ -272,8 +273,8 @@ class Lifted(Linear):
 @pytest.mark.parametrize(("lift", "precision"), [(0.0, "bf16"), (100.0, "32")])
 def test_bf16_is_for_margins_that_it_can_see(lift: float, precision: str) -> None:
     x, y = torch.rand(8, *SHAPE), torch.zeros(8, dtype=torch.int64)
-    fast = searcher(Lifted(lift), Speed("bf16"), Clean(torch.arange(8), x, y))
-    assert isinstance(fast, Searcher) and fast.precision == precision
+    fast = fast_copy(Lifted(lift), FastModelOptions("bf16"), Clean(torch.arange(8), x, y))
+    assert isinstance(fast, FastModel) and fast.precision == precision
 
 
 def test_a_surrogate_in_training_mode_is_refused() -> None:
@@ -373,7 +374,7 @@ class Small(nn.Module):
 
 def test_the_authors_code_goes_on_in_smaller_batches_where_memory_ends() -> None:
     evaluation = case(Small(), OneMember())
-    results = evaluation.execute(None, evaluation.stages())
+    results = evaluation.execute(None, evaluation.plan())
     assert (results.clean.acc, results.robust.acc, results.missing) == (1, 0, ())
 
 

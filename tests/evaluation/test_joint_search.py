@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from made_up_searches import changed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol, MSAProtocol
 from advbench.evaluation.engine import Engine
 from advbench.evaluation.evaluation import Evaluation
+from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.protocols import AutoAttackProtocol, FABProtocol, PGDProtocol
 from advbench.evaluation.samples import Samples, fixed_batches, subset
@@ -83,20 +84,12 @@ class Short(Protocol):
     def stages(self, subject: Subject) -> list[Stage]:
         attack = PGD(steps=self.steps, loss_name="margin", random_start=False)
         targets = ["model", *subject.surrogates]
-        return [Stage(f"pgd@{name}", attack, "a test", target=name) for name in targets]
+        return [Stage(f"pgd@{name}", attack, "a test", victim=name) for name in targets]
 
 
 def evaluation(model: nn.Module, traits: Traits, n: int = 40, total: int = 40) -> Evaluation:
-    return Evaluation(
-        run="a",
-        model=model.eval(),
-        traits=traits,
-        samples=samples(n, total)[0],
-        data="arrays",
-        threat=LINF,
-        protocol=Short(),
-        slots=16,
-    )
+    job = Job(model.eval(), samples(n, total)[0], LINF, traits=traits, batch_size=16)
+    return Evaluation("a", "arrays", Short(), job)
 
 
 BATCHES = Traits(batch_dependent=True, batch_size=10)
@@ -120,10 +113,10 @@ def test_a_batch_breaks_whom_no_single_image_can() -> None:
     """
     case = evaluation(Crowd(), BATCHES)
     store = Store(None)
-    engine = Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES)
-    assert engine.run(case.stages(), store)
+    engine = Engine(case.job)
+    assert engine.run(case.plan().stages, store)
     records = store.records("pgd@model")
-    x, y = case.samples.fetch(torch.arange(40))[1:]
+    x, y = case.job.samples.fetch(torch.arange(40))[1:]
     place = {int(i): b for b in fixed_batches(40, 10) for i in b}
     alone, least, seen = 0, np.inf, 0
     for sample, broken, by_itself in zip(
@@ -146,8 +139,8 @@ def test_a_batch_breaks_whom_no_single_image_can() -> None:
 
 
 def test_the_record_of_a_batch_is_inside_the_threat(tmp_path: Path) -> None:
-    case = dataclasses.replace(evaluation(Crowd(), BATCHES), keep_images=True)
-    results = case.execute(tmp_path, case.stages())
+    case = changed(evaluation(Crowd(), BATCHES), keep_images=True)
+    results = case.execute(tmp_path, case.plan())
     records = read_samples(tmp_path)["pgd@model"]
     broken = records.distance[records.broken]
     assert len(broken) > 5 and (broken <= 0.1 + 1e-6).all() and (broken > 0.05).all()
@@ -164,8 +157,8 @@ def test_company_that_is_not_asked_for_is_there_all_the_same() -> None:
     found = {}
     for case in (whole, part):
         store = Store(None)
-        Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES).run(case.stages(), store)
-        found[len(case.samples)] = store.records("pgd@model")
+        Engine(case.job).run(case.plan().stages, store)
+        found[len(case.job.samples)] = store.records("pgd@model")
     assert len(np.unique(found[44].sample)) == len(found[44])
     common = np.isin(found[44].sample, part.samples.ids.numpy())
     assert len(found[25]) > 10
@@ -182,32 +175,30 @@ def test_killed_and_sharded_groups_end_with_the_same_records(
     model: nn.Module, traits: Traits, tmp_path: Path
 ) -> None:
     case = evaluation(model, traits)
-    case.execute(tmp_path / "whole", case.stages())
+    case.execute(tmp_path / "whole", case.plan())
     whole = (tmp_path / "whole" / "samples.parquet").read_bytes()
 
     def engine(after: int | None = None, share: tuple[int, int] = (0, 1)) -> Engine:
         asked = 0
 
-        def hurry() -> bool:
+        def deadline() -> bool:
             nonlocal asked
             asked += 1
             return after is not None and asked > after
 
-        return Engine(
-            case.model, case.samples, LINF, slots=16, traits=traits, share=share, hurry=hurry
-        )
+        return Engine(replace(case.job, rank=share[0], world_size=share[1], deadline=deadline))
 
     cut = tmp_path / "cut"
     for after in (2, 7, 9, 13):
         cut.mkdir(exist_ok=True)
-        engine(after).run(case.stages(), Store(cut))
-    case.execute(cut, case.stages())
+        engine(after).run(case.plan().stages, Store(cut))
+    case.execute(cut, case.plan())
     assert (cut / "samples.parquet").read_bytes() == whole
     shards = tmp_path / "shards"
     shards.mkdir()
     for rank in range(3):
-        assert engine(share=(rank, 3)).run(case.stages(), Store(shards, rank))
-    case.execute(shards, case.stages())
+        assert engine(share=(rank, 3)).run(case.plan().stages, Store(shards, rank))
+    case.execute(shards, case.plan())
     assert (shards / "samples.parquet").read_bytes() == whole
 
 
@@ -215,9 +206,9 @@ def test_noise_hides_nobody_from_the_majority() -> None:
     """A row whose clean excess is beyond 1.6 can't be broken by most draws; one below 1.2 can."""
     traits = Traits(stochastic=True)
     case = evaluation(Noisy(), traits)
-    results = case.execute(None, case.stages())
+    results = case.execute(None, case.plan())
     store = Store(None)
-    Engine(case.model, case.samples, LINF, slots=16, traits=traits).run(case.stages(), store)
+    Engine(case.job).run(case.plan().stages, store)
     _, shift = samples()
     records = store.records("pgd@model")
     gap = np.abs(shift[records.sample])
@@ -229,10 +220,10 @@ def test_noise_hides_nobody_from_the_majority() -> None:
 
 def test_a_lie_about_batches_is_found() -> None:
     with pytest.raises(UserError, match="depends on the other images of its batch"):
-        evaluation(Crowd(), Traits()).stages()
+        evaluation(Crowd(), Traits()).plan()
     with pytest.raises(UserError, match=r"traits\.batch_size=NUMBER"):
         case = evaluation(Crowd(), Traits(batch_dependent=True))
-        case.execute(None, case.stages())
+        case.execute(None, case.plan())
     with pytest.raises(UserError, match="attacks image by image"):
         FABProtocol().plan(Subject(BATCHES, 10, LINF))
     with pytest.raises(UserError, match="attacks image by image"):
@@ -251,15 +242,13 @@ class Broken(Crowd):
 def test_gradients_that_are_not_numbers_are_refused_in_batches_too() -> None:
     case = evaluation(Broken(), BATCHES)
     with pytest.raises(UserError, match="NaN or infinite for whole images"):
-        Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES).run(
-            case.stages(), Store(None)
-        )
+        Engine(case.job).run(case.plan().stages, Store(None))
 
 
 def test_stochastic_and_batch_dependent_is_refused() -> None:
     case = evaluation(Noisy(), Traits(stochastic=True, batch_dependent=True, batch_size=10))
     with pytest.raises(UserError, match="stochastic and batch-dependent"):
-        case.execute(None, case.stages())
+        case.execute(None, case.plan())
 
 
 @dataclass(frozen=True)
@@ -272,10 +261,10 @@ class Two(Short):
 
 
 def test_what_broke_in_a_batch_alone_is_still_owed_the_next_stage(tmp_path: Path) -> None:
-    case = dataclasses.replace(evaluation(Crowd(), BATCHES), protocol=Two())
+    case = changed(evaluation(Crowd(), BATCHES), protocol=Two())
     store = Store(tmp_path)
-    stages = case.stages()
-    Engine(case.model, case.samples, LINF, slots=16, traits=BATCHES).run(stages[:1], store)
+    stages = case.plan().stages
+    Engine(case.job).run(stages[:1], store)
     results = case.execute(tmp_path, stages, budget=1e-9)  # one batch is finished in any case
     assert results.missing == ("b",)
     sittings = 0
@@ -294,27 +283,27 @@ def test_what_broke_in_a_batch_alone_is_still_owed_the_next_stage(tmp_path: Path
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_short_sittings_come_to_an_end(stochastic: bool, tmp_path: Path) -> None:
     model = Noisy() if stochastic else Linear()
-    case = dataclasses.replace(
-        evaluation(model, Traits(stochastic=stochastic), total=150, n=150), slots=500
+    case = changed(
+        evaluation(model, Traits(stochastic=stochastic), total=150, n=150), batch_size=500
     )
-    results, sittings = case.execute(tmp_path, case.stages(), budget=1e-9), 1
+    results, sittings = case.execute(tmp_path, case.plan(), budget=1e-9), 1
     while results.missing:
-        results = case.execute(tmp_path, case.stages(), budget=1e-9)
+        results = case.execute(tmp_path, case.plan(), budget=1e-9)
         sittings += 1
         assert sittings < 100
     assert sittings > 3
-    assert results.robust == case.execute(tmp_path / "whole", case.stages()).robust
+    assert results.robust == case.execute(tmp_path / "whole", case.plan()).robust
 
 
 def test_images_are_kept_once_and_break_alone(tmp_path: Path) -> None:
-    case = dataclasses.replace(evaluation(Crowd(), BATCHES), keep_images=True, protocol=Two())
-    case.execute(tmp_path, case.stages())
+    case = changed(evaluation(Crowd(), BATCHES), keep_images=True, protocol=Two())
+    case.execute(tmp_path, case.plan())
     kept = load_file(tmp_path / "adversarial.safetensors")
     records = read_samples(tmp_path)
     alone = np.concatenate([r.sample[r.alone] for name, r in records.items() if name != "clean"])
     assert sorted(kept["sample"].tolist()) == sorted(alone.tolist())
-    x = case.samples.fetch(case.samples.ids).x
-    y = case.samples.fetch(case.samples.ids).y
+    x = case.job.samples.fetch(case.job.samples.ids).x
+    y = case.job.samples.fetch(case.job.samples.ids).y
     place = {int(i): batch for batch in fixed_batches(40, 10) for i in batch}
     for sample, image in zip(kept["sample"].tolist(), kept["x"], strict=True):
         batch = place[sample]
@@ -332,11 +321,11 @@ def test_another_surrogate_of_the_same_name_is_not_reused(tmp_path: Path) -> Non
             notes.append(text)
 
     cases = [
-        dataclasses.replace(evaluation(Stepped(), Traits()), surrogates={"twin": other(Linear(b))})
+        changed(evaluation(Stepped(), Traits()), surrogates={"twin": other(Linear(b))})
         for b in (8.0, 8.0, 7.9)
     ]
     for i, case in enumerate(cases):
-        case.execute(tmp_path / str(i), case.stages(), Reader(), archive=tmp_path)
+        case.execute(tmp_path / str(i), case.plan(), Reader(), archive=tmp_path)
     reused = [note.partition(":")[0] for note in notes if "known from" in note]
     assert reused == ["clean", "pgd@model", "pgd@twin", "clean", "pgd@model"]
 
@@ -382,8 +371,8 @@ class Steered(Stepped):
 )
 def test_a_surrogate_breaks_what_the_gradient_of_the_model_cannot(surrogate: Surrogate) -> None:
     model = Stepped()
-    case = dataclasses.replace(evaluation(model, Traits()), surrogates={"other": surrogate})
-    results = case.execute(None, case.stages())
+    case = changed(evaluation(model, Traits()), surrogates={"other": surrogate})
+    results = case.execute(None, case.plan())
     assert results.stages[0].broken == 0
     assert results.stages[1].target == "other" and results.stages[1].broken > 5
     assert results.robust.acc == min(stage.robust_acc for stage in results.stages)
@@ -405,9 +394,9 @@ class Detached(Linear):
     ],
 )
 def test_a_surrogate_that_is_none_is_refused(surrogate: Surrogate, expected: str) -> None:
-    case = dataclasses.replace(evaluation(Linear(), Traits()), surrogates={"other": surrogate})
+    case = changed(evaluation(Linear(), Traits()), surrogates={"other": surrogate})
     with pytest.raises(UserError, match=expected):
-        case.stages()
+        case.plan()
 
 
 def test_names_that_are_taken_are_refused() -> None:
@@ -461,8 +450,10 @@ def test_msa_is_planned_from_the_traits() -> None:
         plan = MSAProtocol().plan(case)
         assert [stage.name for stage in plan] == names
         for stage in plan:
-            own = stage.target == "model" and stage.attack.gradient
-            assert stage.draws == (20 if case.traits.stochastic and own else 1), stage.name
+            own = stage.victim == "model" and stage.attack.gradient
+            assert stage.eot_samples == (20 if case.job.traits.stochastic and own else 1), (
+                stage.name
+            )
         adaptive = AdaptiveProtocol().plan(case)
         assert [stage.name for stage in adaptive][: len(names)] == names
         assert len(adaptive) > len(names)
@@ -472,7 +463,7 @@ def test_msa_is_planned_from_the_traits() -> None:
     (margin,) = (stage for stage in longer if stage.name == "apgd-margin-long@soft")
     assert isinstance(margin.attack, APGD)
     assert (margin.attack.steps, margin.attack.restarts) == (200, 3)
-    draws = [s.draws for s in AdaptiveProtocol().plan(PLANS[3][0]) if "eot" in s.name]
+    draws = [s.eot_samples for s in AdaptiveProtocol().plan(PLANS[3][0]) if "eot" in s.name]
     assert draws == [20, 40, 80, 160, 320]
 
 
@@ -501,15 +492,13 @@ def test_more_draws_stop_where_they_break_nobody(tmp_path: Path) -> None:
         def stages(self, subject: Subject) -> list[Stage]:
             attack = PGD(steps=3, loss_name="margin", random_start=False)
             return [
-                Stage("first", attack, "", draws=2),
-                Stage("second", attack, "", draws=2),
-                Stage("third", attack, "", draws=2, only_if="second"),
+                Stage("first", attack, "", eot_samples=2),
+                Stage("second", attack, "", eot_samples=2),
+                Stage("third", attack, "", eot_samples=2, only_if="second"),
             ]
 
-    case = dataclasses.replace(
-        evaluation(Noisy(), Traits(stochastic=True)), protocol=Level(), slots=10
-    )
-    results = case.execute(tmp_path, case.stages())
+    case = changed(evaluation(Noisy(), Traits(stochastic=True)), protocol=Level(), batch_size=10)
+    results = case.execute(tmp_path, case.plan())
     assert not results.missing
     records = read_samples(tmp_path)
     broken = records["second"].sample[records["second"].broken]
@@ -524,7 +513,7 @@ def test_more_draws_stop_where_they_break_nobody(tmp_path: Path) -> None:
 
 def test_foreign_models_come_last_and_only_where_they_are_asked_for() -> None:
     found = {"soft": other(Linear()), "transfer-a": other(Linear(), transfer=True)}
-    assert "transfer-a" not in {s.target for s in MSAProtocol().plan(subject(found))}
+    assert "transfer-a" not in {s.victim for s in MSAProtocol().plan(subject(found))}
     names = [stage.name for stage in AdaptiveProtocol().plan(subject(found))]
     assert names[-2:] == ["apgd-ce@transfer-a", "apgd-t@transfer-a"]
     assert names.count("apgd-margin-long@soft") == 1 and "apgd-margin-long" in names

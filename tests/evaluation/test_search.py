@@ -18,6 +18,7 @@ from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.engine import Engine
+from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.protocols import CurveProtocol, PGDProtocol
 from advbench.evaluation.resources import Resources
@@ -45,10 +46,12 @@ def test_a_surrogate_is_searched_and_the_model_is_scored() -> None:
     }
     store = Store(None)
     threat = Threat("linf", EPS)
-    assert Engine(model, case, threat, slots=16, surrogates=surrogates).run(stages, store)
+    assert Engine(Job(model, case, threat, batch_size=16, surrogates=surrogates)).run(stages, store)
     assert store.records("lies").broken.sum() <= 5  # a random start may be lucky
     direct = Store(None)
-    assert Engine(model, case, threat, slots=16).run([Stage("twin", APGD(steps=10), "")], direct)
+    assert Engine(Job(model, case, threat, batch_size=16)).run(
+        [Stage("twin", APGD(steps=10), "")], direct
+    )
     broken = [set(s.records("twin").sample[s.records("twin").broken]) for s in (store, direct)]
     lucky = set(store.records("lies").sample[store.records("lies").broken])
     assert broken[0] | lucky == broken[1] | lucky and len(broken[1]) > 3
@@ -95,8 +98,8 @@ def test_expectation_sees_through_noise() -> None:
     broken = []
     for draws in (1, 30):
         store = Store(None)
-        stage = Stage("apgd", APGD(steps=10), "", draws=draws)
-        engine = Engine(model, case, threat, slots=40, traits=Traits(stochastic=True))
+        stage = Stage("apgd", APGD(steps=10), "", eot_samples=draws)
+        engine = Engine(Job(model, case, threat, batch_size=40, traits=Traits(stochastic=True)))
         assert engine.run([stage], store)
         records = store.records("apgd")
         broken.append(int(records.broken.sum()) / max(len(records), 1))
@@ -201,10 +204,9 @@ def test_a_point_without_an_answer_breaks_the_sample() -> None:
 
 def test_resources() -> None:
     cpu = Resources("cpu")
-    assert [cpu.slots(shape) for shape in ((1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 224, 224))] == [
-        512, 256, 64, 8,
-    ]  # fmt: skip
-    assert Resources("cpu", batch_size=7).slots((3, 32, 32)) == 7
+    shapes = ((1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 224, 224))
+    assert [cpu.batch_size_for(shape) for shape in shapes] == [512, 256, 64, 8]
+    assert Resources("cpu", batch_size=7).batch_size_for((3, 32, 32)) == 7
     wrong: dict[str, Any]
     for wrong, said in (
         ({"batch_size": "large"}, "is not auto or at least 1"),

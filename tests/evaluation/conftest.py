@@ -25,6 +25,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def restless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is written down at once."""
-    for name in ("COMMIT_SECONDS", "TELL_SECONDS", "FLIGHT_SECONDS"):
+    for name in ("COMMIT_SECONDS", "SHOW_SECONDS", "SAVE_SECONDS"):
         monkeypatch.setattr(search, name, 0.0)
-    monkeypatch.setattr(search, "FLIGHT_SHARE", np.inf)
+    monkeypatch.setattr(search, "SAVE_SHARE", np.inf)

@@ -94,7 +94,6 @@ class Shared(list):  # pyright: ignore[reportMissingTypeArgument]
 def test_order_of_the_samples_changes_nothing(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    board = search.Search._board
 
     class Shuffled(deque):  # pyright: ignore[reportMissingTypeArgument]
         def __init__(self, positions: Iterator[int]) -> None:
@@ -102,7 +101,6 @@ def test_order_of_the_samples_changes_nothing(
             super().__init__(np.random.default_rng(len(order)).permutation(order).tolist())
 
     monkeypatch.setattr(search, "deque", Shuffled)
-    assert board is search.Search._board
     case = evaluation()
     case.execute(tmp_path, case.plan())
     assert files(tmp_path) == files(whole)
@@ -195,8 +193,8 @@ torch.set_num_threads(1)
 import made_up_searches, numpy as np
 from pathlib import Path
 from advbench.evaluation import search
-search.COMMIT_SECONDS = search.FLIGHT_SECONDS = 0.0
-search.FLIGHT_SHARE = np.inf
+search.COMMIT_SECONDS = search.SAVE_SECONDS = 0.0
+search.SAVE_SHARE = np.inf
 case = made_up_searches.evaluation()
 case.execute(Path(sys.argv[2]), case.plan())
 """

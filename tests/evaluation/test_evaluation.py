@@ -154,9 +154,9 @@ class Impatient(NullProgress):
 def test_an_interrupted_evaluation_ends_with_the_same_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("COMMIT_SECONDS", "TELL_SECONDS", "FLIGHT_SECONDS"):
+    for name in ("COMMIT_SECONDS", "SHOW_SECONDS", "SAVE_SECONDS"):
         monkeypatch.setattr(search, name, 0.0)
-    monkeypatch.setattr(search, "FLIGHT_SHARE", np.inf)
+    monkeypatch.setattr(search, "SAVE_SHARE", np.inf)
     protocol = PGDProtocol(steps=10, restarts=3)
     whole = evaluation(protocol, batch_size=4)
     expected = whole.execute(tmp_path / "whole", whole.plan())
@@ -224,7 +224,7 @@ def test_kept_images_break_the_model_inside_the_budget(tmp_path: Path) -> None:
     assert case.job.threat.contains(point, x).all()
     y = case.job.samples.split.labels[torch.from_numpy(kept["sample"])]
     with torch.no_grad():
-        assert (case.model(point).argmax(1) != y).all()
+        assert (case.job.model(point).argmax(1) != y).all()
 
 
 class Small(nn.Module):

@@ -160,7 +160,7 @@ def test_company_that_is_not_asked_for_is_there_all_the_same() -> None:
         Engine(case.job).run(case.plan().stages, store)
         found[len(case.job.samples)] = store.records("pgd@model")
     assert len(np.unique(found[44].sample)) == len(found[44])
-    common = np.isin(found[44].sample, part.samples.ids.numpy())
+    common = np.isin(found[44].sample, part.job.samples.ids.numpy())
     assert len(found[25]) > 10
     for name in ("sample", "broken", "alone", "margin"):
         np.testing.assert_array_equal(
@@ -263,16 +263,16 @@ class Two(Short):
 def test_what_broke_in_a_batch_alone_is_still_owed_the_next_stage(tmp_path: Path) -> None:
     case = changed(evaluation(Crowd(), BATCHES), protocol=Two())
     store = Store(tmp_path)
-    stages = case.plan().stages
-    Engine(case.job).run(stages[:1], store)
-    results = case.execute(tmp_path, stages, budget=1e-9)  # one batch is finished in any case
+    plan = case.plan()
+    Engine(case.job).run(plan.stages[:1], store)
+    results = case.execute(tmp_path, plan, budget=1e-9)  # one batch is finished in any case
     assert results.missing == ("b",)
     sittings = 0
     while results.missing:
-        results = case.execute(tmp_path, stages, budget=1e-9)
+        results = case.execute(tmp_path, plan, budget=1e-9)
         sittings += 1
     assert sittings == 3
-    whole = case.execute(tmp_path / "whole", stages)
+    whole = case.execute(tmp_path / "whole", plan)
     assert (results.robust, results.measures) == (whole.robust, whole.measures)
     first = read_samples(tmp_path)["a"]
     again = read_samples(tmp_path)["b"].sample
@@ -451,9 +451,7 @@ def test_msa_is_planned_from_the_traits() -> None:
         assert [stage.name for stage in plan] == names
         for stage in plan:
             own = stage.victim == "model" and stage.attack.gradient
-            assert stage.eot_samples == (20 if case.job.traits.stochastic and own else 1), (
-                stage.name
-            )
+            assert stage.eot_samples == (20 if case.traits.stochastic and own else 1), stage.name
         adaptive = AdaptiveProtocol().plan(case)
         assert [stage.name for stage in adaptive][: len(names)] == names
         assert len(adaptive) > len(names)

@@ -12,7 +12,6 @@ from made_up_searches import EPS, Notes, Parts, changed, evaluation, files
 from advbench.attacks.threat import Threat
 from advbench.evaluation import stage_cache
 from advbench.evaluation.protocols import PGDProtocol
-from advbench.evaluation.samples import Samples
 from advbench.evaluation.store import read_samples
 from advbench.runs.results import Results
 
@@ -23,9 +22,8 @@ def test_records_of_another_evaluation_are_used_where_they_fit(tmp_path: Path) -
     larger = evaluation(PGDProtocol(steps=5, loss="margin"))
     larger.execute(tmp_path / "alone", larger.plan())
     progress = Notes()
-    subset = replace(
-        first, samples=Samples(larger.samples.split, first.samples.ids, first.samples.device)
-    )
+    few = first.job.samples.ids
+    subset = changed(first, samples=replace(larger.job.samples, ids=few))
     subset.execute(tmp_path / "archive" / "subset", subset.plan())
     results = larger.execute(
         tmp_path / "archive" / "larger", larger.plan(), progress, archive=tmp_path / "archive"

@@ -151,7 +151,7 @@ class Defense:
         return model
 
     def prepare(self, model: Classifier, data: Splits) -> None:
-        """One pass over the training set, before the first step (prototypes, automatic jump).
+        """One pass over the training set, before the first step (prototypes).
 
         The model is in evaluation mode, on its device. A retrofit is prepared at evaluation.
         """
@@ -180,6 +180,18 @@ class Defense:
 
     def after_epoch(self, model: Any, data: Splits) -> None:
         """On the weights that are about to be validated and kept, in evaluation mode, no_grad."""
+
+    def finish(self, model: Any, data: Splits) -> dict[str, Any]:
+        """Choose what is chosen on a finished model, from validation data (an automatic jump).
+
+        Called in evaluation mode, without gradients: at the end of a training on its best and on
+        its last weights, and at evaluation on a model that a retrofit was put on. An interrupted
+        run calls it again, so a second call must choose the same.
+
+        Returns:
+            What was chosen, by parameter, for summary.json; {} if the model is as it was.
+        """
+        return {}
 
     def adopt(self, model: Any, weights: Mapping[str, Tensor]) -> None:
         """Take parts of another run's weights, where the config names ``defense.weights=RUN``."""

@@ -93,6 +93,15 @@ class Chain(Defense):
         for member in self.members:
             member.after_epoch(model, data)
 
+    def finish(self, model: Any, data: Splits) -> dict[str, Any]:
+        """What the members chose, one after the other; a member's values as ``class.parameter``."""
+        chosen = {}
+        for member in self.members:
+            name = type(member).__name__.lower()
+            values = member.finish(model, data)
+            chosen |= {f"{name}.{key}": value for key, value in values.items()}
+        return chosen
+
     def adopt(self, model: Any, weights: Mapping[str, Tensor]) -> None:
         """Hands another run's weights to the member that takes some; UserError if none does."""
         takers = self._takers()

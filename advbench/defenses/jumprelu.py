@@ -67,10 +67,11 @@ class Jump(nn.Module):
 class JumpReLU(Defense):
     """A ``Jump`` in the place of every ReLU and ReLU6, with one jump for all.
 
-    In the paper a retrofit: the net is trained without it. A jump in training works too.
+    In the paper a retrofit: the net is trained without it. So is it here with an automatic jump,
+    which is chosen when the training is finished; a jump that is a number acts in training too.
 
     jump: a number, at least 0; 0 is ReLU.  auto: the largest of ``grid`` that costs at most
-        ``max_drop`` points of clean validation accuracy, chosen by ``prepare``; 0 if none does.
+        ``max_drop`` points of clean validation accuracy, chosen by ``finish``; 0 if none does.
     max_drop: in points of 100, at least 0.
     grid: jumps to choose from, at least 0.
 
@@ -106,7 +107,7 @@ class JumpReLU(Defense):
         """Replaces the activations; each call gets a module of its own first.
 
         model: a Classifier, or any nn.Module with an ``input_shape``, (C, H, W).
-        An automatic jump is 0 until ``prepare``.
+        An automatic jump is 0 until ``finish``.
         Raises UserError for a model without ReLUs, or whose calls can't be told apart.
         """
         x = probe_images(model.input_shape).to(_device(model))
@@ -120,10 +121,15 @@ class JumpReLU(Defense):
         replace_modules(model, ACTIVATIONS, make)
         return model
 
-    def prepare(self, model: Any, data: Splits) -> None:
-        """Chooses the automatic jump. Raises UserError for an empty validation split."""
+    def before_part(self, model: Any, part: PartName) -> None:
+        """Training is without an automatic jump, also where the weights to begin from have one."""
+        if self.auto:
+            _set(model, 0.0)
+
+    def finish(self, model: Any, data: Splits) -> dict[str, Any]:
+        """Choose the automatic jump. Raises UserError for an empty validation split."""
         if not self.auto:
-            return
+            return {}
         if not len(data.val):
             raise UserError("the validation split is empty: give defense.jump=NUMBER")
         _set(model, 0.0)
@@ -131,13 +137,9 @@ class JumpReLU(Defense):
         for jump in sorted(self.grid, reverse=True):
             _set(model, jump)
             if 100 * (before - _right(model, data.val)) <= self.max_drop * len(data.val):
-                return
+                return {"jump": jump}
         _set(model, 0.0)
-
-    def before_part(self, model: Any, part: PartName) -> None:
-        """Raises UserError in training with an automatic jump: an untrained net can't choose it."""
-        if self.auto:
-            raise UserError("an automatic jump needs a finished net: train with defense.jump=0.5")
+        return {"jump": 0.0}
 
     def surrogates(self, model: Any) -> Mapping[str, Surrogate]:
         """The same values with other gradients, and other jumps; none where the jump is 0."""

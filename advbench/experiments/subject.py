@@ -145,6 +145,7 @@ def _retrofit(
     model = defense.apply(model.eval()).to(device)
     with torch.no_grad():
         defense.prepare(model.eval(), splits)
+        defense.finish(model, splits)
     return (defense if type(own) is Defense else Chain(members=(own, defense))), model
 
 

@@ -15,6 +15,7 @@ after each epoch: loss and weights sound? validation, epoch.pt, and what follows
     last.safetensors, the best so far -> model.safetensors, metrics.csv;
     catastrophic overfitting: stop
 where loss or weights are lost: back to epoch.pt at a tenth of the rate, once
+defense.finish on the best and the last weights    # what is chosen on a finished net
 summary.json
 """
 
@@ -28,6 +29,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning_fabric import Fabric
+from safetensors.torch import load_file
 
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
@@ -51,6 +53,7 @@ from advbench.training.metrics import Means, Row, write_table
 from advbench.training.optimizers import Optimizer
 from advbench.training.pace import Pace
 from advbench.training.position import Position
+from advbench.training.processes import share_buffers
 from advbench.training.settings import Settings
 from advbench.training.summary import Summary, measured
 from advbench.training.validation import accuracies
@@ -176,20 +179,8 @@ class Fit:
             self.defense.after_epoch(self.learner.kept.eval(), self.splits)
         # Before anything is written: no file is to hold a NaN.
         self.guard.check_weights(fabric, position.epoch + 1, self.model, self.learner.kept)
-        with torch.compiler.set_stance("force_eager"):  # its batches have another shape
-            clean, robust = accuracies(
-                self.learner.kept,
-                self.splits.val,
-                self.threat,
-                steps=self.settings.val_steps,
-                seed=self.seed,
-                batch_size=self.share,
-                fabric=fabric,
-                traits=self.defense.traits(self.learner.kept),
-            )
-        row["val_clean"] = clean
-        if robust is not None:
-            row["val_robust"] = robust
+        row |= self._validate()
+        clean, robust = row["val_clean"], row.get("val_robust")
         self._tick()
         row["seconds"] = position.epoch_seconds
         position.rows.append(row)
@@ -212,6 +203,55 @@ class Fit:
         if found:
             self.progress.note(told(found))
         self._tell()
+
+    def _validate(self) -> Row:
+        model = self.learner.kept
+        with torch.compiler.set_stance("force_eager"):  # its batches have another shape
+            clean, robust = accuracies(
+                model,
+                self.splits.val,
+                self.threat,
+                steps=self.settings.val_steps,
+                seed=self.seed,
+                batch_size=self.share,
+                fabric=self.fabric,
+                traits=self.defense.traits(model),
+            )
+        return {"val_clean": clean} | ({} if robust is None else {"val_robust": robust})
+
+    def _finish_defense(self, rows: list[Row]) -> tuple[dict[str, Any], list[Row]]:
+        """Let the defense choose on the best and on the last weights what it chooses at the end.
+
+        rows: of the best and of the last epoch.  Returns what it chose on the best, and the rows
+        measured again, where it chose anything. A run that is killed in here repeats it all.
+        """
+        model, folder = self.learner.kept.eval(), self.folder
+        chosen, last = self._choose("last.safetensors")
+        if not chosen:
+            return {}, rows
+        best = last
+        if self.position.best_epoch != self.position.epoch:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+            chosen, best = self._choose("model.safetensors")
+            model.load_state_dict(load_file(folder / "last.safetensors"))
+        elif self.fabric.is_global_zero:
+            save_weights(model, folder / "model.safetensors")
+        values = ", ".join(f"{key}={value}" for key, value in chosen.items())
+        self.progress.note(f"chosen on the validation split: {values}")
+        return chosen, [best, last]
+
+    def _choose(self, name: str) -> tuple[dict[str, Any], Row]:
+        model = self.learner.kept
+        with torch.no_grad():
+            chosen = self.defense.finish(model, self.splits)
+            share_buffers(model, self.fabric)
+        if not chosen:
+            return {}, {}
+        row = self._validate()
+        if self.fabric.is_global_zero:
+            save_weights(model, self.folder / name)
+        self.fabric.barrier()  # the others read it next
+        return chosen, row
 
     def _publish(self) -> None:
         """The files of the epoch that ended. All is in ``epoch.pt``: a killed run writes them when
@@ -283,10 +323,8 @@ class Fit:
         self._tick()
         position, device = self.position, self.fabric.device
         n = len(self.splits.val)
-        val, last = (
-            measured(row, n, self.settings.val_steps, self.threat)
-            for row in (position.rows[position.best_epoch - 1], position.rows[-1])
-        )
+        rows = [position.rows[position.best_epoch - 1], position.rows[-1]]
+        val, last = (measured(row, n, self.settings.val_steps, self.threat) for row in rows)
         if len(position.best) == 2 and robust_overfitting(val["robust"], last["robust"], n):
             fall = {"best": val["robust"], "last": last["robust"]}
             position.guards["robust_overfitting"] = fall
@@ -295,6 +333,8 @@ class Fit:
                 f"{position.best_epoch} and {100 * fall['last']:.1f} % at the last; "
                 "model.safetensors is the former"
             )
+        chosen, rows = self._finish_defense(rows)
+        val, last = (measured(row, n, self.settings.val_steps, self.threat) for row in rows)
         summary = Summary(
             identity=self.identity,
             epochs=position.epoch,
@@ -304,6 +344,7 @@ class Fit:
             val=val,
             last=last,
             guards=position.guards,
+            chosen=chosen,
             seconds=position.seconds,
             parameters=sum(p.numel() for p in self.model.parameters()),
             torch=torch.__version__,

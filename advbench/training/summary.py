@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Summary:
         ``catastrophic_overfitting``: the epoch after which it was stopped, and the accuracies that
         say so. ``robust_overfitting``: the fall of the robust accuracy, from the ``best`` epoch to
         the ``last``.
+    chosen: what the defense chose on the finished model, by parameter, {} if nothing; ``val`` and
+        ``last`` are of the models with it.
     epochs, steps: of this training, which may have been stopped.
     seconds: over all sessions.  parameters: how many numbers are in them.  devices: processes.
     """
@@ -48,6 +50,7 @@ class Summary:
     device: str
     devices: int
     precision: str
+    chosen: Mapping[str, Any] = field(default_factory=dict)
     schema: str = SCHEMA
 
     def save(self, path: Path) -> None:

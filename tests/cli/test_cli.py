@@ -23,6 +23,7 @@ import advbench
 from advbench import config
 from advbench.cli import hydra_app, options
 from advbench.cli.main import main
+from advbench.defenses.jumprelu import jump_of
 from advbench.config.words import setting
 from advbench.runs import directory
 from advbench.runs.results import Results
@@ -312,6 +313,23 @@ def test_a_retrofit_is_swept_and_shown(place: Path, capsys: pytest.CaptureFixtur
     assert main(["report", "jumps"]) == 0
     table = capsys.readouterr().out
     assert "defense.jump" in table and table.index("0.5") < table.index("1.0")
+
+
+def test_jumprelu_is_trained_as_shipped(place: Path) -> None:
+    """The plain net is trained, fresh or from a run; the evaluation finds the jump of the end."""
+    starts = {"fresh": [], "tuned": ["init_from=good"], "again": ["init_from=tuned"]}
+    for name, start in starts.items():
+        command = ["train", "defense=jumprelu", *FAST, *start]
+        assert main([*command, f"hydra.run.dir={name}"]) == 0
+        chosen = json.loads(Path(f"{name}/summary.json").read_text())["chosen"]
+        assert chosen["jump"] > 0
+        assert f"jump={chosen['jump']}" in Path(f"{name}/log.txt").read_text()
+        assert jump_of(advbench.load(name)) == pytest.approx(chosen["jump"])
+    command = ["eval", "run=tuned", "protocol=msa", "budget=0.1s", "n=20"]
+    assert main([*command, "hydra.run.dir=tuned-msa"]) == 0
+    plan = json.loads(Path("tuned-msa/plan.json").read_text())
+    assert plan["identity"]["traits"]["gradient"] == "discontinuous"
+    assert {"bpda_relu", "undefended"} <= {stage["target"] for stage in plan["stages"]}
 
 
 def test_a_model_of_your_own_takes_a_retrofit(place: Path) -> None:

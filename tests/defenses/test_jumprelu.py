@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import count_modules
+from safetensors.torch import load_file
+from small import THREAT as STRIPES
+from small import assert_same_result, count_modules, fit
+from small import net as small_net
+from small import splits as small_splits
 from torch import Tensor, fx, nn
 
 from advbench.attacks.base import Clean, Oracle, craft
@@ -36,8 +40,12 @@ from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.runs.fingerprint import model_sha256
 from advbench.surgery import count_calls
+from advbench.training import loop
 from advbench.training.checkpoint import save_weights
 from advbench.training.step import TrainingStep
+from advbench.training.summary import Summary
+from advbench.training.trainer import Trainer
+from advbench.training.validation import accuracies
 
 THREAT = Threat("linf", 0.1)
 NETS = {"convnet": convnet, "resnet20": resnet20, "mobilenet_v2": mobilenet_v2, "lenet": lenet}
@@ -265,7 +273,7 @@ def test_torch_fx_traces_the_model_and_its_surrogates(name):
 def test_weights_come_back_from_a_file(tmp_path: Path):
     """A jump that was found is in the file; a given one is the config's, as any other number."""
     model = JumpReLU(max_drop=100.0).apply(net()).eval()
-    JumpReLU(max_drop=100.0, grid=[0.3]).prepare(model, labelled(model))
+    JumpReLU(max_drop=100.0, grid=[0.3]).finish(model, labelled(model))
     save_weights(model, tmp_path / "found.safetensors")
     other = JumpReLU().apply(net(seed=4)).eval()
     load_weights(other, tmp_path / "found.safetensors")
@@ -300,14 +308,6 @@ def test_two_steps_with_a_number(recipe: Recipe):
         optimizer.step()
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == before.keys() and jump_of(model) == pytest.approx(0.1)
-
-
-def test_training_wants_a_number():
-    defense = JumpReLU()
-    model = defense.apply(net()).train()
-    step = TrainingStep(model, Standard(), defense)
-    with pytest.raises(UserError, match=r"train with defense\.jump=0\.5"):
-        step({"clean": images(model)}, torch.zeros(6, dtype=torch.int64), 0, 0)
 
 
 # The automatic jump
@@ -373,7 +373,7 @@ def test_auto_takes_what_a_search_by_hand_takes(max_drop, seed):
     model = defense.apply(sized(seed)).eval()
     before = {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("jump")}
     for _ in range(2):  # what was chosen before is no part of the choice
-        defense.prepare(model, data)
+        defense.finish(model, data)
         assert jump_of(model) == pytest.approx(max(allowed, default=0.0))
     assert {float(m.jump) for m in model.modules() if isinstance(m, Jump)} == {jump_of(model)}
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
@@ -387,14 +387,14 @@ def test_auto_takes_what_a_search_by_hand_takes(max_drop, seed):
 
 def test_auto_takes_no_jump_where_all_cost_too_much():
     model = JumpReLU(max_drop=0.0, grid=[1.0, 0.8]).apply(sized()).eval()
-    JumpReLU(max_drop=0.0, grid=[1.0, 0.8]).prepare(model, labelled(sized()))
+    JumpReLU(max_drop=0.0, grid=[1.0, 0.8]).finish(model, labelled(sized()))
     assert jump_of(model) == 0
 
 
 def test_a_number_is_not_changed_by_the_data():
     defense = JumpReLU(jump=0.7)
     model = defense.apply(sized()).eval()
-    defense.prepare(model, labelled(sized()))
+    defense.finish(model, labelled(sized()))
     assert jump_of(model) == pytest.approx(0.7)
 
 
@@ -408,7 +408,90 @@ def test_auto_needs_validation_data():
     data.__class__ = Empty
     defense = JumpReLU()
     with pytest.raises(UserError, match=r"give defense\.jump=NUMBER"):
-        defense.prepare(defense.apply(sized()), data)
+        defense.finish(defense.apply(sized()), data)
+
+
+def trained(folder: Path, monkeypatch: Any, killed: str | None = None, **settings: Any) -> Summary:
+    """A training with an automatic jump of which epoch 2 of 3 is the best.
+
+    killed: the file whose writing at the end is interrupted; the training then goes on.
+    """
+    defense = JumpReLU(**settings)
+
+    def plain_until_the_end(*arguments: Any, **options: Any) -> tuple[float, float | None]:
+        # The clean accuracy is real where the jump acts, and planted before.
+        measured = accuracies(*arguments, **options)
+        return measured if jump_of(arguments[0]) else next(planted)
+
+    def save(model: nn.Module, path: Path) -> None:
+        save_weights(model, path)
+        if jump_of(model) and path.name == killed:
+            raise KeyboardInterrupt
+
+    def once() -> Summary:
+        trainer = Trainer(epochs=3, batch_size=16, val_steps=1)
+        model, recipe = JumpReLU().apply(small_net()), Standard(threat=STRIPES)
+        return fit(folder, trainer, model=model, defense=defense, recipe=recipe)
+
+    planted = iter([(0.8, 0.1), (0.9, 0.1), (0.7, 0.1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accuracies", plain_until_the_end)
+        if killed is not None:
+            patch.setattr(loop, "save_weights", save)
+            with pytest.raises(KeyboardInterrupt):
+                once()
+            patch.setattr(loop, "save_weights", save_weights)
+        return once()
+
+
+@pytest.mark.parametrize("killed", ["last.safetensors", "model.safetensors"])
+def test_auto_trains_the_plain_net_and_chooses_at_the_end(tmp_path, monkeypatch, killed):
+    settings = {"max_drop": 20.0, "grid": [0.05, 0.1, 0.2]}
+    summary = trained(tmp_path / "whole", monkeypatch, **settings)
+    assert summary.best_epoch == 2 and summary.chosen["jump"] in settings["grid"]
+    plain = small_net()
+    fit(tmp_path / "plain", Trainer(epochs=3, batch_size=16, val_steps=1), model=plain,
+        recipe=Standard(threat=STRIPES))  # fmt: skip
+    for name in ("last.safetensors", "model.safetensors"):
+        model = JumpReLU().apply(small_net()).eval()
+        load_weights(model, tmp_path / "whole" / name)
+        jump = jump_of(model)
+        assert jump > 0 and JumpReLU(**settings).finish(model, small_splits())["jump"] == (
+            pytest.approx(jump)
+        )
+        x, y = small_splits().val.fetch(torch.arange(24), "cpu")
+        right = (model(x).argmax(1) == y).float().mean().item()
+        measured = summary.last if name.startswith("last") else summary.val
+        assert measured["clean"] == pytest.approx(right), "of the model that is in the file"
+    assert jump == pytest.approx(summary.chosen["jump"])
+    undefended = load_file(tmp_path / "plain" / "last.safetensors")
+    defended = load_file(tmp_path / "whole" / "last.safetensors")
+    assert all(torch.equal(defended[name], value) for name, value in undefended.items())
+
+    assert trained(tmp_path / "parts", monkeypatch, killed, **settings).chosen == summary.chosen
+    assert_same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_training_goes_on_without_the_jump_that_its_weights_came_with(tmp_path):
+    defense = JumpReLU(max_drop=100.0, grid=[0.3])
+    seen: list[float] = []
+
+    @dataclass(frozen=True)
+    class Spy(JumpReLU):
+        def loss_terms(self, model: Any, step: Any) -> dict[str, Tensor]:
+            seen.append(jump_of(model))
+            return {}
+
+    model = defense.apply(small_net())
+    defense.finish(model.eval(), small_splits())
+    assert jump_of(model) == pytest.approx(0.3)
+    spy = Spy(max_drop=100.0, grid=[0.2])
+    trainer = Trainer(epochs=1, batch_size=48, val_steps=1)
+    summary = fit(
+        tmp_path, trainer, model=model, defense=spy, recipe=Standard(threat=STRIPES), prepared=True
+    )
+    assert seen == [0.0, 0.0] and summary.chosen == {"jump": 0.2}
+    assert jump_of(model) == pytest.approx(0.2)
 
 
 # The authors' attack

@@ -23,8 +23,8 @@ import advbench
 from advbench import config
 from advbench.cli import hydra_app, options
 from advbench.cli.main import main
-from advbench.defenses.jumprelu import jump_of
 from advbench.config.words import setting
+from advbench.defenses.jumprelu import jump_of
 from advbench.runs import directory
 from advbench.runs.results import Results
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,27 @@ SITES = (*ACTIVATIONS.values(), nn.ELU, nn.GELU, nn.Hardswish, nn.LeakyReLU)
 
 AUXILIARY = ("googlenet", "inception_v3")
 """torchvision models that return extra logits in training unless told otherwise."""
+
+
+_FETCHES = ContextVar("fetches", default=True)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models that are built inside fetch no weights: a run's own will be loaded into them.
+
+    All else is as with the weights that they name, such as the normalisation.
+    """
+    token = _FETCHES.set(False)
+    try:
+        yield
+    finally:
+        _FETCHES.reset(token)
+
+
+def fetches_weights() -> bool:
+    """Whether a model may fetch the weights that it names."""
+    return _FETCHES.get()
 
 
 def torchvision(
@@ -57,6 +79,10 @@ def torchvision(
         options["aux_logits"] = False
         if weights is None:
             options["init_weights"] = True
+        elif not fetches_weights():
+            options |= {"transform_input": True, "init_weights": False}
+    if not fetches_weights():
+        options["weights"] = None
     transforms = known[weights or "DEFAULT"].transforms()
     if weights is not None or (mean is None and std is None):
         mean, std = transforms.mean, transforms.std
@@ -112,7 +138,9 @@ def timm(
         options["img_size"] = tuple(input_shape[1:])
     title = f"timm's {name}"
     with _refusal(title, input_shape):
-        model: Any = library.create_model(name, pretrained=pretrained, **options)
+        model: Any = library.create_model(
+            name, pretrained=pretrained and fetches_weights(), **options
+        )
     return as_classifier(
         title,
         model,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from advbench.backbones.base import Classifier
-from advbench.backbones.external import as_classifier
+from advbench.backbones.external import as_classifier, fetches_weights
 from advbench.errors import UserError, did_you_mean, reason_of
 from advbench.surgery import probe_images
 
@@ -158,7 +158,7 @@ def zoo(
     title = f"RobustBench's {name}"
     if input_shape[0] not in (1, 3):
         raise UserError(f"{title} takes images of 1 or 3 channels, these have {input_shape[0]}")
-    model = load(entry, folder, pretrained)
+    model = load(entry, folder, pretrained and fetches_weights())
     x = probe_images([3, *input_shape[1:]])
     try:
         with torch.no_grad():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +16,14 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from advbench.config.nodes import LOADER, text_of
 from advbench.console import FAILED, WIDE, table_console
 from advbench.errors import UserError
+from advbench.files import read_json, read_rows
 from advbench.runs import directory
 from advbench.runs.results import RESULTS, Results
 from advbench.text import printable
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
 STYLES = {"finished": "green", "at work": "cyan", "failed": "red", "damaged": "red"}
 STAMP = len("2026-01-01 00:00:00 ")  # before each line of a log
 
@@ -70,10 +69,12 @@ def find(paths: Sequence[Path]) -> list[Run]:
 def look(folder: Path) -> Run | None:
     """The run in a directory; None if there is none."""
     try:
-        with (folder / directory.CONFIG).open("rb") as file:
-            cfg = yaml.load(file, Loader=LOADER)
-    except (OSError, yaml.YAMLError):
-        return None
+        cfg = yaml.load(text_of(folder / directory.CONFIG), Loader=LOADER)
+    except (UserError, yaml.YAMLError) as problem:
+        if not any((folder / name).exists() for name in (directory.SUMMARY, RESULTS, "plan.json")):
+            return None
+        kind = "train" if (folder / directory.SUMMARY).exists() else "eval"
+        return _damaged(folder, kind, str(problem))
     if not isinstance(cfg, dict) or not isinstance(cfg.get("choices"), dict):
         return None
     kind = directory.kind_of(cfg)
@@ -81,9 +82,13 @@ def look(folder: Path) -> Run | None:
         return None
     try:
         return _training(folder, cfg) if kind == "train" else _evaluation(folder, cfg)
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except Exception as problem:  # whatever its files are, the other runs are shown
         why = str(problem) if isinstance(problem, UserError) else "its files are not of one run"
-        return Run(folder, kind, "damaged", why, "", "-", folder.stat().st_mtime, "")
+        return _damaged(folder, kind, why)
+
+
+def _damaged(folder: Path, kind: str, why: str) -> Run:
+    return Run(folder, kind, "damaged", why, "", "-", folder.stat().st_mtime, "")
 
 
 def show(paths: Sequence[Path]) -> None:
@@ -240,18 +245,14 @@ def _choice(cfg: Mapping[str, Any], group: str) -> str:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path)
+    except FileNotFoundError:
         return None
     return content if isinstance(content, dict) else None
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError:
-        return []
+    return read_rows(path) if path.exists() else []
 
 
 def _last_line(path: Path) -> str:

@@ -143,11 +143,17 @@ def build(node: Any, group: str, *, plugins: tuple[str, ...] = (), **given: Any)
 
     node: ``_target_`` and parameters.  plugins: prefixes from ``load_plugins``.  given: parameters
     that the caller supplies. Raises UserError for a target that may not be used, a misspelt key, a
-    wrong type and a missing value; the component may raise it for a value out of range.
+    wrong type, a missing value, and values that the component can't take.
     """
     target = target_of(node, group, plugins)
     values = {key: value for key, value in plain(node).items() if key != "_target_"}
-    return target(**checked(target, values, group, given), **given)
+    arguments = checked(target, values, group, given)
+    try:
+        return target(**arguments, **given)
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as problem:
+        raise UserError(f"{group} can't be made of these values: {describe(problem)}") from problem
 
 
 def checked(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from advbench.errors import UserError
+from advbench.text import size
 
 # What zipfile, zlib and NumPy raise for a file that is not what it should be.
 DAMAGE = (
@@ -22,6 +27,20 @@ DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+@dataclass(frozen=True)
+class Member:
+    """An array of an archive, which is read block by block: the whole may be half the memory."""
+
+    archive: Archive
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """So many rows at a time, in order. Raises UserError for a damaged array."""
+        return self.archive.blocks(self.key, rows)
 
 
 class Archive:
@@ -64,14 +83,48 @@ class Archive:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of an array, from its header alone."""
+        with self._opened(key) as (_, shape, _, _):
+            return shape
+
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
+        """An array behind its header: shape, Fortran's order or not, and type.
+
+        Raises UserError for a header that claims more than the file holds.
+        """
         try:
             with zipfile.ZipFile(self.path) as file, file.open(f"{key}.npy") as array:
-                return _header(array)[0]
+                shape, fortran, dtype = _header(array)
+                claimed = math.prod(shape) * dtype.itemsize
+                held = file.getinfo(f"{key}.npy").file_size - array.tell()
+                if dtype.hasobject:
+                    raise ValueError("allow_pickle")
+                if claimed > held:
+                    raise ValueError(f"it is not the {size(claimed)} that it claims")
+                yield array, shape, fortran, dtype
         except DAMAGE as error:
             raise self._damaged(key, error) from None
 
+    def member(self, key: str) -> Member:
+        """An array that stays in the file."""
+        with self._opened(key) as (_, shape, _, dtype):
+            return Member(self, key, shape, dtype)
+
+    def blocks(self, key: str, rows: int) -> Iterator[np.ndarray]:
+        """An array, so many rows at a time, checked against its checksum at the end."""
+        with self._opened(key) as (array, shape, fortran, dtype):
+            if not fortran:
+                for start in range(0, shape[0], rows):
+                    block = min(rows, shape[0] - start), *shape[1:]
+                    content = array.read(math.prod(block) * dtype.itemsize)
+                    yield np.frombuffer(bytearray(content), dtype).reshape(block)
+                array.read(1)  # its end, where the checksum is compared
+                return
+        yield self.read(key)
+
     def read(self, key: str) -> np.ndarray:
         """An array, whole and checked against its checksum."""
+        self.shape(key)
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 return file[key]

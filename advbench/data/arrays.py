@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from advbench.data.archive import Member
 from advbench.data.base import ArraySplit
 from advbench.errors import UserError
 
@@ -13,6 +16,7 @@ from advbench.errors import UserError
 TOLERANCE = 1e-6
 # No 8-bit images are as dark as this: they were counted from 0 to 1, or to 16.
 DARKEST = 16
+BLOCK = 1000  # images that are converted together
 
 
 def image_shape(shape: tuple[int, ...], what: str) -> tuple[int, int, int]:
@@ -38,39 +42,70 @@ def as_pixels(x: np.ndarray, what: str) -> np.ndarray:
     Raises UserError for every other shape, type or range, for NaN and for no images.
     """
     channels, height, width = image_shape(x.shape, what)
+    _check_type(x.dtype, what)
     x = x.reshape(-1, height, width, channels)
     if x.dtype.kind == "f":
-        _check_range(x, what)
+        _check_range(*_range(x, what), x.dtype, what)
         x = np.clip(x.astype(np.float32), 0.0, 1.0)
-    elif x.dtype != np.uint8:
-        raise UserError(f"{what} is {x.dtype}: store uint8 from 0 to 255, or float32 from 0 to 1")
     return x
 
 
-def as_images(x: np.ndarray, what: str) -> Tensor:
+def as_images(x: np.ndarray | Member, what: str) -> Tensor:
     """Images as (N, C, H, W), else as ``as_pixels`` takes and returns them.
 
+    They are converted block by block, so that nothing is in memory twice.
     Raises UserError for what that refuses, and for uint8 images that use a fraction of the range.
     """
-    if x.dtype == np.uint8 and x.size and (highest := int(x.max())) <= DARKEST:
+    channels, height, width = image_shape(x.shape, what)
+    _check_type(x.dtype, what)
+    floats = x.dtype.kind == "f"
+    kind = torch.float32 if floats else torch.uint8
+    images = torch.empty((x.shape[0], channels, height, width), dtype=kind)
+    low, high, start = np.inf, -np.inf, 0
+    for block in x.blocks(BLOCK) if isinstance(x, Member) else _blocks(x):
+        least, most = _range(block, what)
+        low, high = min(low, least), max(high, most)
+        rows = block.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
+        if floats:
+            rows = np.clip(rows.astype(np.float32), 0.0, 1.0)
+        images[start : start + len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
+        start += len(rows)
+    if floats:
+        _check_range(low, high, x.dtype, what)
+    elif high <= DARKEST:
         raise UserError(
-            f"{what} is uint8 with {highest} as its largest value, and 255 means white: "
-            f"store x.astype('float32') / {max(highest, 1)}"
+            f"{what} is uint8 with {high:.0f} as its largest value, and 255 means white: "
+            f"store x.astype('float32') / {max(int(high), 1)}"
         )
-    return torch.from_numpy(np.ascontiguousarray(as_pixels(x, what).transpose(0, 3, 1, 2)))
+    return images
 
 
-def _check_range(x: np.ndarray, what: str) -> None:
+def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(x), BLOCK):
+        yield x[start : start + BLOCK]
+
+
+def _check_type(dtype: np.dtype, what: str) -> None:
+    if dtype.kind != "f" and dtype != np.uint8:
+        raise UserError(f"{what} is {dtype}: store uint8 from 0 to 255, or float32 from 0 to 1")
+
+
+def _range(x: np.ndarray, what: str) -> tuple[float, float]:
+    """The least and the largest value. Raises UserError for NaN and infinity."""
     low, high = float(x.min()), float(x.max())
     if not np.isfinite([low, high]).all():
         raise UserError(f"{what} holds NaN or infinity: store numbers from 0 to 1, or uint8")
+    return low, high
+
+
+def _check_range(low: float, high: float, dtype: np.dtype, what: str) -> None:
     if low >= -TOLERANCE and high <= 1 + TOLERANCE:
         return
     if low >= 0 and high <= 255:
         cure = "divide by 255 or store uint8"
     else:
         cure = "undo the normalisation (it is part of the model here) and store numbers from 0 to 1"
-    raise UserError(f"{what} is {x.dtype} from {low:.4g} to {high:.4g}, outside [0, 1]: {cure}")
+    raise UserError(f"{what} is {dtype} from {low:.4g} to {high:.4g}, outside [0, 1]: {cure}")
 
 
 def as_labels(y: np.ndarray, what: str, num_classes: int | None = None) -> Tensor:
@@ -99,7 +134,7 @@ def as_labels(y: np.ndarray, what: str, num_classes: int | None = None) -> Tenso
 
 
 def array_split(
-    x: np.ndarray, y: np.ndarray, x_what: str, y_what: str, num_classes: int | None = None
+    x: np.ndarray | Member, y: np.ndarray, x_what: str, y_what: str, num_classes: int | None = None
 ) -> ArraySplit:
     """A split of such images and labels. Raises UserError for what is wrong with them."""
     images, labels = as_images(x, x_what), as_labels(y, y_what, num_classes)

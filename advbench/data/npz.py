@@ -9,6 +9,9 @@ from advbench.data.arrays import array_split, as_labels, image_shape
 from advbench.data.base import ArraySplit, Part, Source
 from advbench.errors import UserError
 
+MOST_CLASSES = 10**6
+"""More than any data set of images has."""
+
 
 class NpzSource(Source):
     """Arrays ``x_train, y_train, x_test, y_test``, or one of the two pairs.
@@ -22,8 +25,10 @@ class NpzSource(Source):
     """
 
     def __init__(self, path: str, name: str | None, num_classes: int | None) -> None:
-        if num_classes is not None and num_classes < 2:
-            raise UserError(f"data.num_classes={num_classes}: give a number from 2 on, or null")
+        if num_classes is not None and not 2 <= num_classes <= MOST_CLASSES:
+            raise UserError(
+                f"data.num_classes={num_classes}: give a number from 2 to {MOST_CLASSES}, or null"
+            )
         self._num_classes = num_classes
         self._file = Archive(path, "data.path", ("x_train", "y_train", "x_test", "y_test"))
         self.name = name or f"npz:{self._file.path.stem}"
@@ -66,7 +71,7 @@ class NpzSource(Source):
         x, y, file = f"x_{part}", f"y_{part}", self._file
         shape = self._image_shape(part)
         split = array_split(
-            file.read(x), file.read(y), file.what(x), file.what(y), len(self.classes)
+            file.member(x), file.read(y), file.what(x), file.what(y), len(self.classes)
         )
         if shape != self.shape:
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -25,7 +24,7 @@ from advbench.evaluation.resources import ProcessGroup
 from advbench.evaluation.stage_cache import Archive
 from advbench.evaluation.store import Store, clear_journal
 from advbench.evaluation.summary import summarise
-from advbench.files import file_sha256, short_hash, write_atomic, write_json
+from advbench.files import file_sha256, read_json, short_hash, write_atomic, write_json
 from advbench.progress import NullProgress, Progress
 from advbench.runs.fingerprint import model_sha256
 from advbench.runs.results import RESULTS, Results
@@ -195,7 +194,7 @@ def claim(folder: Path, plan: Plan) -> None:
         write_json(path, wanted)
         return
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         theirs, ours = known["identity"], wanted["identity"]
         differs = [key for key in ours if theirs.get(key) != ours[key]]
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from advbench.errors import UserError
 from advbench.evaluation.protocol import Plan
 from advbench.evaluation.store import Records, Store, read_samples
+from advbench.files import read_json
 from advbench.runs.results import RESULTS, Results
 
 ALWAYS = ("model_sha256", "traits", "batch_size", "code", "device", "versions")
@@ -96,7 +96,7 @@ def _same(ours: dict[str, Any], theirs: dict[str, Any], keys: Sequence[str]) -> 
 def _plans(archive: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(archive.glob("*/plan.json")):
         try:
-            plan = json.loads(path.read_text(encoding="utf-8"))
+            plan = read_json(path)
             _ = plan["identity"]["data"], [stage["name"] for stage in plan["stages"]]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # somebody else's, or damaged: nothing to be had

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 from advbench import config
 from advbench.backbones import robustbench
 from advbench.backbones.base import Classifier
+from advbench.backbones.external import without_weights
 from advbench.data.base import Info
 from advbench.defenses.base import Defense
 from advbench.errors import UserError, describe, did_you_mean
+from advbench.experiments.bounds import bounded
 from advbench.runs import directory
 
 WEIGHTS = "model.safetensors"
@@ -42,9 +46,30 @@ def backbone_node(node: DictConfig, info: Info) -> DictConfig:
 def assemble(
     backbone_node: Any, defense_node: Any, plugins: tuple[str, ...] = ()
 ) -> tuple[Classifier, Defense]:
-    """A model with fresh weights and its defense applied."""
+    """A model with fresh weights and its defense applied.
+
+    Raises UserError for values that no model has, and for more memory than there is.
+    """
     defense: Defense = config.build_defense(defense_node, plugins)
-    return defense.apply(config.build(backbone_node, "backbone", plugins=plugins)), defense
+    with bounded():
+        model = config.build(backbone_node, "backbone", plugins=plugins)
+        try:
+            return defense.apply(model), defense
+        except (RuntimeError, ValueError, TypeError, ArithmeticError) as problem:
+            name = type(defense).__name__
+            raise UserError(f"{name} can't be put on the model: {describe(problem)}") from problem
+
+
+@contextmanager
+def _of(folder: Path) -> Iterator[None]:
+    """What is built inside comes from a run, which a mistake names; it fetches no weights."""
+    try:
+        with without_weights():
+            yield
+    except UserError as problem:
+        raise UserError(f"{folder / directory.CONFIG}: {problem}") from problem
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as p:
+        raise UserError(f"{folder / directory.CONFIG} describes no model: {describe(p)}") from p
 
 
 def begun_from(
@@ -58,7 +83,8 @@ def begun_from(
     folder = directory.find(folder)
     before = config.read(folder / directory.CONFIG).defense
     if before.get("_target_") == defense_node.get("_target_"):
-        model, defense = assemble(backbone_node, defense_node, plugins)
+        with without_weights():
+            model, defense = assemble(backbone_node, defense_node, plugins)
         load_weights(model, folder / WEIGHTS)
         return model, defense
     if not undefended(folder):
@@ -66,7 +92,8 @@ def begun_from(
             f"init_from={folder} has another defense: begin from a run with the same, or with none"
         )
     defense = config.build_defense(defense_node, plugins)
-    model = config.build(backbone_node, "backbone", plugins=plugins)
+    with without_weights():
+        model = config.build(backbone_node, "backbone", plugins=plugins)
     load_weights(model, folder / WEIGHTS)
     return defense.apply(model), defense
 
@@ -77,7 +104,8 @@ def base_of(folder: Path, plugins: tuple[str, ...] = ()) -> Classifier | None:
     if not path.is_file():
         return None
     cfg = config.read(directory.find(folder) / directory.CONFIG)
-    model: Classifier = config.build(cfg.backbone, "backbone", plugins=plugins)
+    with _of(folder), bounded():
+        model: Classifier = config.build(cfg.backbone, "backbone", plugins=plugins)
     load_weights(model, path)
     return model.eval()
 
@@ -103,7 +131,8 @@ def from_run(
     folder = directory.find(folder)
     cfg = config.read(folder / directory.CONFIG)
     node = cfg.defense if defense_node is None else defense_node
-    model, defense = assemble(cfg.backbone, node, plugins)
+    with _of(folder):
+        model, defense = assemble(cfg.backbone, node, plugins)
     load_weights(model, folder / WEIGHTS)
     labelled: Any = model
     labelled.traits, labelled.defense = defense.traits(model), defense

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from advbench.errors import UserError
+from advbench.files import read_json, read_rows
 from advbench.report import plots
 from advbench.report.collection import Entry
 from advbench.report.evidence import Evidence
@@ -161,7 +159,7 @@ def _read_training(found: Dossier) -> None:
 def _best_epoch(path: Path) -> int | None:
     """Of a training, also of one whose summary an older advbench wrote; None if it is not told."""
     try:
-        best = json.loads(path.read_text(encoding="utf-8"))["best_epoch"]
+        best = read_json(path)["best_epoch"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return best if isinstance(best, int) else None
@@ -172,8 +170,8 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 
     Raises UserError for a file without epochs or with words in it.
     """
-    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
     try:
+        rows = read_rows(path)
         columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
         if not np.isfinite(columns["epoch"]).all():
             raise ValueError("an epoch is missing")

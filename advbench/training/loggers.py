@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from advbench.errors import UserError
-from advbench.files import write_json
+from advbench.files import read_json, write_json
 from advbench.training.metrics import Row
 from advbench.training.tracking import Logger, Run, Session
 
@@ -237,7 +237,7 @@ class _State:
 
     def _all(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.file.read_text(encoding="utf-8")))
+            return dict(read_json(self.file))
         except (OSError, ValueError, TypeError):
             return {}
 

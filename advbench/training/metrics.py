@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from advbench.files import write_text
+from advbench.files import read_rows, write_text
 from advbench.training.processes import gather
 
 Row = dict[str, float]
@@ -78,5 +78,4 @@ def read_table(path: Path) -> list[Row]:
     """The rows of a table that ``write_table`` wrote; none where there is no file."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [{k: float(v) for k, v in row.items() if v} for row in read_rows(path)]

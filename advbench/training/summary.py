@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError
-from advbench.files import write_json
+from advbench.files import read_json, write_json
 
 SCHEMA = "advbench.training/1"
 
@@ -61,7 +60,7 @@ class Summary:
     def load(cls, path: Path) -> Summary:
         """Read a summary.json of a training. Raises UserError for a file of another kind."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             if values["schema"] != SCHEMA:
                 raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
             return cls(**{"last": {}, "guards": {}, **values})  # the first versions had none

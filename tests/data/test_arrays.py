@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from made_up_data import as_float, everything, one_line
 
 from advbench.data import arrays, sources
+from advbench.data.archive import Archive
 from advbench.errors import UserError
 
 # --- npz ------------------------------------------------------------------------------------
@@ -198,3 +200,24 @@ def test_a_flipped_byte_in_an_npz_is_found(save: Callable[..., None], tmp_path: 
     with pytest.raises(UserError, match=r"x_test in .* is damaged") as error:
         assert splits.test
     one_line(error)
+
+
+def test_images_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read block by block is what is read at once; only a block is there twice."""
+    random = np.random.default_rng(0)
+    x = random.random((2500, 16, 16, 3), np.float32)
+    monkeypatch.setattr(arrays, "BLOCK", 100)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "f.npz", x_test=x, y_test=random.integers(0, 10, 2500))
+        member = Archive(str(tmp_path / "f.npz"), "data.path", ()).member("x_test")
+        tracemalloc.start()
+        images = arrays.as_images(member, "x")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert torch.equal(images, torch.from_numpy(x).permute(0, 3, 1, 2))
+        assert peak < 0.4 * x.nbytes
+    flipped = bytearray((tmp_path / "f.npz").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "f.npz").write_bytes(flipped)
+    with pytest.raises(UserError, match="damaged"):
+        arrays.as_images(Archive(str(tmp_path / "f.npz"), "data.path", ()).member("x_test"), "x")

@@ -36,6 +36,7 @@ PAGES = {
     "index": 3,
     "tutorial": 12,
     "your-own-model": 7,
+    "python": 2,
     "adding": 6,
     "reading-a-result": 4,
     "reproducing-a-paper": 13,
@@ -137,7 +138,10 @@ def test_a_page_is_true(
 
 
 def test_errors_that_no_command_of_the_page_provokes(
-    page_place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    page_place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16: None,
 ) -> None:
     everything = blocks("troubleshooting")
     before = [None, *everything]

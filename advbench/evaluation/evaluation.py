@@ -30,6 +30,7 @@ from advbench.runs.fingerprint import model_sha256
 from advbench.runs.results import RESULTS, Results
 
 PLAN = "plan.json"
+IMAGES = "adversarial.safetensors"
 
 
 @cache
@@ -176,7 +177,7 @@ def _save_images(folder: Path, store: Store) -> None:
     if (images := store.images()) is not None:
         samples, x = images
         content = {"sample": samples, "x": x.astype(np.float32)}
-        write_atomic(folder / "adversarial.safetensors", lambda path: save_file(content, path))
+        write_atomic(folder / IMAGES, lambda path: save_file(content, path))
 
 
 def finished_results(folder: Path) -> Results | None:

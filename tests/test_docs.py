@@ -4,8 +4,7 @@ A page is run from top to bottom in a directory of its own. The words after a fe
 
     {file=NAME}   the block is a file that the page tells to write
     {fails}       the command is a mistake: exit code 2, and the ``text`` block below is its words
-    {short}       run with two epochs, and for two seconds instead of a minute
-    {slow}        run only with the slow tests; nothing below may rest on it
+    {short}       run with two epochs, a tenth of 60 images, and two seconds instead of a minute
     {needs=WHAT}  needs hardware or a network: its commands are composed and not run
 """
 
@@ -105,9 +104,7 @@ def composes(words: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_is_true(
-    page: str, page_place: Path, capsys: pytest.CaptureFixture[str], slow: bool = False
-) -> None:
+def test_a_page_is_true(page: str, page_place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     everything = blocks(page)
     for block in everything:
         if block.mark.startswith("file="):
@@ -128,13 +125,16 @@ def test_a_page_is_true(
                 assert run(words) == 2, said
                 assert below is not None and below.language == "text"
                 assert capsys.readouterr().err == below.text, said
-            elif block.mark != "slow" or slow:
-                assert block.mark in ("", "slow", "short"), f"{page}: unknown mark {block.mark}"
+            else:
+                assert block.mark in ("", "short"), f"{page}: unknown mark {block.mark}"
                 if block.mark == "short":
-                    words = [word.replace("1min", "2s") for word in words]
+                    words = [word.replace("1min", "2s").replace("n=60", "n=6") for word in words]
                     words += ["trainer.epochs=2", "recipe.steps=1"] * (words[1] == "train")
                 assert run(words) == 0, f"{said}\n{capsys.readouterr().err}"
     assert seen == PAGES[page]
+    if page == "tutorial":
+        results = json.loads(Path("outputs/eval/first-aa/results.json").read_text())
+        assert results["missing"] == []
 
 
 def test_errors_that_no_command_of_the_page_provokes(
@@ -164,13 +164,6 @@ def test_errors_that_no_command_of_the_page_provokes(
     assert main(["eval", *model]) == 2
     said.append(capsys.readouterr().err)
     assert said == quoted
-
-
-@pytest.mark.slow
-def test_the_tutorial_to_the_end(page_place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    test_a_page_is_true("tutorial", page_place, capsys, slow=True)
-    results = json.loads(Path("outputs/eval/first-aa/results.json").read_text())
-    assert results["missing"] == []
 
 
 def test_every_page_is_tried() -> None:

@@ -118,12 +118,23 @@ class Screen:
         if self.log is not None and self.log.exists():
             self.note(f"{FAILED}{reason}")
 
-    def outcome(self, headline: str, lines: Sequence[str], panel: RenderableType) -> None:
-        """The end of a run: a panel on a terminal, lines elsewhere, the headline if quiet."""
+    def outcome(
+        self,
+        headline: str,
+        lines: Sequence[str],
+        panel: RenderableType,
+        below: Sequence[str] = (),
+    ) -> None:
+        """The end of a run: a panel on a terminal, lines elsewhere, the headline if quiet.
+
+        below: lines below the panel, such as commands, which a panel would wrap.
+        """
         if self.quiet:
             self._print(headline)
         elif self.console.is_terminal:
             self.console.print(panel)
+            for text in below:
+                self._print(text)
         else:
             for text in lines:
                 self._print(text)

@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
+def percent(share: float | None) -> str:
+    """A share in [0, 1] in per cent, to a tenth; - for None."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
 def duration(seconds: float) -> str:
     """Such as 45 s, 12 min or 3.4 h."""
     if seconds < 100:
@@ -40,3 +45,10 @@ def number(value: float) -> str:
 def count(number: int, noun: str) -> str:
     """Such as 1 image, 2 images."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def size(number: int) -> str:
+    """Bytes, such as 640 B, 12 KB or 3.4 MB."""
+    if number < 1000:
+        return f"{number} B"
+    return f"{number / 1e3:.0f} KB" if number < 1e6 else f"{number / 1e6:.1f} MB"

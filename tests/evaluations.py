@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 from advbench import config
 from advbench.evaluation.samples import subset
 from advbench.evaluation.store import Records, Store, clear_journal
-from advbench.runs.results import Accuracy, Results, StageResult
+from advbench.runs.results import Accuracy, Results, StageResult, Unfinished
 
 N, WRONG, LOST = 40, 2, 10
 """Images of digits; those misclassified at once, and those lost to each of two stages."""
@@ -53,10 +54,10 @@ def attacked() -> dict[str, Records]:
         margin=np.where(wrong, -1.0, 4.0),
         forwards=np.ones(N),
     )
-    found, left = {"clean": clean}, np.arange(WRONG, N)
+    stages, left = {"clean": clean}, np.arange(WRONG, N)
     for name in ("first", "second"):
         broken = np.arange(len(left)) < LOST
-        found[name] = records(
+        stages[name] = records(
             ids[left],
             broken=broken,
             alone=broken,
@@ -66,53 +67,76 @@ def attacked() -> dict[str, Records]:
             forwards=np.full(len(left), 10),
         )
         left = left[~broken]
-    return found
+    return stages
 
 
-def results(name: str = "net", **changes: Any) -> Results:
-    """What ``attacked`` amounts to."""
-    correct, stages = N - WRONG, []
-    for stage in ("first", "second"):
-        attacked, correct = correct, correct - LOST
-        share = correct / N
+def found(
+    n: int, correct: int, lost: Mapping[str, int], missing: Sequence[str] = (), attack: str = "PGD"
+) -> dict[str, Any]:
+    """Fields of results that agree with each other.
+
+    correct: of n, without an attack.  lost: to each stage.  missing: the last stages; the first of
+    them attacked half of what it did not break, the others nothing.
+    """
+    left, stages, decided = correct, [], 0
+    for name, broken in lost.items():
+        begun = broken + (left - broken) // 2 if name in missing[:1] else 0
+        attacked = begun if name in missing else left
+        left, decided = left - broken, begun - broken if begun else 0
+        share = left / n
         stages.append(
-            StageResult(stage, "PGD", "model", "because", share, attacked, LOST, 1.5, 10, 5)
+            StageResult(name, attack, "model", "because", share, attacked, broken, 1.5, 10, 5)
         )
-    data = {"name": "digits", "split": "test", "n": N, "sha256": fingerprint()}
+    attacked = any(stage.attacked or stage.name not in missing for stage in stages)
+    bound = Accuracy(left / n) if missing else Accuracy.of(left, n)
+    decided += sum(lost.values())
+    return {
+        "clean": Accuracy.of(correct, n),
+        "robust": bound if attacked else Accuracy(),
+        "stages": tuple(stages),
+        "missing": tuple(missing),
+        "unfinished": Unfinished(decided, correct) if missing else None,
+        "measures": {"wra": (correct + left) / (2 * n)} if stages and not missing else {},
+    }
+
+
+def results(
+    name: str = "net", lost: Sequence[int] = (LOST, LOST), missing: Sequence[str] = (), **more: Any
+) -> Results:
+    """What ``attacked`` amounts to.
+
+    lost: to the stages ``first``, ``second``, ``third``.  missing: stages.  more: other fields.
+    """
     plain = {
         "run": name,
-        "data": data,
+        "data": {"name": "digits", "split": "test", "n": N, "sha256": fingerprint()},
         "threat": {"norm": "linf", "eps": 0.15},
         "protocol": {"name": "pgd", "version": "1", "seed": 0},
-        "clean": Accuracy.of(N - WRONG, N),
-        "robust": Accuracy.of(correct, N),
-        "stages": tuple(stages),
         "provenance": {"seconds": 3.0, "torch": "2.8", "seed": 0, "model_sha256": "ab" * 32},
-        "measures": {"wra": 0.7},
         "settings": {"defense": "none", "backbone": "convnet", "recipe": "pgd_at", "seed": 0},
+        **found(N, N - WRONG, dict(zip(("first", "second", "third"), lost, strict=False)), missing),
     }
-    return Results(**{**plain, **changes})
+    return Results(**{**plain, **more})
 
 
-def curve(name: str, *robust: float, **changes: Any) -> Results:
-    """An evaluation over radii up to 0.15 with these accuracies."""
+def curve(name: str, *robust: float, missing: int = 0, **more: Any) -> Results:
+    """An evaluation over radii up to 0.15 with these accuracies.  missing: radii to go."""
     steps = 0.15 * (np.arange(len(robust)) + 1) / len(robust)
-    stages = tuple(
-        StageResult(f"eps-{eps:.6g}", "APGD", "model", "because", acc, N, 1, 1.0, 1, 1)
-        for eps, acc in zip(steps, robust, strict=True)
-    )
+    names = [f"eps-{eps:.6g}" for eps in steps]
+    left = [N - WRONG, *(round(acc * N) for acc in robust)]
+    lost = {name: a - b for name, a, b in zip(names, left, left[1:], strict=False)}
     protocol = {"name": "curve", "version": "1", "points": len(robust), "seed": 0}
-    last = Accuracy.of(round(robust[-1] * N), N)
-    return results(name, stages=stages, robust=last, protocol=protocol, **changes)
+    ends = found(N, N - WRONG, lost, names[len(names) - missing :], "APGD")
+    return results(name, protocol=protocol, **{**ends, **more})
 
 
-def write(folder: Path, found: Results, images: bool = False, bare: bool = False) -> Path:
+def write(folder: Path, done: Results, images: bool = False, bare: bool = False) -> Path:
     """Leave an evaluation in a folder: with its records and its config, unless it is ``bare``.
 
     images: keep adversarial images, which are the clean ones 0.1 brighter.
     """
     folder.mkdir(parents=True)
-    found.save(folder / "results.json")
+    done.save(folder / "results.json")
     if bare:
         return folder
     store, splits = Store(folder), digits()

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import evaluations
+
 from advbench.report.collection import Entry
-from advbench.runs.results import Accuracy, Results, StageResult
+from advbench.runs.results import Results
 
 SETTINGS = {"backbone": "convnet", "defense": "none", "recipe": "pgd_at", "seed": 0}
 DATA = {"name": "digits", "split": "test", "n": 200, "sha256": "c0ffee00" * 8}
@@ -16,22 +18,22 @@ AUTOATTACK = {"name": "autoattack", "version": "1", "suite": "standard", "seed":
 PGD = {"name": "pgd", "version": "1", "steps": 50, "seed": 0}
 
 
-def results(robust: int = 100, **changes: Any) -> Results:
-    """Results of a plausible evaluation, in which ``robust`` images held.
+def results(held: int = 100, **changes: Any) -> Results:
+    """Results of a plausible evaluation, in which so many images held.
 
     changes: of fields; those of a mapping are merged into it.
     """
-    n = changes.get("data", {}).get("n", DATA["n"])
-    stage = StageResult("apgd-ce", "APGD", "model", "why", robust / n, n, n - robust, 1.5, 40, 30)
+    n, missing = changes.get("data", {}).get("n", DATA["n"]), changes.pop("missing", ())
+    held = min(held, n)
+    correct = max(n - 10, held)
+    lost = {} if changes.get("stages") == () else {"apgd-ce": correct - held, "square": 0}
     values: dict[str, Any] = {
         "run": "a-run",
         "settings": SETTINGS,
         "data": DATA,
         "threat": THREAT,
         "protocol": AUTOATTACK,
-        "clean": Accuracy.of(max(n - 10, 0), n),
-        "robust": Accuracy.of(robust, n),
-        "stages": (stage,),
+        **evaluations.found(n, correct, lost, missing, "APGD"),
         "provenance": {"seconds": 12.5, "model_sha256": None},
     }
     for key, value in changes.items():
@@ -40,10 +42,10 @@ def results(robust: int = 100, **changes: Any) -> Results:
     return Results(**values)
 
 
-def put(folder: Path, robust: int = 100, **changes: Any) -> Path:
+def put(folder: Path, held: int = 100, **changes: Any) -> Path:
     """An evaluation directory with results and nothing else."""
     folder.mkdir(parents=True)
-    results(robust, **changes).save(folder / "results.json")
+    results(held, **changes).save(folder / "results.json")
     return folder
 
 

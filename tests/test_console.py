@@ -25,7 +25,7 @@ from advbench.console import Bar, Meter, Screen
 from advbench.errors import UserError
 from advbench.experiments import outcome
 from advbench.experiments.views import EvaluationView, TrainingView
-from advbench.runs.results import Accuracy, Results, StageResult
+from advbench.runs.results import Accuracy, Results, StageResult, Unfinished
 from advbench.text import duration, number
 from advbench.training.summary import Summary
 
@@ -62,7 +62,7 @@ RESULTS = Results(
     run="mine",
     data={"name": "digits", "n": 100},
     threat={"norm": "linf", "eps": 8 / 255},
-    protocol={"name": "autoattack", "version": 1},
+    protocol={"name": "autoattack", "version": "1"},
     clean=Accuracy.of(90, 100),
     robust=Accuracy.of(30, 100),
     stages=(stage("apgd-ce", 90, 20, 0.7), stage("apgd-t", 70, 40, 0.3), stage("fab", 30, 0, 0.3)),
@@ -119,7 +119,7 @@ def test_what_matters_most_stays_on_a_narrow_terminal(clock: Clock) -> None:
         clock.now = 4.0
         view.update(20, correct=70, samples=100, seconds_left=90.0)
     text = stream.getvalue()
-    assert str(Accuracy.of(70, 100)) in text and "90 s left" in text
+    assert "at most 70.0 %" in text and "90 s left" in text
     assert "samples/s" not in text
 
 
@@ -187,10 +187,10 @@ def ended(results: Results, tmp_path: Path, terminal: bool, quiet: bool = False)
 def test_a_panel_on_a_terminal(tmp_path: Path) -> None:
     text, log = ended(RESULTS, tmp_path, terminal=True)
     assert "╭" in text and "mine, linf 8/255, autoattack 1" in text
-    for part in (str(RESULTS.robust), str(RESULTS.clean), "an upper bound", "not computed"):
+    for part in (str(RESULTS.robust), str(RESULTS.clean), "an upper bound"):
         assert part in text, part
     (most,) = [line for line in text.splitlines() if "broke most" in line]
-    assert "apgd-t" in most and "40" in most
+    assert "apgd-t" in most and "40" in most and "verdict" not in text
     assert "robust accuracy 30.0 % [21.9, 39.6], an upper bound" in log
     assert "╭" not in log and "verdict" not in log
 
@@ -202,7 +202,7 @@ def test_lines_without_a_terminal(tmp_path: Path) -> None:
 
 
 def test_without_an_attack_there_is_no_robust_accuracy(tmp_path: Path) -> None:
-    bare = replace(RESULTS, stages=(), robust=RESULTS.clean)
+    bare = replace(RESULTS, stages=(), robust=Accuracy(), measures={})
     for terminal in (True, False):
         text, log = ended(bare, tmp_path, terminal)
         assert "nothing attacked" in text and "an upper bound" not in text + log
@@ -222,13 +222,20 @@ def test_quiet_is_one_line_and_the_log_has_all(tmp_path: Path) -> None:
     assert text.count("\n") == 1
     assert text.startswith("robust 30.0 % [21.9, 39.6], an upper bound; clean 90.0 %")
     assert "after apgd-ce" in log
-    unfinished = replace(RESULTS, missing=("fab",))
-    assert "unfinished" in ended(unfinished, tmp_path, terminal=True, quiet=True)[0]
+    so_far = {"robust": Accuracy(0.3), "measures": {}, "unfinished": Unfinished(61, 90)}
+    unfinished = replace(RESULTS, missing=("fab",), **so_far)
+    said = "robust UNFINISHED: at most 30.0 %, 61 of 90 samples decided; clean 90.0 %"
+    assert ended(unfinished, tmp_path, terminal=True, quiet=True)[0].startswith(said)
     assert "time was up before the end of fab" in ended(unfinished, tmp_path, terminal=True)[0]
 
 
 def test_nobody_was_broken() -> None:
-    assert outcome.strongest(replace(RESULTS, stages=(stage("fab", 30, 0, 0.3),))) is None
+    assert (
+        outcome.strongest(
+            replace(RESULTS, clean=RESULTS.robust, stages=(stage("fab", 30, 0, 0.3),), measures={})
+        )
+        is None
+    )
     best = outcome.strongest(RESULTS)
     assert best is not None and best.name == "apgd-t"
 
@@ -315,7 +322,9 @@ def test_the_states_of_runs(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     copied(seen, "measured")
     short = copied(seen, "short")
     results = json.loads((short / "results.json").read_text())
-    (short / "results.json").write_text(json.dumps({**results, "missing": ["pgd-ce"]}))
+    cut = {"missing": ["pgd-ce"], "unfinished": {"decided": 0, "of": 1}, "measures": {}}
+    cut["robust"] = {"acc": results["robust"]["acc"], "ci95": None}
+    (short / "results.json").write_text(json.dumps({**results, **cut}))
     for name, content in (("wrong", '{"robust": 1}'), ("odd", '"\\u001b"')):
         (copied(seen, name) / "results.json").write_text(content)
     (copied(good, "strange") / "summary.json").write_text('{"val": [3]}')

@@ -247,7 +247,7 @@ def _attacked(protocol: str, threat: Threat, precision: str) -> tuple[bool, str]
     results = api.evaluate(
         model.to(device), x, y, threat=threat, protocol=attack, precision=precision
     )
-    left = round(results.robust.acc * len(y))
+    left = round((results.robust.acc or 0) * len(y))
     return left == truth, f"{left} of {len(y)} hold, {truth} by the closed form"
 
 

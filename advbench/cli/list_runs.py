@@ -164,9 +164,7 @@ def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
     results, robust, n = None, "-", ""
     if (folder / RESULTS).is_file():
         results = Results.load(folder / RESULTS)
-        if results.attacked:
-            low, high = (100 * end for end in results.robust.ci95)
-            robust = f"{100 * results.robust.acc:.1f} [{low:.1f}, {high:.1f}]"
+        robust = str(results.robust).replace(" %", "")
         n = f", n = {results.data['n']}"
     finished = results is not None and not results.missing
     of = Path(cfg.get("run") or cfg.get("model") or "?").name
@@ -177,7 +175,7 @@ def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
         finished=finished,
         where="" if finished else _stage(folder),
         what=f"{_choice(cfg, 'protocol')} of {of}{n}",
-        robust=robust if finished or results is None else f"<= {robust}",
+        robust=robust if finished or robust == "-" else f"<= {robust}",
         files=(RESULTS, "journal", "plan.json", directory.CONFIG),
     )
 

@@ -124,7 +124,9 @@ class JointSearch:
         forwards, backwards = torch.zeros_like(batch.ids), torch.zeros_like(batch.ids)
         for attempt in range(self.attack.starts):
             state = self._search(batch, bench, attempt, len(order))
-            if state is None:
+            if state is None:  # the work is lost, and the time was spent
+                seconds = time.perf_counter() - begin
+                self.store.append(self.stage.name, Records.joined([]), seconds)
                 return False
             forwards, backwards = forwards + state.forwards, backwards + state.backwards
         bench.judge_alone(order)

@@ -33,7 +33,7 @@ from advbench.evaluation.eta import Forecast
 from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.stage_state import Ledger
-from advbench.evaluation.store import Store
+from advbench.evaluation.store import Records, Store
 
 NO_GRADIENT = (
     "the model's gradient is NaN or infinite for whole images, so an attack along it would find "
@@ -290,13 +290,15 @@ class Search:
         now = time.perf_counter()
         late = self.job.deadline()
         if self.whole:
+            if late:  # the work is lost, and the time was spent
+                self.store.append(self.stage.name, Records.joined([]), now - self.committed)
             self._show_now_and_then(now, late)
             return late
         if self.fresh and (now - self.committed > COMMIT_SECONDS or late):
             self._commit()
         pause = max(SAVE_SECONDS, self.save_cost / SAVE_SHARE)
         if now - self.saved > pause or late:
-            self._commit()
+            self._commit(always=True)
             self._save_in_progress()
             self.saved = time.perf_counter()
             self.save_cost = self.saved - now
@@ -321,8 +323,9 @@ class Search:
         queries = attempts * self.attack.queries + self.age[taken]
         return self.forecast.seconds(queries.numpy(), len(self.waiting), self.shapes.largest)
 
-    def _commit(self) -> None:
-        if not self.fresh:
+    def _commit(self, always: bool = False) -> None:
+        """Store what is finished. always: also the time alone."""
+        if not self.fresh and not always:
             return
         now = time.perf_counter()
         records, images = self.ledger.records(self.fresh)

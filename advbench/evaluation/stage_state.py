@@ -62,7 +62,7 @@ class Ledger:
 
     def records(self, positions: Sequence[int]) -> tuple[Records, np.ndarray | None]:
         """The records of finished samples, and the images of the broken ones if they are kept."""
-        at = torch.tensor(positions)
+        at = torch.tensor(positions, dtype=torch.int64)
         records = Records(
             sample=self.samples[at].numpy(),
             **{

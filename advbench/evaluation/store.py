@@ -177,6 +177,23 @@ class Store:
                     f"'{path}' is damaged: remove it, and its searches begin again"
                 ) from None
 
+    def in_progress(self, stage: str) -> tuple[int, int, int]:
+        """Samples of a stage that were begun and have no record; their forwards and backwards."""
+        most: dict[int, tuple[int, int]] = {}
+        for flight in self.flights(stage):
+            spent: dict[int, tuple[int, int]] = {}
+            for part, ids in (("ledger", "sample"), ("rows", "ids")):
+                columns = (flight.get(f"{part}.{c}") for c in (ids, "forwards", "backwards"))
+                values = [[] if column is None else column.tolist() for column in columns]
+                for sample, forwards, backwards in zip(*values, strict=True):
+                    before = spent.get(sample, (0, 0))
+                    spent[sample] = before[0] + forwards, before[1] + backwards
+            for sample, passes in spent.items():  # an earlier sitting may have left its own
+                most[sample] = max(most.get(sample, (0, 0)), passes)
+        stored = set(self.records(stage).sample.tolist())
+        begun = [passes for sample, passes in most.items() if sample not in stored and any(passes)]
+        return len(begun), sum(p[0] for p in begun), sum(p[1] for p in begun)
+
     def records(self, stage: str) -> Records:
         """What is known of a stage so far, sorted by sample."""
         return Records.joined(self._parts.get(stage, []))

@@ -14,7 +14,7 @@ from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.store import Records, Store
 from advbench.runs import provenance
-from advbench.runs.results import Accuracy, Results, StageResult
+from advbench.runs.results import Accuracy, Data, Results, StageResult, Unfinished
 
 
 def summarise(
@@ -41,14 +41,18 @@ def summarise(
     clean = store.records(CLEAN)
     n, unseen = len(clean), len(clean) < len(job.samples)
     correct = n - int(clean.broken.sum())
-    clean_accuracy = Accuracy.of(correct, n)
+    clean_accuracy = Accuracy() if unseen else Accuracy.of(correct, n)
     rows, names = [], [stage.name for stage in stages]
     missing = [CLEAN] if unseen else []
     left = owed = clean.sample[~clean.broken]
+    undecided = np.empty(0, np.int64)
     for stage in stages:
         records = store.records(stage.name)
-        if not np.isin(owed, records.sample).all() or unseen:
+        pending = np.setdiff1d(owed, records.sample)
+        undecided = np.union1d(undecided, pending)
+        if len(pending) or unseen:
             missing.append(stage.name)
+        begun, forwards, backwards = store.in_progress(stage.name) if len(pending) else (0, 0, 0)
         owed = np.setdiff1d(owed, records.sample[records.alone])  # as the engine goes on
         broken = int(np.isin(left, records.sample[records.broken]).sum())
         left = np.setdiff1d(left, records.sample[records.broken])
@@ -59,51 +63,62 @@ def summarise(
                 attack=type(stage.attack).__name__,
                 target=stage.victim,
                 why=stage.why,
-                robust_acc=correct / max(n, 1),
-                attacked=int((records.forwards > 0).sum()),
+                robust_acc=None if unseen else correct / n,
+                attacked=int((records.forwards > 0).sum()) + begun,
                 broken=broken,
                 seconds=round(store.seconds(stage.name), 3),
-                forwards=int(records.forwards.sum()),
-                backwards=int(records.backwards.sum()),
+                forwards=int(records.forwards.sum()) + forwards,
+                backwards=int(records.backwards.sum()) + backwards,
             )
         )
     data = identity["data"]
     device = job.samples.device
+    everything = [clean, *map(store.records, names)]
+    robust, unfinished = Accuracy(), None
+    if not unseen and any(row.attacked or row.name not in missing for row in rows):
+        robust = Accuracy(correct / n) if missing else Accuracy.of(correct, n)
+    if unseen:
+        unfinished = Unfinished(0, len(job.samples))
+    elif missing:
+        of = int((~clean.broken).sum())
+        unfinished = Unfinished(of - len(undecided), of)
+    origin: Any = {
+        **provenance.code(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "seed": job.seed,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(sum(store.seconds(name) for name in (CLEAN, *names)), 3),
+        "model_sha256": identity["model_sha256"],
+    }
     return Results(
         run=run,
         settings=dict(settings),
-        data={key: data[key] for key in ("name", "split", "n", "sha256")},
+        data=Data(**{key: data[key] for key in ("name", "split", "n", "sha256")}),
         threat=identity["threat"],
-        protocol={**identity["protocol"], "seed": job.seed},
+        protocol=identity["protocol"] | {"seed": job.seed},
         clean=clean_accuracy,
-        robust=Accuracy.of(correct, n),
-        measures=measures(job.traits, n, [clean, *map(store.records, names)], correct),
+        robust=robust,
+        measures={} if missing else measures(job.traits, n, everything, robust.acc),
         stages=tuple(rows),
         missing=tuple(missing),
-        provenance={
-            **provenance.code(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "seed": job.seed,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(
-                sum(store.seconds(name) for name in (CLEAN, *(stage.name for stage in stages))), 3
-            ),
-            "model_sha256": identity["model_sha256"],
-        },
+        unfinished=unfinished,
+        provenance=origin,
     )
 
 
-def measures(traits: Traits, n: int, records: list[Records], correct: int) -> dict[str, float]:
+def measures(
+    traits: Traits, n: int, records: list[Records], robust: float | None
+) -> dict[str, float]:
     """Other ways to say what the records hold, shares in [0, 1].
 
-    records: of the clean images and of each stage.  correct: robust samples.
+    records: of the clean images and of each stage.  robust: accuracy; None if nothing was attacked.
     wra: weighted robust accuracy, the mean of clean and robust.  mean_draw, worst_draw: robust
     accuracy if one evaluation of a stochastic model decides, on average, and if the worst of them
     does.  single_image: the share that no image broke alone among clean ones; an upper bound, since
     the attacks alter whole batches.
     """
     clean = records[0]
-    found = {"wra": (float((~clean.broken).sum()) + correct) / (2 * n) if n else 0.0}
+    found = {} if robust is None else {"wra": (float((~clean.broken).mean()) + robust) / 2}
     everything = Records.joined(records)
     if traits.stochastic:
         wrong = np.zeros(int(clean.sample.max(initial=-1)) + 1)

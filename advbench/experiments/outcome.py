@@ -13,7 +13,7 @@ from rich.text import Text
 from advbench.attacks.threat import Threat
 from advbench.console import Screen
 from advbench.runs.results import MEASURES, Accuracy, Results, StageResult, wilson
-from advbench.text import duration
+from advbench.text import duration, percent
 from advbench.training.summary import Summary
 
 COLOURS = {"reliable": "green", "inconclusive": "yellow", "unreliable": "bold red"}
@@ -31,26 +31,24 @@ def show_training(summary: Summary, folder: Path, screen: Screen, command: str) 
     if robust:
         rows.add_row("robust", f"{_share(val['robust'], n)}  {val['attack']}")
     note = f"on {n} validation images, by which the epoch was chosen: a little high"
-    panel = _panel(
-        str(folder), [rows, Text(note, "dim"), _next(command)], duration(summary.seconds)
-    )
     screen.outcome(
         f"{said}: {folder}",
         [f"{said}, {summary.seconds:.0f} s", f"next: {command}"],
-        panel,
+        _panel(str(folder), [rows, Text(note, "dim")], duration(summary.seconds)),
+        [f"next: {command}"],
     )
 
 
 def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
-    """The end of an evaluation; without a verdict, there is none to see."""
-    label = results.verdict["label"]
+    """The end of an evaluation. Without a verdict nothing is said of one."""
+    label = results.verdict.get("label")
     signs = [i for i in results.verdict.get("indicators", ()) if i.get("triggered")]
     lines = [
-        f"  after {stage.name}: {100 * stage.robust_acc:.1f} % "
+        f"  after {stage.name}: {_left(results, stage)} "
         f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"
         for stage in results.begun
     ]
-    lines += [f"clean accuracy  {results.clean}", f"robust accuracy {_robust(results)}"]
+    lines += [f"clean accuracy  {results.clean}", f"robust accuracy {results.bound()}"]
     lines += [f"  {MEASURES[k]}: {100 * value:.1f} %" for k, value in results.measures.items()]
     if label is not None:
         lines.append(f"verdict: {label}")
@@ -60,13 +58,14 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     lines.append(f"results: {folder}")
 
     facts = _facts()
-    facts.add_row("robust accuracy", _robust(results))
+    facts.add_row("robust accuracy", results.bound())
     facts.add_row("clean accuracy", str(results.clean))
     for name, value in results.measures.items():
         facts.add_row(MEASURES[name], f"{100 * value:.1f} %")
-    facts.add_row("verdict", Text(label or "not computed", COLOURS.get(label or "", "dim")))
-    for sign in signs:
-        facts.add_row("", f"{sign['id']}: {sign['why']}")
+    if label is not None:
+        facts.add_row("verdict", Text(label, COLOURS.get(label, "")))
+        for sign in signs:
+            facts.add_row("", f"{sign['id']}: {sign['why']}")
     parts = [facts]
     if results.stages:
         parts += [Text(), _stages(results)]
@@ -77,9 +76,8 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     title = f"{results.run}, {threat}, {results.protocol['name']} {results.protocol['version']}"
     panel = _panel(title, parts, duration(results.provenance["seconds"]))
     said = "" if label is None else f", {label}"
-    open_end = ", unfinished" if results.missing else ""
     screen.outcome(
-        f"robust {_robust(results)}{said}{open_end}; clean {results.clean}: {folder}",
+        f"robust {results.bound()}{said}; clean {results.clean}: {folder}",
         lines,
         panel,
     )
@@ -90,9 +88,10 @@ def strongest(results: Results) -> StageResult | None:
     return max((s for s in results.stages if s.broken), key=lambda s: s.broken, default=None)
 
 
-def _robust(results: Results) -> str:
-    """Robust accuracy as what it is."""
-    return f"{results.robust}, an upper bound" if results.attacked else "- (nothing attacked)"
+def _left(results: Results, stage: StageResult) -> str:
+    """What is left after a stage, and whether that is a bound so far."""
+    share = percent(stage.robust_acc)
+    return f"at most {share}" if stage.name in results.missing else share
 
 
 def _unfinished(results: Results) -> str:
@@ -113,11 +112,15 @@ def _stages(results: Results) -> Table:
             Text(stage.name),
             str(stage.attacked),
             str(stage.broken),
-            f"{100 * stage.robust_acc:.1f} %",
+            _left(results, stage),
             duration(stage.seconds),
-            Text("broke most" if stage is most else "", "bold"),
+            _remark(stage, most, stage.name in results.missing),
         )
     return table
+
+
+def _remark(stage: StageResult, most: StageResult | None, missing: bool) -> Text:
+    return Text("unfinished", "yellow") if missing else Text("broke most" * (stage is most), "bold")
 
 
 def _share(value: float, n: int) -> str:
@@ -129,10 +132,6 @@ def _facts() -> Table:
     table.add_column(style="dim")
     table.add_column(style="bold", overflow="fold")
     return table
-
-
-def _next(command: str) -> Text:
-    return Text(f"next: {command}", "dim")
 
 
 def _panel(title: str, parts: list[Table | Text], time: str) -> Panel:

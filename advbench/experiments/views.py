@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from advbench.console import Bar, Meter, Screen
 from advbench.progress import NullProgress
-from advbench.runs.results import Accuracy
+from advbench.runs.results import CLEAN
 from advbench.text import duration, number
 
 
@@ -69,7 +69,7 @@ class EvaluationView(NullProgress):
 
     def stage(self, name: str, total: int) -> None:
         if name == self.name:  # the next group of the same stage
-            self.before, self.waiting = self.before + self.total, total
+            self.before, self.total = self.before + self.total, total
             return
         self.name, self.before, self.total = name, 0, total
         self.meter = Meter()
@@ -93,7 +93,8 @@ class EvaluationView(NullProgress):
         self.meter.at(done)
         parts = [text] if text else []
         if correct is not None and samples is not None:
-            parts.append(str(Accuracy.of(correct, samples)))
+            share = f"{100 * correct / max(samples, 1):.1f} %"
+            parts.append(share if self.name == CLEAN else f"at most {share}")
         if seconds_left:
             parts.append(f"{duration(seconds_left)} left")
         if correct is not None and samples is not None:

@@ -147,14 +147,14 @@ def _row(group: Group, varied: Sequence[str], anchors: Mapping[int, str]) -> Mar
         "tr",
         cells,
         class_="run",
-        data_open=bool(first.results.missing) or group.robust is None,  # last, however sorted
+        data_open=group.unfinished is not None or group.robust is None,  # last, however sorted
         data_words=words.lower(),
         **{f"data_{key}": value for key, value in facets.items()},
     )
 
 
 def _interval(mean: Mean) -> str:
-    return f"{percent(mean.ci95[0])}\u2013{percent(mean.ci95[1])}"
+    return "" if mean.ci95 is None else "\u2013".join(map(percent, mean.ci95))
 
 
 def _accuracy(name: str, mean: Mean | None) -> Markup:
@@ -172,14 +172,14 @@ def _accuracy(name: str, mean: Mean | None) -> Markup:
     )
 
 
-def _track(clean: Mean, robust: Mean | None) -> Markup:
+def _track(clean: Mean | None, robust: Mean | None) -> Markup:
     """Both accuracies with their intervals on a line from 0 to 100 %."""
     marks, said = [], []
     for name, mean in (("clean", clean), ("robust", robust)):
         if mean is None:
             continue
-        said.append(f"{name} {percent(mean.acc)} %, {_interval(mean)}")
-        low, high = mean.ci95
+        said.append(f"{name} {percent(mean.acc)} %, {_interval(mean) or 'at most'}")
+        low, high = mean.ci95 or (mean.acc, mean.acc)
         band = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
         marks.append(el("i", class_=f"band {name}", style=band))
         marks.append(el("i", class_=f"dot {name}", style=f"left:{100 * mean.acc:.2f}%"))

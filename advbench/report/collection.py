@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from advbench import config
 from advbench.errors import UserError
 from advbench.runs.directory import CONFIG
-from advbench.runs.results import RESULTS, Accuracy, Results, wilson
+from advbench.runs.results import RESULTS, Accuracy, Results, Unfinished, wilson
 from advbench.text import printable, threat_name
 
 if TYPE_CHECKING:  # a table does not need them, and importing torch takes seconds
@@ -50,7 +50,8 @@ class Entry:
     @property
     def seed(self) -> int | None:
         """Of the training; None for a model that advbench did not train."""
-        return self.results.settings.get(SEED)
+        seed = self.results.settings.get(SEED)
+        return seed if isinstance(seed, int) else None
 
     @property
     def data(self) -> str:
@@ -202,25 +203,30 @@ def find(paths: Sequence[Path]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Mean:
-    """An accuracy over training seeds, shares in [0, 1].
-
-    sd: sample standard deviation over ``count`` seeds; None for one.
-    ci95: Wilson's interval at the mean, for n images. The seeds share their images, so they do not
-    add to n: it says how far other images could move the mean, sd how far other seeds could.
-    """
+    """An accuracy over training seeds, shares in [0, 1]."""
 
     acc: float
+    """The mean."""
     sd: float | None
+    """Sample standard deviation over the seeds; None for one seed."""
     count: int
-    ci95: tuple[float, float]
+    """Seeds."""
+    ci95: tuple[float, float] | None
+    """Wilson's interval at the mean, for n images; None for a bound so far. The seeds share their
+    images, so they do not add to n: this says how far other images could move the mean, ``sd`` how
+    far other seeds could."""
 
     @classmethod
-    def of(cls, accuracies: Sequence[Accuracy], n: int) -> Mean:
-        if len(accuracies) == 1:
-            return cls(accuracies[0].acc, None, 1, accuracies[0].ci95)
-        values = [accuracy.acc for accuracy in accuracies]
-        mean = statistics.fmean(values)
-        return cls(mean, statistics.stdev(values), len(values), wilson(mean * n, n))
+    def of(cls, accuracies: Sequence[Accuracy], n: int) -> Mean | None:
+        """The mean of accuracies on the same n images; None if one of them is unknown."""
+        values = [accuracy.acc for accuracy in accuracies if accuracy.acc is not None]
+        if len(values) < len(accuracies):
+            return None
+        bounds = any(accuracy.ci95 is None for accuracy in accuracies)
+        if len(values) == 1:
+            return cls(values[0], None, 1, accuracies[0].ci95)
+        mean, sd = statistics.fmean(values), statistics.stdev(values)
+        return cls(mean, sd, len(values), None if bounds else wilson(mean * n, n))
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,15 +240,23 @@ class Group:
         return self.entries[0]
 
     @property
-    def clean(self) -> Mean:
+    def clean(self) -> Mean | None:
+        """None where not all clean images were classified."""
         return Mean.of([entry.results.clean for entry in self.entries], self.first.n)
 
     @property
     def robust(self) -> Mean | None:
         """None where nothing was attacked."""
-        if not all(entry.results.attacked for entry in self.entries):
-            return None
         return Mean.of([entry.results.robust for entry in self.entries], self.first.n)
+
+    @property
+    def unfinished(self) -> Unfinished | None:
+        """How far all evaluations together came; None for finished ones."""
+        parts = [entry.results.unfinished for entry in self.entries]
+        known = [part for part in parts if part is not None]
+        if not known:
+            return None
+        return Unfinished(sum(part.decided for part in known), sum(part.of for part in known))
 
     @property
     def seeds(self) -> list[int]:

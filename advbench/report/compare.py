@@ -197,7 +197,8 @@ def _evidence(entry: Entry) -> Evidence:
     except ValueError as problem:
         raise UserError(f"'{entry.folder}/samples.parquet' is damaged: {problem}") from problem
     held = int((evidence.fell < 0).sum())
-    if (len(evidence), held) != (entry.n, round(entry.results.robust.acc * entry.n)):
+    share = (entry.results.robust if entry.results.attacked else entry.results.clean).acc or 0.0
+    if (len(evidence), held) != (entry.n, round(share * entry.n)):
         raise UserError(f"'{entry.folder}': samples.parquet is not that of results.json")
     return evidence
 

@@ -133,6 +133,8 @@ def _record(group: Group, settings: Sequence[str]) -> dict[str, Any]:
         **_spread("robust", group.robust),
         "verdict": group.verdict,
         "missing": ";".join(first.results.missing),
+        "decided": group.unfinished and group.unfinished.decided,
+        "to_decide": group.unfinished and group.unfinished.of,
         "seconds": group.seconds,
         "passes": group.passes,
         "folders": ";".join(entry.folder.as_posix() for entry in group.entries),
@@ -142,7 +144,7 @@ def _record(group: Group, settings: Sequence[str]) -> dict[str, Any]:
 def _spread(name: str, mean: Mean | None) -> dict[str, Any]:
     if mean is None:
         return dict.fromkeys((name, f"{name}_sd", f"{name}_low", f"{name}_high"))
-    low, high = mean.ci95
+    low, high = mean.ci95 or (None, None)
     return {name: mean.acc, f"{name}_sd": mean.sd, f"{name}_low": low, f"{name}_high": high}
 
 

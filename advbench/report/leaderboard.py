@@ -32,6 +32,7 @@ READING_SEEDS = (
 )
 READING_CLEAN = f"robust {UNKNOWN}: nothing was attacked"
 READING_VERDICT = f"verdict {UNKNOWN}: not computed"
+READING_UNFINISHED = "UNFINISHED: time was up before all samples were decided; no result yet"
 READING_WEAK = "weak: the protocol flatters; compare with nothing that another protocol found"
 
 
@@ -99,9 +100,10 @@ class Board:
         several = any(len(group.entries) > 1 for group in groups)
         if several:
             columns["seeds"] = [str(len(group.entries)) for group in groups]
-        columns["clean"] = [_accuracy(group.clean) for group in groups]
-        columns["robust"] = [_accuracy(group.robust) for group in groups]
-        columns["verdict"] = [_verdict(group) for group in groups]
+        columns["clean"] = [accuracy_text(group.clean) for group in groups]
+        columns["robust"] = [robust_text(group) for group in groups]
+        if any(group.verdict for group in groups):
+            columns["verdict"] = [group.verdict or UNKNOWN for group in groups]
         columns["time"] = [duration(group.seconds) for group in groups]
         columns["passes"] = [f"{group.passes:,.0f}" for group in groups]
         numbers = {"n", "seeds", "clean", "robust", "time", "passes", *self.swept} - set(NAMES)
@@ -110,7 +112,8 @@ class Board:
             READING,
             READING_SEEDS if several else "",
             READING_CLEAN if UNKNOWN in columns["robust"] else "",
-            READING_VERDICT if UNKNOWN in columns["verdict"] else "",
+            READING_UNFINISHED if any(group.unfinished for group in groups) else "",
+            READING_VERDICT if UNKNOWN in columns.get("verdict", ()) else "",
             READING_WEAK if weak else "",
         )
         return Sheet(
@@ -212,8 +215,8 @@ def rank(group: Group) -> Any:
     """The most robust first among equals; last what did not finish, and what was not attacked."""
     names = [group.first.name(key) for key in NAMES]
     robust = group.robust
-    last = robust is None, bool(group.first.results.missing)
-    best = 0.0 if robust is None else -robust.acc, -group.clean.acc
+    last = robust is None, group.unfinished is not None
+    best = [0.0 if mean is None else -mean.acc for mean in (robust, group.clean)]
     return last, place(group), best, names, str(group.first.folder)
 
 
@@ -228,13 +231,20 @@ def _settings(found: Sequence[Group], shown: Sequence[str]) -> list[str]:
     return [texts[id(group)] for group in found]
 
 
-def _accuracy(mean: Mean | None) -> str:
+def accuracy_text(mean: Mean | None) -> str:
+    """In per cent, with what is known of its spread and its interval."""
     if mean is None:
         return UNKNOWN
-    low, high = mean.ci95
     spread = "" if mean.sd is None else f" ± {100 * mean.sd:.1f}"
+    if mean.ci95 is None:
+        return f"{100 * mean.acc:.1f}{spread}"
+    low, high = mean.ci95
     return f"{100 * mean.acc:.1f}{spread} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _verdict(group: Group) -> str:
-    return "unfinished" if group.first.results.missing else group.verdict or UNKNOWN
+def robust_text(group: Group) -> str:
+    """Robust accuracy as what it is: a number, a bound so far, or nothing."""
+    if group.unfinished is None:
+        return accuracy_text(group.robust)
+    so_far = "" if group.robust is None else f"at most {accuracy_text(group.robust)}, "
+    return f"UNFINISHED: {so_far}{group.unfinished}"

@@ -51,6 +51,8 @@ def model_info(results: Results) -> dict[str, Any]:
             "protocol.suite=rand leaves out two attacks and is for stochastic models, which this "
             "one is not: evaluate with protocol=autoattack"
         )
+    if results.clean.acc is None or results.robust.acc is None or results.robust.ci95 is None:
+        raise UserError("nothing was attacked: there is no robust accuracy to report")
     clean, robust = _percent(results.clean.acc), _percent(results.robust.acc)
     low, high = results.robust.ci95
     label, settings = results.verdict.get("label"), results.settings

@@ -5,18 +5,16 @@ Accuracies are in per cent, with Wilson's 95 % interval wherever a whole accurac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from advbench.report.collection import Mean
 from advbench.report.evidence import Evidence
 from advbench.report.gallery import Gallery, class_name, to_uint8
 from advbench.report.style import (
     CELL,
     CLEAN,
-    COLUMN,
     DENSE,
     GRID,
     INK,
@@ -24,6 +22,13 @@ from advbench.report.style import (
     MUTED,
     ROBUST,
     SERIES,
+    Share,
+    canvas,
+    deviations,
+    percent_axis,
+    points,
+    short,
+    whiskers,
 )
 from advbench.runs.results import Accuracy, Results, StageResult
 
@@ -35,71 +40,23 @@ MOST_CLASSES = 25
 """Of a heat map with numbers in it."""
 
 WIDE = "wide: ± sd over training seeds"
-"""How to read the bars of ``_deviations``."""
+"""How to read the bars of ``deviations``."""
 
-
-class Share(Protocol):
-    """An accuracy in [0, 1] with its interval."""
-
-    @property
-    def acc(self) -> float: ...
-    @property
-    def ci95(self) -> tuple[float, float]: ...
-
-
-def canvas(height: float = 2.3, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of one column's width, and its axes; those of a grid are (rows, columns)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(COLUMN, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=True, squeeze=columns == 1)
-
-
-def short(name: str, most: int = 26) -> str:
-    """The name, its middle left out if it is long."""
-    keep = (most - 1) // 2
-    return name if len(name) <= most else f"{name[:keep]}…{name[-keep:]}"
-
-
-def _whiskers(accuracies: Sequence[Share]) -> tuple[np.ndarray, np.ndarray]:
-    """Per cent (M,), and the lengths below and above them (2, M)."""
-    centre = np.array([100 * a.acc for a in accuracies])
-    ends = np.array([[100 * end for end in a.ci95] for a in accuracies]).T
-    return centre, np.maximum(np.stack([centre - ends[0], ends[1] - centre]), 0)
-
-
-def _deviations(
-    axes: Axes, x: Iterable[float], y: Iterable[float], shares: Sequence[Share], upright: bool
-) -> bool:
-    """Wide bars of ± sd at those of the points (x, y) that are means over training seeds.
-
-    upright: the shares are on the y axis. Returns whether there are any.
-    """
-    found = False
-    for across, along, share in zip(x, y, shares, strict=True):
-        if isinstance(share, Mean) and share.sd is not None:
-            sd = 100 * share.sd
-            error = (sd, None) if upright else (None, sd)
-            axes.errorbar(
-                across, along, *error, fmt="none", ecolor=MUTED, elinewidth=5, alpha=0.3, zorder=1
-            )
-            found = True
-    return found
-
-
-def _percent(axes: Axes, which: str = "y") -> None:
-    getattr(axes, f"set_{which}lim")(-2, 102)
-    getattr(axes, f"set_{which}ticks")(range(0, 101, 20))
-    axes.grid(False, axis="x" if which == "y" else "y")
+HOLLOW = "Hollow: unfinished, at most that much"
+"""How to read the points of ``points`` that are bounds so far."""
 
 
 # --- one evaluation -----------------------------------------------------------------------------
 
 
 def _after(results: Results, stages: Sequence[StageResult]) -> list[Accuracy]:
-    """Accuracy on clean images and after each of the stages."""
-    n = int(results.data["n"])
-    return [results.clean, *(Accuracy.of(round(s.robust_acc * n), n) for s in stages)]
+    """Accuracy on clean images and after each of the stages that were begun."""
+    n, found = results.data["n"], [results.clean]
+    for stage in stages:
+        share = stage.robust_acc or 0.0
+        ended = stage.name not in results.missing
+        found.append(Accuracy.of(round(share * n), n) if ended else Accuracy(share))
+    return found
 
 
 def stages(results: Results) -> Figure:
@@ -109,15 +66,14 @@ def stages(results: Results) -> Figure:
         for stage in results.begun
     ]
     figure, axes = canvas(0.62 + 0.2 * len(names))
-    centre, lengths = _whiskers(_after(results, results.begun))
-    y = np.arange(len(names))
-    axes.step(centre, y, where="pre", color=GRID, linewidth=1.2, zorder=1)
+    left = _after(results, results.begun)
+    y = range(len(names))
+    axes.step(whiskers(left)[0], y, where="pre", color=GRID, linewidth=1.2, zorder=1)
     for i in y:
-        colour = CLEAN if i == 0 else ROBUST
-        axes.errorbar(centre[i], i, xerr=lengths[:, i : i + 1], fmt="o", color=colour)
+        points(axes, left[i : i + 1], [i], CLEAN if i == 0 else ROBUST)
     axes.set_yticks(y, [short(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
-    _percent(axes, "x")
+    percent_axis(axes, "x")
     axes.set_xlabel("accuracy (%)")
     return figure
 
@@ -139,14 +95,14 @@ def curve(rows: Mapping[str, Results]) -> Figure:
     figure, axes = canvas(2.3 if len(rows) == 1 else 2.3 + 0.17 * len(rows))
     for i, (name, results) in enumerate(rows.items()):
         x = np.array([0.0, *radii(results)])
-        centre, lengths = _whiskers(_after(results, results.finished))
+        centre, lengths = whiskers(_after(results, results.finished))
         colour = SERIES[i % len(SERIES)]
         marker = MARKERS[i % len(MARKERS)]
         axes.fill_between(
             x, centre - lengths[0], centre + lengths[1], color=colour, alpha=0.18, linewidth=0
         )
         axes.plot(x, centre, color=colour, marker=marker, label=short(name, 44), clip_on=False)
-    _percent(axes)
+    percent_axis(axes)
     axes.grid(True, axis="x")
     threat = next(iter(rows.values())).threat
     axes.set_xlim(0, 1.02 * threat["eps"])
@@ -285,7 +241,7 @@ def learning(columns: Mapping[str, np.ndarray], best: int | None = None) -> Figu
             line = "--" if colour is MUTED else "-"
             values = 100 * columns[key]
             upper.plot(epoch, values, line, color=colour, label=label, marker=marker)
-    _percent(upper)
+    percent_axis(upper)
     upper.set_ylabel("accuracy (%)")
     terms = [key for key in columns if key.startswith("loss_")]
     shown = ["loss", *(terms if len(terms) > 1 else [])]
@@ -317,12 +273,12 @@ def tradeoff(key: str, rows: Sequence[Row]) -> Figure:
     """Clean against robust accuracy of a sweep, joined in the order of ``key``, whose values are
     written beside the points."""
     figure, axes = canvas(2.8)
-    x, across = _whiskers([clean for _, clean, _ in rows])
-    y, along = _whiskers([robust for _, _, robust in rows])
+    x, across = whiskers([clean for _, clean, _ in rows])
+    y, along = whiskers([robust for _, _, robust in rows])
     axes.plot(x, y, color=MUTED, linewidth=1, zorder=1)
     axes.errorbar(x, y, xerr=across, yerr=along, fmt="none", ecolor=ROBUST, alpha=0.35)
-    wide = _deviations(axes, x, y, [clean for _, clean, _ in rows], upright=False)
-    _deviations(axes, x, y, [robust for _, _, robust in rows], upright=True)
+    wide = deviations(axes, x, y, [clean for _, clean, _ in rows], upright=False)
+    deviations(axes, x, y, [robust for _, _, robust in rows], upright=True)
     axes.plot(x, y, "o", color=ROBUST)
     axes.margins(0.06)
     for i, place in enumerate(_apart(axes, x, y)):
@@ -357,14 +313,14 @@ def sweep(key: str, rows: Sequence[Row]) -> Figure:
         ("clean", CLEAN, "s", [clean for _, clean, _ in rows]),
         ("robust", ROBUST, "o", [robust for _, _, robust in rows]),
     ):
-        centre, lengths = _whiskers(part)
+        centre, lengths = whiskers(part)
         axes.fill_between(
             x, centre - lengths[0], centre + lengths[1], color=colour, alpha=0.18, linewidth=0
         )
         axes.plot(x, centre, color=colour, marker=mark, label=label)
-        if _deviations(axes, x, centre, part, upright=True):
+        if deviations(axes, x, centre, part, upright=True):
             axes.set_title(WIDE, loc="left", color=MUTED)
-    _percent(axes)
+    percent_axis(axes)
     ticks = _legible(x)
     axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
     axes.set_xlabel(short(key, 44))
@@ -383,7 +339,7 @@ def _legible(values: Sequence[float]) -> list[float]:
     return [*kept, values[-1]]
 
 
-def board(rows: Mapping[str, tuple[Share, Share | None]]) -> Figure:
+def board(rows: Mapping[str, tuple[Share | None, Share | None]]) -> Figure:
     """Clean and robust accuracy of models, by name, from the top to the bottom."""
     figure, axes = canvas(0.75 + 0.2 * len(rows))
     for label, colour, mark, part in (
@@ -394,13 +350,12 @@ def board(rows: Mapping[str, tuple[Share, Share | None]]) -> Figure:
         part = [share for share in part if share is not None]
         if not part:
             continue
-        centre, lengths = _whiskers(part)
-        axes.errorbar(centre, y, xerr=lengths, fmt=mark, color=colour, label=label)
-        if _deviations(axes, centre, y, part, upright=False):
+        points(axes, part, y, colour, mark, label)
+        if deviations(axes, whiskers(part)[0], y, part, upright=False):
             axes.set_title(WIDE, loc="left", color=MUTED)
     axes.set_yticks(range(len(rows)), [short(name, 34) for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    _percent(axes, "x")
+    percent_axis(axes, "x")
     axes.set_xlabel("accuracy (%)")
     figure.legend(loc="outside upper left", ncols=2)
     return figure

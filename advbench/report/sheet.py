@@ -66,7 +66,8 @@ def run(
     training is shown already, to which its own is added.  figures: None for numbers alone.
     """
     results = entry.results
-    robust = f"{percent(results.robust.acc)} %" if results.attacked else collection.UNKNOWN
+    share = results.robust.acc
+    robust = collection.UNKNOWN if share is None else f"{percent(share)} %"
     summary = el(
         "summary",
         el(
@@ -94,7 +95,7 @@ def _headline(entry: Entry) -> Markup:
     facts = [("Clean accuracy", str(results.clean))]
     if results.attacked:
         facts = [
-            ("Robust accuracy", f"{results.robust}, an upper bound"),
+            ("Robust accuracy", results.bound()),
             *facts,
             *((MEASURES.get(k, k), f"{100 * v:.1f} %") for k, v in results.measures.items()),
         ]
@@ -194,7 +195,7 @@ def _stages(entry: Entry) -> Markup:
             str(s.target),
             f"{s.attacked:,}",
             f"{s.broken:,}",
-            percent(s.robust_acc),
+            percent(s.robust_acc or 0.0),
             f"{s.forwards:,}",
             f"{s.backwards:,}",
             duration(s.seconds),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -93,10 +94,10 @@ def _columns(sheet: Sheet, kept: Sequence[int]) -> Sheet:
 
 
 def _intervals_below(sheet: Sheet) -> Sheet:
-    """Intervals on a line of their own."""
+    """Intervals, and the parts of an unfinished result, on lines of their own."""
 
     def broken(text: str, right: bool) -> str:
-        return text.replace(" [", "\n[") if right else text
+        return re.sub(r"(:|,|\d) (?=\[|at most|\d+ of )", r"\1\n", text) if right else text
 
     rows = [map(broken, row, sheet.right) for row in sheet.rows]
     return replace(sheet, rows=tuple(map(tuple, rows)))

@@ -30,7 +30,7 @@ def ranked(entries: Sequence[Entry]) -> list[list[Entry]]:
 
     def where(entry: Entry) -> tuple[bool, bool, float]:
         results = entry.results
-        return not results.attacked, bool(results.missing), -results.robust.acc
+        return not results.attacked, bool(results.missing), -(results.robust.acc or 0)
 
     alike: dict[str, list[Entry]] = {}
     for entry in sorted(entries, key=where):
@@ -72,24 +72,24 @@ class Sweep:
 def sweeps(same: Sequence[Entry]) -> list[Sweep]:
     """What was swept among evaluations that may be ranked together."""
     found = []
-    families: dict[tuple[str, str], dict[float, list[tuple[Mean, Group]]]] = {}
+    families: dict[tuple[str, str], dict[float, list[tuple[Mean, Mean, Group]]]] = {}
     for group in groups(e for e in same if not e.results.missing):
-        if (robust := group.robust) is None:
+        clean, robust = group.clean, group.robust
+        if clean is None or robust is None:
             continue
         settings = {k: v for k, v in group.first.results.settings.items() if k != SEED}
         for key, value in settings.items():
             if key in NAMES or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             rest = repr(sorted((k, repr(v)) for k, v in settings.items() if k != key))
-            families.setdefault((key, rest), {}).setdefault(float(value), []).append(
-                (robust, group)
-            )
+            values = families.setdefault((key, rest), {})
+            values.setdefault(float(value), []).append((clean, robust, group))
     for (key, _), values in families.items():
         if len(values) >= FEWEST_IN_SWEEP:
-            lowest = {v: min(values[v], key=lambda pair: pair[0].acc) for v in sorted(values)}
-            rows = tuple((v, group.clean, robust) for v, (robust, group) in lowest.items())
+            lowest = {v: min(values[v], key=lambda found: found[1].acc) for v in sorted(values)}
+            rows = tuple((v, clean, robust) for v, (clean, robust, _) in lowest.items())
             repeated = any(len(alike) > 1 for alike in values.values())
-            found.append(Sweep(key, lowest[min(values)][1].first, rows, repeated))
+            found.append(Sweep(key, lowest[min(values)][-1].first, rows, repeated))
     return found
 
 
@@ -126,9 +126,13 @@ def _model(entry: Entry) -> str:
     return ", ".join(names) or entry.results.run
 
 
-def _over_seeds(shares: Iterable[Mean]) -> str:
+def _hollow(found: Sequence[Group]) -> str:
+    return f" {plots.HOLLOW}." if any(group.unfinished for group in found) else ""
+
+
+def _over_seeds(shares: Iterable[Mean | None]) -> str:
     """What to say of means over trainings; empty if there are none."""
-    counts = {share.count for share in shares}
+    counts = {share.count for share in shares if share is not None}
     if max(counts, default=1) == 1:
         return ""
     least, most = min(counts), max(counts)
@@ -140,13 +144,13 @@ def board_plate(same: Sequence[Entry]) -> Plate:
     """The leaderboard, for print."""
     found = sorted(groups(same), key=rank)
     rows = {
-        f"unfinished: {name}" if group.first.results.missing else name: (group.clean, group.robust)
+        f"unfinished: {name}" if group.unfinished else name: (group.clean, group.robust)
         for name, group in zip(labels(found), found, strict=True)
     }
     return Plate(
         "leaderboard",
         "Leaderboard",
-        f"Bars: Wilson 95 %.{_over_seeds(group.clean for group in found)}",
+        f"Bars: Wilson 95 %.{_hollow(found)}{_over_seeds(group.clean for group in found)}",
         lambda: plots.board(rows),
     )
 
@@ -180,4 +184,4 @@ def curves_plate(same: Sequence[Entry]) -> Plate | None:
 
 
 def _robust(entry: Entry) -> float:
-    return entry.results.robust.acc
+    return entry.results.robust.acc or 0

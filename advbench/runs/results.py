@@ -1,27 +1,72 @@
-"""What an evaluation leaves behind: schema ``advbench.results/1``."""
+"""The results of an evaluation: ``results.json``, schema ``advbench.results/2``.
+
+The classes here are the schema. They check types and ranges when they are made, and ``Results``
+checks that its numbers agree with each other, so a file that contradicts itself cannot be read.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from advbench.errors import UserError
+from pydantic import (
+    ConfigDict,
+    Field,
+    InstanceOf,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from typing_extensions import NotRequired, TypedDict
+
+from advbench.errors import UserError, reason_of
 from advbench.files import write_json
 
-SCHEMA = "advbench.results/1"
+SCHEMA = "advbench.results/2"
+BEFORE = "advbench.results/1"
+"""The schema of advbench 0.1, which had no ``unfinished``; still read."""
 RESULTS = "results.json"
-
+CLEAN = "clean"
 
 Z95 = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
 
+MOST = 2**63
+"""Every number of a result is smaller."""
+
+SLACK = 1e-6
+"""Rounding of a stored share; one sample of 500,000 is more."""
+
+FINISHED = "stages are listed as missing, and all samples are decided"
+
+CLOSED = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True, extra="forbid")
+OPEN = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True, extra="allow")
+
+Text = InstanceOf[str]
+Whole = Annotated[int, Field(strict=True, gt=-MOST, lt=MOST)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=MOST)]
+Real = Annotated[float, Field(strict=True, ge=0, lt=MOST)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Plain = Flag | Whole | Annotated[float, Field(strict=True)] | Text | None
+
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion (Wilson 1927); (0, 1) for n = 0."""
+    """Wilson's 95 % score interval of a proportion (Wilson 1927).
+
+    Args:
+        successes: At most n; not whole for a mean over seeds.
+        n: Trials.
+
+    Returns:
+        Lower and upper end in [0, 1]; (0, 1) for n = 0.
+    """
     if n == 0:
         return 0.0, 1.0
     z = Z95
@@ -33,29 +78,315 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return low, 1.0 if successes == n else centre + half
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Accuracy:
-    """A share of correct samples, in [0, 1], with its Wilson 95 % interval."""
+    """A share of correct samples with its interval.
 
-    acc: float
-    ci95: tuple[float, float]
+    Raises ValueError for a share outside [0, 1] or outside its interval.
+    """
 
-    def __post_init__(self) -> None:
+    acc: Share | None = None
+    """Share of all samples, in [0, 1]; null where nothing was measured."""
+    ci95: tuple[Share, Share] | None = None
+    """Wilson's 95 % interval; null where ``acc`` is null, or is no more than a bound so far."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Accuracy:
+        if self.ci95 is None:
+            return self
         low, high = self.ci95
-        if not all(0 <= share <= 1 for share in (self.acc, low, high)):
-            raise ValueError(f"{self.acc} [{low}, {high}] is not a share of the samples")
+        if self.acc is None or not low - SLACK <= self.acc <= high + SLACK:
+            share = "nothing" if self.acc is None else f"{100 * self.acc:.1f} %"
+            raise ValueError(f"{share} is not in [{100 * low:.1f}, {100 * high:.1f}]")
+        return self
 
     @classmethod
     def of(cls, correct: int, n: int) -> Accuracy:
-        return cls(correct / n if n else 0.0, wilson(correct, n))
+        """The accuracy of ``correct`` samples of ``n``; empty for n = 0."""
+        return cls(correct / n, wilson(correct, n)) if n else cls()
 
     def __str__(self) -> str:
+        if self.acc is None:
+            return "-"
+        share = f"{100 * self.acc:.1f} %"
+        if self.ci95 is None:
+            return share
         low, high = self.ci95
-        return f"{100 * self.acc:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-MOST = 2**63
-"""No number of a result is as large."""
+@dataclass(frozen=True, config=CLOSED)
+class StageResult:
+    """One stage of a protocol."""
+
+    name: Text
+    """Unique in the protocol."""
+    attack: Text
+    """Class of the attack."""
+    target: Text
+    """The model whose gradient was followed: ``model``, or the name of a surrogate."""
+    why: Text
+    """Why the stage is in the plan, in words."""
+    robust_acc: Share | None
+    """Share of all samples still correct after it; null while clean images are unfinished."""
+    attacked: Count
+    """Samples that it began to attack."""
+    broken: Count
+    """Samples that it broke first."""
+    seconds: Real
+    """Time spent on it, over all sittings."""
+    forwards: Count
+    """Rows passed forward through its target and the model."""
+    backwards: Count
+    """Rows passed backward."""
+
+
+@dataclass(frozen=True, config=CLOSED)
+class Unfinished:
+    """How far an evaluation came whose time was up."""
+
+    decided: Count
+    """Samples that no stage has left to attack: broken, or robust to every stage."""
+    of: Count
+    """Samples to be decided: those classified correctly without an attack."""
+
+    def __str__(self) -> str:
+        return f"{self.decided} of {self.of} samples decided"
+
+
+class Data(TypedDict):
+    """The images."""
+
+    name: Text
+    """Of the data set."""
+    split: NotRequired[Text | None]
+    """``test``."""
+    n: Annotated[Count, Field(ge=1)]
+    """Images evaluated."""
+    sha256: NotRequired[Text | None]
+    """Of the whole split."""
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class ThreatModel(TypedDict):
+    """The norm and the budget."""
+
+    norm: Text
+    """``linf``, ``l2`` or ``l1``."""
+    eps: Real
+    """In pixel units of [0, 1]."""
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class Protocol(TypedDict):
+    """The protocol; all its parameters stand beside these keys."""
+
+    name: Text
+    """Such as ``autoattack``."""
+    version: Text
+    """Numbers of two versions are never ranked together."""
+    seed: NotRequired[Whole | None]
+    """Of the attacks."""
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class Indicator(TypedDict):
+    """One reason to trust the number, or not to."""
+
+    id: Text
+    """Such as ``zero_gradient``."""
+    value: NotRequired[Plain]
+    """What was measured."""
+    threshold: NotRequired[Plain]
+    """Beyond it the indicator is triggered."""
+    triggered: Flag
+    """Whether it counts against the number."""
+    why: Text
+    """One sentence for people."""
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class Verdict(TypedDict):
+    """Whether the number can be trusted."""
+
+    label: NotRequired[Text | None]
+    """``reliable``, ``inconclusive`` or ``unreliable``; null until indicators were computed."""
+    indicators: NotRequired[list[Indicator]]
+    """What the label rests on."""
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class Provenance(TypedDict):
+    """Where the number comes from: versions, device, time; any other key may stand here too."""
+
+    seconds: Real
+    """Time spent on the evaluation, over all sittings."""
+    model_sha256: NotRequired[Text | None]
+    """Of the model's tensors and code."""
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
+
+
+@dataclass(frozen=True, config=CLOSED)
+class Results:
+    """The outcome of an evaluation.
+
+    Raises ValueError (``pydantic.ValidationError``) for numbers that contradict each other.
+    """
+
+    run: Text
+    """What was evaluated, for people."""
+    data: Data
+    """The images."""
+    threat: ThreatModel
+    """The norm and the budget."""
+    protocol: Protocol
+    """The protocol with its parameters."""
+    clean: Accuracy
+    """Accuracy without an attack; null while not all clean images were classified."""
+    robust: Accuracy
+    """What the attacks left: an upper bound of robust accuracy; null where nothing was attacked."""
+    stages: tuple[StageResult, ...]
+    """The plan in its order, with what each stage found."""
+    provenance: Provenance
+    """Where the number comes from."""
+    verdict: Verdict = field(default_factory=lambda: Verdict(label=None, indicators=[]))
+    """Whether it can be trusted."""
+    missing: tuple[Text, ...] = ()
+    """Stages that did not come to their end because time was up; ``clean`` among them while not all
+    clean images were classified."""
+    unfinished: Unfinished | None = None
+    """Given exactly if a stage is missing: ``robust`` is a bound so far, without an interval."""
+    measures: dict[Text, Share] = field(default_factory=dict)
+    """Other ways to say it, see MEASURES; empty while unfinished."""
+    settings: dict[Text, Plain] = field(default_factory=dict)
+    """What sets the model apart from others, such as {"defense.jump": 0.5}."""
+    schema: Text = SCHEMA
+    """``advbench.results/2``."""
+
+    @property
+    def begun(self) -> tuple[StageResult, ...]:
+        """Stages that were begun, with those that had no sample left to attack."""
+        if CLEAN in self.missing:
+            return ()
+        return tuple(s for s in self.stages if s.attacked or s.name not in self.missing)
+
+    @property
+    def finished(self) -> tuple[StageResult, ...]:
+        """Stages that came to their end."""
+        return tuple(s for s in self.stages if s.name not in self.missing)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether any attack was begun: without one there is no robust accuracy."""
+        return bool(self.begun)
+
+    def bound(self) -> str:
+        """Robust accuracy in words, as what it is: a number, a bound so far, or nothing."""
+        if self.unfinished is not None:
+            so_far = f"at most {self.robust}, " if self.attacked else ""
+            return f"UNFINISHED: {so_far}{self.unfinished}"
+        return f"{self.robust}, an upper bound" if self.attacked else "- (nothing attacked)"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in the order of the file."""
+        values = asdict(self)
+        values["stages"], values["missing"] = list(values["stages"]), list(values["missing"])
+        first = ("schema", "run", "settings", "data", "threat", "protocol", "clean", "robust")
+        rest = ("unfinished", "stages", "measures", "missing", "verdict", "provenance")
+        return {key: values[key] for key in (*first, *rest)}
+
+    def save(self, path: Path) -> None:
+        """Write ``results.json`` atomically."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read a ``results.json``, of the schema before too.
+
+        Raises:
+            UserError: For a file of another kind, and for one that contradicts itself.
+        """
+        try:
+            values = json.loads(
+                path.read_text(encoding="utf-8"),
+                parse_constant=_refuse,
+                parse_float=_number,
+                parse_int=_number,
+            )
+            if values["schema"] not in (SCHEMA, BEFORE):
+                raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
+            return _reader().validate_python(_upgraded(values))
+        except ValidationError as problem:
+            raise UserError(f"{path} is not a result of advbench: {_first(problem)}") from None
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as bad:
+            raise UserError(f"{path} is not a result of advbench: {reason_of(bad)}") from bad
+
+    @model_validator(mode="after")
+    def _agree(self) -> Results:
+        """Raise ValueError for numbers that contradict each other."""
+        names = [stage.name for stage in self.stages]
+        plan = [CLEAN, *names] if CLEAN in self.missing else names
+        if list(self.missing) != plan[len(plan) - len(self.missing) :]:
+            raise ValueError("the missing stages are not the last ones of the plan")
+        if (self.unfinished is None) != (not self.missing):
+            raise ValueError("'missing' and 'unfinished' do not agree")
+        if self.attacked != (self.robust.acc is not None):
+            raise ValueError("there is a robust accuracy exactly if something was attacked")
+        if (CLEAN in self.missing) != (self.clean.acc is None):
+            raise ValueError("there is a clean accuracy exactly if all clean images are classified")
+        self._check_shares()
+        if self.unfinished is None:
+            self._check_measures()
+        elif self.robust.ci95 is not None or self.measures:
+            raise ValueError("an unfinished evaluation has no interval and no measures")
+        elif not self.unfinished.decided < self.unfinished.of <= self.data["n"]:
+            raise ValueError(FINISHED)
+        return self
+
+    def _check_shares(self) -> None:
+        """Shares are of n samples, and each stage leaves what it did not break."""
+        n, before = self.data["n"], self.clean.acc
+        shares = [self.clean.acc, self.robust.acc, *(stage.robust_acc for stage in self.stages)]
+        for share in shares:
+            if share is not None and abs(share * n - round(share * n)) > SLACK * n:
+                raise ValueError(f"{100 * share:.3f} % is no share of {n} samples")
+        for stage in self.stages:
+            if not stage.broken <= stage.attacked <= n:
+                raise ValueError(
+                    f"stage {stage.name}: {stage.broken} broken of {stage.attacked} attacked of {n}"
+                )
+            if (before is None) != (stage.robust_acc is None):
+                raise ValueError(f"stage {stage.name} has no robust accuracy, or nothing before it")
+            if before is not None and stage.robust_acc is not None:
+                if abs(before - stage.broken / n - stage.robust_acc) > SLACK:
+                    raise ValueError(
+                        f"stage {stage.name}: {100 * before:.1f} % before, {stage.broken} of {n} "
+                        f"broken, {100 * stage.robust_acc:.1f} % after"
+                    )
+                before = stage.robust_acc
+        if self.attacked and abs((self.robust.acc or 0) - (before or 0)) > SLACK:
+            raise ValueError("robust accuracy is not what the last stage left")
+
+    def _check_measures(self) -> None:
+        if "wra" not in self.measures:
+            return
+        if self.clean.acc is None or self.robust.acc is None:
+            raise ValueError("there is a mean of clean and robust accuracy without both")
+        if abs(self.measures["wra"] - (self.clean.acc + self.robust.acc) / 2) > 2 * SLACK:
+            raise ValueError("wra is not the mean of clean and robust accuracy")
+
+
+@cache
+def _reader() -> TypeAdapter[Results]:
+    return TypeAdapter(Results)
+
+
+def _first(problem: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    (error, *_) = problem.errors(include_url=False, include_context=False, include_input=False)
+    place = ".".join(map(str, error["loc"]))
+    message = " ".join(str(error["msg"]).removeprefix("Value error, ").split())
+    return f"{place}: {message}" if place else message
 
 
 def _refuse(constant: str) -> None:
@@ -70,154 +401,35 @@ def _number(text: str) -> int | float:
     return value
 
 
-@dataclass(frozen=True)
-class StageResult:
-    """One stage of a protocol.
-
-    robust_acc: share of all samples still correct after it.  attacked, broken: samples.
-    forwards, backwards: rows passed through the model.
-    """
-
-    name: str
-    attack: str
-    target: str
-    why: str
-    robust_acc: float
-    attacked: int
-    broken: int
-    seconds: float
-    forwards: int
-    backwards: int
-
-
-@dataclass(frozen=True)
-class Results:
-    """The outcome of an evaluation. ``robust`` is an upper bound: what these attacks left.
-
-    settings: what sets the model apart from others, such as {"defense.jump": 0.5}.
-    measures: other ways to say it, see ``advbench.evaluation.evaluation.measures``.
-    missing: stages that did not come to their end, because time was up; "clean" where not even all
-        clean images were looked at, and the shares are of those that were.
-    """
-
-    run: str
-    data: Mapping[str, Any]
-    threat: Mapping[str, Any]
-    protocol: Mapping[str, Any]
-    clean: Accuracy
-    robust: Accuracy
-    stages: tuple[StageResult, ...]
-    provenance: Mapping[str, Any]
-    verdict: Mapping[str, Any] = field(default_factory=lambda: {"label": None, "indicators": []})
-    missing: tuple[str, ...] = ()
-    measures: Mapping[str, float] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    schema: str = SCHEMA
-
-    @property
-    def begun(self) -> tuple[StageResult, ...]:
-        """Stages that were gone into: those that had nobody left to attack too."""
-        return tuple(s for s in self.stages if s.attacked or s.name not in self.missing)
-
-    @property
-    def finished(self) -> tuple[StageResult, ...]:
-        """Stages that came to their end."""
-        return tuple(s for s in self.stages if s.name not in self.missing)
-
-    @property
-    def attacked(self) -> bool:
-        """Whether any attack was begun: without one ``robust`` says nothing but ``clean``."""
-        return bool(self.begun)
-
-    def to_json(self) -> dict[str, Any]:
-        order = (
-            "schema",
-            "run",
-            "settings",
-            "data",
-            "threat",
-            "protocol",
-            "clean",
-            "robust",
-            "stages",
-        )
-        values = asdict(self)
-        values["stages"] = list(values["stages"])
-        values["missing"] = list(values["missing"])
-        rest = ("measures", "missing", "verdict", "provenance")
-        return {key: values[key] for key in (*order, *rest)}
-
-    def save(self, path: Path) -> None:
-        write_json(path, self.to_json())
-
-    def check(self) -> None:
-        """Raise KeyError, TypeError or ValueError for what no evaluation leaves behind."""
-        data, threat, protocol = self.data, self.threat, self.protocol
-        number, plain = int | float, bool | int | float | str | None
-        counts = ("attacked", "broken", "forwards", "backwards")
-        for name, values, kind in (
-            ("run", [self.run], str),
-            ("settings", self.settings.values(), plain),
-            ("seed", [self.settings.get("seed"), protocol.get("seed")], int | None),
-            ("data", [data["name"]], str),
-            ("data", [data.get("split"), data.get("sha256")], str | None),
-            ("data.n", [data["n"]], int),
-            ("threat.norm", [threat["norm"]], str),
-            ("threat.eps", [threat["eps"]], number),
-            ("protocol", [protocol["name"], protocol["version"]], str),
-            ("missing", self.missing, str),
-            ("measures", self.measures.values(), number),
-            ("verdict.label", [self.verdict.get("label")], str | None),
-            ("provenance.seconds", [self.provenance["seconds"]], number),
-            ("provenance", [self.provenance.get("model_sha256")], str | None),
-            ("stages", [getattr(s, key) for s in self.stages for key in counts], int),
-            ("stages", [v for s in self.stages for v in (s.seconds, s.robust_acc)], number),
-            ("stages", [v for s in self.stages for v in (s.name, s.attack, s.target, s.why)], str),
-        ):
-            for value in values:
-                truth = isinstance(value, bool) and kind is not plain  # which is an int in Python
-                if truth or not isinstance(value, kind):
-                    raise TypeError(f"{name} has {value!r}")
-        if data["n"] < 1 or threat["eps"] < 0:
-            raise ValueError("n or eps is out of range")
-        for stage in self.stages:
-            least = min(stage.seconds, *(getattr(stage, key) for key in counts))
-            if least < 0 or not 0 <= stage.robust_acc <= 1:
-                raise ValueError(f"stage {stage.name} has a number out of range")
-
-    @classmethod
-    def load(cls, path: Path) -> Results:
-        """Read a results.json. Raises UserError for a file of another kind."""
-        try:
-            values = json.loads(
-                path.read_text(encoding="utf-8"),
-                parse_constant=_refuse,
-                parse_float=_number,
-                parse_int=_number,
-            )
-            if values["schema"] != SCHEMA:
-                raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
-            accuracy = {
-                key: Accuracy(values[key]["acc"], tuple(values[key]["ci95"]))
-                for key in ("clean", "robust")
-            }
-            stages = tuple(StageResult(**stage) for stage in values["stages"])
-            lists = {"stages": stages, "missing": tuple(values.get("missing", ()))}
-            results = cls(**{**values, **accuracy, **lists})
-            results.check()
-            return results
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as problem:
-            raise UserError(f"{path} is not a result of advbench: {problem}") from problem
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Values of the schema before, in today's: it gave bounds the looks of finished numbers."""
+    if values["schema"] == SCHEMA:
+        return values
+    values, missing = {**values, "schema": SCHEMA}, values.get("missing", ())
+    stages, n = values["stages"], values["data"]["n"]
+    begun = [s for s in stages if s["attacked"] or s["name"] not in missing]
+    unseen = CLEAN in missing
+    if unseen:
+        values["clean"] = {}
+        values["stages"] = [{**stage, "robust_acc": None} for stage in stages]
+        values["unfinished"] = {"decided": 0, "of": n}
+    elif missing:
+        of = round(values["clean"]["acc"] * n)
+        robust = stages[-1]["attacked"] - stages[-1]["broken"]
+        decided = robust + sum(stage["broken"] for stage in stages)
+        if decided >= of and "single_image" not in values["measures"]:  # counted in other ways
+            raise ValueError(FINISHED)
+        values["unfinished"] = {"decided": min(decided, of - 1), "of": of}
+    if missing:
+        values["robust"] = {"acc": values["robust"]["acc"]}
+        values["measures"] = {}
+    if unseen or not begun:
+        values["robust"] = {}
+        values["measures"] = {k: v for k, v in values.get("measures", {}).items() if k != "wra"}
+    return values
 
 
-MEASURES = {
+MEASURES: Mapping[str, str] = {
     "wra": "mean of clean and robust (WRA)",
     "mean_draw": "if a single draw decides, on average",
     "worst_draw": "if the worst of the draws decides",

@@ -188,11 +188,10 @@ def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
     results = case.execute(tmp_path, case.plan())
     raw = json.loads((tmp_path / "results.json").read_text())
     assert list(raw) == [
-        "schema", "run", "settings", "data", "threat", "protocol", "clean", "robust", "stages",
-        "measures", "missing",
-        "verdict", "provenance",
+        "schema", "run", "settings", "data", "threat", "protocol", "clean", "robust",
+        "unfinished", "stages", "measures", "missing", "verdict", "provenance",
     ]  # fmt: skip
-    assert raw["schema"] == "advbench.results/1"
+    assert raw["schema"] == "advbench.results/2"
     assert raw["data"].keys() == {"name", "split", "n", "sha256"}
     assert raw["verdict"] == {"label": None, "indicators": []}
     assert raw["stages"][0].keys() >= {"name", "attack", "target", "why", "robust_acc", "broken"}

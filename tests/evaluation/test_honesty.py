@@ -88,8 +88,7 @@ def test_images_that_were_not_scored_are_not_counted_as_right(
 ) -> None:
     wrong = case(Linear(-1.0), protocol)  # misclassifies every image
     results = wrong.execute(tmp_path, wrong.plan(), budget=1e-9)
-    assert results.missing[0] == "clean" and results.clean.acc == results.robust.acc == 0
-    assert results.clean.ci95[1] < 0.5, "of the eight that were scored"
+    assert results.missing[0] == "clean" and results.clean.acc is results.robust.acc is None
     assert wrong.execute(tmp_path, wrong.plan()).missing == ()
     assert wrong.execute(tmp_path, wrong.plan()).clean.acc == 0
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluations import N, curve, results, write
+from evaluations import WRONG, N, curve, results, write
 
 from advbench.report import html
 from advbench.report.collection import find
-from advbench.runs.results import Accuracy
 
 api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 pytestmark = pytest.mark.browser
@@ -104,8 +103,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     found, sign = results("net"), {"id": "masking", "why": "w", "value": 1, "threshold": 0.5}
     verdict = {"label": "inconclusive", "indicators": [{**sign, "triggered": True}]}
     write(folder / "a", replace(found, verdict=verdict), images=True)
-    write(folder / "b", results("worse", robust=Accuracy.of(4, N)), bare=True)
-    most = results("short", robust=Accuracy.of(N, N), missing=("second",))
+    write(folder / "b", results("worse", lost=(N - WRONG - 4,)), bare=True)
+    most = results("short", lost=(0, 0), missing=("second",))
     write(folder / "short", most, bare=True)
     write(folder / "l2", results("other", threat={"norm": "l2", "eps": 0.5}), bare=True)
     write(folder / "c1", curve("net", 0.9, 0.5), bare=True)

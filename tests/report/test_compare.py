@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import evaluations
 import numpy as np
 import pytest
 from made_up_results import AUTOATTACK, NASTY, PGD, put, results
@@ -18,7 +19,6 @@ from advbench.cli.main import main
 from advbench.errors import UserError
 from advbench.evaluation.store import Records, Store, clear_journal
 from advbench.report import compare
-from advbench.runs.results import Accuracy
 
 # --- the statistics of pairs --------------------------------------------------------------------
 
@@ -120,8 +120,10 @@ def evaluated(
     where, n = np.asarray(fell), len(fell)
     sample = np.arange(n) if ids is None else np.asarray(ids)
     more["data"] = {"n": n, **more.get("data", {})}
-    clean = Accuracy.of(int((where != 0).sum()), n)
-    put(folder, int((where < 0).sum()), clean=clean, **more)
+    lost = {name: int((where == stage).sum()) for stage, name in enumerate(STAGES) if stage}
+    if more.get("stages") == ():
+        lost = {}
+    put(folder, **{**evaluations.found(n, int((where != 0).sum()), lost), **more})
     store = Store(folder)
     for stage, name in enumerate(STAGES):
         there = (where < 0) | (where >= stage)  # a later stage sees the survivors

@@ -121,8 +121,15 @@ def test_the_most_robust_comes_first_and_the_unfinished_last() -> None:
     (board,) = leaderboard.boards(groups(entries(*found)))
     sheet = board.sheet()
     assert [row[0] for row in sheet.rows] == ["c", "d", "a", "b"]
-    verdict = sheet.headings.index("verdict")
-    assert [row[verdict] for row in sheet.rows] == ["-", "-", "-", "unfinished"]
+    robust = sheet.headings.index("robust")
+    assert "verdict" not in sheet.headings  # there is none yet
+    assert sheet.rows[0][robust] == "75.0 [68.6, 80.5]"
+    assert sheet.rows[-1][robust] == "UNFINISHED: at most 95.0, 95 of 190 samples decided"
+    assert leaderboard.READING_UNFINISHED in sheet.notes
+    judged = {"verdict": {"label": "reliable", "indicators": []}, "settings": {"defense": "e"}}
+    (board,) = leaderboard.boards(groups(entries(*found, results(**judged))))
+    (verdict,) = (i for i, word in enumerate(board.sheet().headings) if word == "verdict")
+    assert [row[verdict] for row in board.sheet().rows] == ["-", "-", "-", "reliable", "-"]
 
 
 def test_a_weak_protocol_is_never_ranked_with_a_strong_one() -> None:
@@ -173,21 +180,28 @@ def unattacked(**changes: Any) -> Results:
 
 def test_what_was_not_attacked_has_no_robust_accuracy() -> None:
     """It is no 95 % that PGD's 25 % would stand below."""
-    begun = results().stages[0]
+    late = results(190, missing=("apgd-ce", "square"))
+    stages = tuple(replace(stage, attacked=0) for stage in late.stages)
     found = entries(
         unattacked(),
         results(50, protocol=PGD),
-        results(190, stages=(replace(begun, attacked=0),), missing=("apgd-ce",)),
-        results(120, stages=(begun,), missing=("apgd-ce",)),
+        replace(late, stages=stages, robust=Accuracy()),
+        results(120, missing=("apgd-ce", "square")),
     )
     (mixed,) = leaderboard.boards(groups(found), mix=True)
     shown = mixed.sheet()
     column = shown.headings.index("robust")
-    assert [row[column].partition(" ")[0] for row in shown.rows] == ["25.0", "60.0", "-", "-"]
+    assert [row[column] for row in shown.rows] == [
+        "25.0 [19.5, 31.4]",
+        "UNFINISHED: at most 60.0, 70 of 190 samples decided",
+        "-",
+        "UNFINISHED: 0 of 190 samples decided",
+    ]
     assert leaderboard.READING_CLEAN in shown.notes
     rows = list(csv.DictReader(io.StringIO(formats.render([mixed], "csv"))))
     kept = [(row["robust"], row["robust_sd"], row["robust_low"]) for row in rows]
     assert kept[2:] == [("", "", "")] * 2 and float(kept[0][0]) == 0.25
+    assert [row["decided"] for row in rows] == ["", "70", "", "0"] and kept[1][1:] == ("", "")
     assert json.loads(formats.render([mixed], "json"))["tables"][0]["rows"][2]["robust"] is None
     assert "-" in formats.render([mixed], "latex") and "- |" in formats.render([mixed], "md")
     (alone,) = leaderboard.boards(groups(entries(results(50, protocol=PGD))))

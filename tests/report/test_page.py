@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluations import WRONG, N, curve, results, write
+from evaluations import LOST, WRONG, N, curve, results, write
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -26,7 +26,7 @@ from advbench.report import gallery, html, sheet
 from advbench.report.collection import Entry, find
 from advbench.report.markup import Markup, el
 from advbench.runs import command
-from advbench.runs.results import Accuracy, Results
+from advbench.runs.results import Results
 
 HOSTILE = "</script></title></style><script>alert(1)</script><img src=x onerror=alert(1)>'\"&"
 
@@ -165,10 +165,10 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
 
 
 def test_stages_that_never_ran_are_not_in_the_table(tmp_path: Path) -> None:
-    first, second = results().stages
-    stages = (first, replace(second, name="halfway"), replace(second, name="unbegun", attacked=0))
-    found = results(stages=stages, missing=("halfway", "unbegun"))
+    found = results(lost=(LOST, LOST, 0), missing=("second", "third"))
+    text = json.dumps(found.to_json()).replace("second", "halfway").replace("third", "unbegun")
     write(tmp_path / "a", found, bare=True)
+    (tmp_path / "a/results.json").write_text(text)
     text = page(tmp_path).text
     assert "halfway because unfinished model" in text
     assert text.count("unbegun") == text.count("before the end of halfway, unbegun") == 2
@@ -289,7 +289,7 @@ def test_like_with_like(tmp_path: Path) -> None:
     """A body of the table for each set of conditions; seeds of one model in one row."""
     plain = results().settings
     for seed in (0, 1, 2):
-        more = {"settings": {**plain, "seed": seed}, "robust": Accuracy.of(10 + seed, N)}
+        more = {"settings": {**plain, "seed": seed}, "lost": (LOST, N - WRONG - LOST - 10 - seed)}
         write(tmp_path / f"s{seed}", results(f"net-{seed}", **more), bare=True)
     write(tmp_path / "l2", results("l2", threat={"norm": "l2", "eps": 0.5}), bare=True)
     found = page(tmp_path)
@@ -302,9 +302,8 @@ def test_like_with_like(tmp_path: Path) -> None:
 
 
 def test_what_was_not_attacked_has_no_robust_accuracy(tmp_path: Path) -> None:
-    changes = {"stages": (), "robust": results().clean, "measures": {"wra": 0.95}}
     protocol = {"name": "clean", "version": "1", "seed": 0}
-    write(tmp_path / "a", results("bare", protocol=protocol, **changes), bare=True)
+    write(tmp_path / "a", results("bare", lost=(), protocol=protocol), bare=True)
     write(tmp_path / "b", results("net"), bare=True)
     found = page(tmp_path)
     rows = [row for row in found.all("tr") if row.get("class") == "run"]
@@ -328,7 +327,7 @@ def test_what_differs_is_in_the_heading(tmp_path: Path) -> None:
 
 
 def test_the_unfinished_comes_last(tmp_path: Path) -> None:
-    write(tmp_path / "a", results("short", missing=("x",), robust=Accuracy.of(39, N)), bare=True)
+    write(tmp_path / "a", results("short", lost=(0, 0), missing=("second",)), bare=True)
     write(tmp_path / "b", results("whole"), bare=True)
     rows = [row for row in page(tmp_path).all("tr") if row.get("class") == "run"]
     assert [str(row["data-words"]).split()[0] for row in rows] == ["whole", "short"]

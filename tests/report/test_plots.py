@@ -18,7 +18,7 @@ from advbench.report.collection import Entry, Group
 from advbench.report.evidence import UNKNOWN, Evidence
 from advbench.report.gallery import BRIGHTER, DARKER, Gallery, Picture
 from advbench.report.style import CLEAN, style
-from advbench.runs.results import Accuracy, Results
+from advbench.runs.results import Accuracy
 
 
 @pytest.fixture(autouse=True)
@@ -105,17 +105,8 @@ def test_curve_starts_clean_and_ends_at_the_threat() -> None:
     assert np.allclose(x, [0, 0.05, 0.1, 0.15]) and np.allclose(y, [95, 90, 70, 50])  # pyright: ignore
 
 
-def stopped(found: Results, *missing: str) -> Results:
-    """As time left it: nothing attacked in the last of ``missing``, half of it in the first."""
-    stages = [
-        s if s.name not in missing else replace(s, attacked=3 if s.name == missing[0] else 0)
-        for s in found.stages
-    ]
-    return replace(found, stages=tuple(stages), missing=missing)
-
-
 def test_a_curve_ends_where_it_was_stopped() -> None:
-    found = stopped(curve("net", 0.9, 0.9, 0.9), "eps-0.1", "eps-0.15")
+    found = curve("net", 0.9, 0.9, 0.9, missing=2)
     assert plots.radii(found) == [0.05]
     (plate,) = dossier.Dossier(Entry(Path("net"), found)).plates()
     assert plate.caption.endswith("Unfinished: time was up before the end of eps-0.1, eps-0.15.")
@@ -123,20 +114,19 @@ def test_a_curve_ends_where_it_was_stopped() -> None:
     assert axes.lines[0].get_xdata().tolist() == [0, 0.05]  # pyright: ignore
     assert axes.get_xlim()[1] > 0.15  # what is missing is to be seen
     assert axes.get_title(loc="left") == "unfinished: 2 radii to go"
-    at_once = stopped(found, "eps-0.05", "eps-0.1", "eps-0.15")
+    at_once = curve("net", 0.9, 0.9, 0.9, missing=3)
     (plate,) = dossier.Dossier(Entry(Path("net"), at_once)).plates()
     assert plate.name == "stages"
 
 
 def test_stages_that_never_ran_are_not_shown() -> None:
-    last = results().stages[-1]
-    found = replace(results(), stages=(*results().stages, replace(last, name="third")))
-    (plate,) = dossier.Dossier(Entry(Path("net"), stopped(found, "second", "third"))).plates()
+    found = results(lost=(LOST, LOST, 0), missing=("second", "third"))
+    (plate,) = dossier.Dossier(Entry(Path("net"), found)).plates()
     assert "Unfinished: time was up before the end of second, third." in plate.caption
     (axes,) = plate.draw().axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["clean", "first", "unfinished: second"]
-    over = replace(found, stages=(*found.stages[:-1], replace(found.stages[-1], attacked=0)))
+    over = results(lost=(LOST, N - WRONG - LOST, 0))
     assert over.begun == over.stages  # nobody was left for the third
 
 
@@ -193,7 +183,7 @@ def entry(name: str, **changes: object) -> Entry:
 def test_sweeps_are_found() -> None:
     def member(jump: float, correct: int, **more: object) -> Entry:
         settings = {"defense": "jumprelu", "defense.jump": jump, "recipe": "pgd_at", **more}
-        return entry(f"r{jump}{more}", settings=settings, robust=Accuracy.of(correct, N))
+        return entry(f"r{jump}{more}", settings=settings, lost=(N - WRONG - correct,))
 
     found = [member(1, 10), member(0, 30), member(0.5, 20), entry("other")]
     (sweep,) = together.sweeps(found)
@@ -227,7 +217,7 @@ def test_a_sweeps_axis_has_the_values_to_scale() -> None:
 
 
 def test_the_unfinished_comes_last_and_is_called_that() -> None:
-    found = [entry("short", missing=("second",), robust=Accuracy.of(39, N)), entry("whole")]
+    found = [entry("short", lost=(0, 0), missing=("second",)), entry("whole")]
     assert [e.results.run for e in together.ranked(found)[0]] == ["whole", "short"]
     (axes,) = together.board_plate(found).draw().axes
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -266,7 +256,7 @@ def test_labels_tell_what_differs() -> None:
     assert label(one, Entry(Path("b"), replace(one.results, settings=seeded))) == [
         "run+jumprelu, seed 0", "run+jumprelu, seed 1",
     ]  # fmt: skip
-    attacked = Entry(Path("b"), replace(one.results, protocol={"seed": 7}))
+    attacked = Entry(Path("b"), replace(one.results, protocol={**one.results.protocol, "seed": 7}))
     assert label(one, attacked) == ["run+jumprelu, attack seed 0", "run+jumprelu, attack seed 7"]
     assert label(one, Entry(Path("b"), other.results)) == ["run+jumprelu, j0", "run+jumprelu, b"]
 
@@ -274,7 +264,7 @@ def test_labels_tell_what_differs() -> None:
 def test_means_over_seeds_are_called_that() -> None:
     def member(jump: float, seed: int, correct: int) -> Entry:
         settings = {**results().settings, "defense.jump": jump, "seed": seed}
-        return entry(f"s{seed}", settings=settings, robust=Accuracy.of(correct, N))
+        return entry(f"s{seed}", settings=settings, lost=(N - WRONG - correct,))
 
     found = [member(jump, seed, 20 + 4 * seed) for jump in (0, 1, 2) for seed in (0, 1, 2)]
     plate = together.board_plate(found[:3])
@@ -300,7 +290,7 @@ def test_means_over_seeds_are_called_that() -> None:
 def test_what_was_not_attacked_is_drawn_as_clean_alone() -> None:
     def bare(jump: float) -> Entry:
         settings = {**results().settings, "defense.jump": jump}
-        return entry(f"j{jump}", settings=settings, stages=(), robust=Accuracy.of(N - WRONG, N))
+        return entry(f"j{jump}", settings=settings, lost=())
 
     found = [bare(jump) for jump in (0, 1, 2)]
     assert together.sweeps(found) == []
@@ -309,7 +299,7 @@ def test_what_was_not_attacked_is_drawn_as_clean_alone() -> None:
     assert len(axes.get_yticklabels()) == 3
     (axes,) = together.board_plate([*found, entry("attacked")]).draw().axes
     assert [c.get_label() for c in axes.containers] == ["clean", "robust"]
-    ranked = together.ranked([found[0], entry("attacked", robust=Accuracy.of(1, N))])
+    ranked = together.ranked([found[0], entry("attacked", lost=(N - WRONG - 1,))])
     assert [e.results.run for e in ranked[0]] == ["attacked", "j0"]
     drawn = dossier.Dossier(found[0], evidence=Evidence.of({"clean": attacked()["clean"]})).plates()
     assert [plate.name for plate in drawn] == ["classes"]

@@ -45,10 +45,3 @@ def number(value: float) -> str:
 def count(number: int, noun: str) -> str:
     """Such as 1 image, 2 images."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def size(number: int) -> str:
-    """Bytes, such as 640 B, 12 KB or 3.4 MB."""
-    if number < 1000:
-        return f"{number} B"
-    return f"{number / 1e3:.0f} KB" if number < 1e6 else f"{number / 1e6:.1f} MB"

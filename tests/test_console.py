@@ -106,7 +106,7 @@ def test_an_evaluation_on_a_terminal(clock: Clock) -> None:
         clock.now = 4.0
         view.update(20, correct=70, samples=100, seconds_left=90.0)
     text = stream.getvalue()
-    for part in ("[2/2] apgd-t", "20/80", str(Accuracy.of(70, 100)), "90 s left", "70 alive",
+    for part in ("[2/2] apgd-t", "20/80", "at most 70.0 %", "90 s left", "70 alive",
                  "30 broken", "5.0 samples/s"):  # fmt: skip
         assert part in text, part
 

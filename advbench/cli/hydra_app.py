@@ -101,18 +101,15 @@ def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float
             folder = train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
             return 0, score(folder)
         results = evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
-    return _strictly(results.verdict["label"]) if cfg.strict else 0, None
+    return _strictly(results.verdict.get("label")) if cfg.strict else 0, None
 
 
 def _strictly(label: str | None) -> int:
-    """The exit code by the verdict: 3 if it is unreliable, or was not computed, which is said."""
+    """The exit code by the verdict: 3 if it is unreliable."""
     from advbench.devices import is_first
 
-    if not is_first():  # one process speaks for the run; Fabric takes an exit code for a crash
-        return 0
-    if label is None:
-        print("advbench: strict=true: no verdict on the reliability was computed", file=sys.stderr)
-    return 3 if label in (None, "unreliable") else 0
+    # One process speaks for the run; Fabric takes an exit code for a crash.
+    return 3 if label == "unreliable" and is_first() else 0
 
 
 def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:

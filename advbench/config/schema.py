@@ -65,7 +65,7 @@ class EvalConfig:
     run: a training run; the newest finished one if neither ``run`` nor ``model`` is given.
     model: FILE.py:FACTORY of the user's own, with its ``weights``.  n: size of the subset of the
     test split.  adversarial: keep the adversarial images.  strict: exit with code 3 if the verdict
-    is unreliable, or none was computed.  transfer: runs whose images may break the model too.
+    is unreliable.  transfer: runs whose images may break the model too.
     traits: what an attacker must know of a ``model`` of the user's own.  resume: an interrupted
     evaluation to go on with.  budget: stop after that time, such as 10min, and go on when the
     command is repeated.

@@ -58,11 +58,14 @@ def evaluate(
     limit = str(job.threat).replace(" ", "_").replace("/", "-")
     title = evaluation.protocol.title.replace("/", "-")
     folder = home.of(f"{evaluation.run}-{title}-{limit}", plan.identity)
+    finished = finished_results(folder)
+    if cfg.strict and (finished is None or finished.verdict.get("label") is None):
+        raise UserError("strict=true needs a verdict, and no protocol computes one yet: omit it")
     with directory.occupied(folder) if group.rank == 0 else nullcontext():
         if group.rank == 0:
             directory.keep_config(folder, kept, compare=False)  # the plan decides what is the same
             screen.log = folder / "log.txt"
-            if finished_results(folder) is not None:
+            if finished is not None:
                 screen.line(f"finished already: {folder}")
             of = f"{len(job.samples)} samples of {evaluation.data}, {job.threat}"
             screen.line(f"evaluating {evaluation.run} on {of}")

@@ -209,21 +209,22 @@ def test_a_result_may_be_asked_for_again_in_other_words(
 def test_strict_wants_a_verdict(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None was computed, or that one: the exit code. The results are written as ever."""
+    """Nothing runs where there will be none; else it decides the exit code."""
     asked = ["eval", "-q", "protocol=clean", "run=good", "hydra.run.dir=strictly"]
-    assert main([*asked, "strict=true"]) == 3
+    assert main([*asked, "strict=true"]) == 2
     said = capsys.readouterr().err
-    assert said == "advbench: strict=true: no verdict on the reliability was computed\n"
+    assert said.startswith("advbench: strict=true needs a verdict") and said.count("\n") == 1
+    assert not Path("strictly").exists()
+    assert main(asked) == 0
     kept = json.loads(Path("strictly/results.json").read_text())
     assert kept["verdict"]["label"] is None
-    assert main(asked) == 0
     for label, status in (("reliable", 0), ("inconclusive", 0), ("unreliable", 3)):
         told = {**kept, "verdict": {"label": label, "indicators": []}}
         Path("strictly/results.json").write_text(json.dumps(told))
         assert (main([*asked, "strict=true"]), main(asked)) == (status, 0)
         assert not capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")  # of another device, which does not end the first one
-    assert hydra_app._strictly(None) == 0 and not capsys.readouterr().err
+    assert hydra_app._strictly("unreliable") == 0 and not capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_after_a_mistake(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

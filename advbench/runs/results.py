@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import (
     ConfigDict,
     Field,
+    GetPydanticSchema,
     InstanceOf,
     TypeAdapter,
     ValidationError,
@@ -53,8 +54,11 @@ Whole = Annotated[int, Field(strict=True, gt=-MOST, lt=MOST)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=MOST)]
 Real = Annotated[float, Field(strict=True, ge=0, lt=MOST)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Known = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(Share | None))]
+"""A share or None; to a type checker anything, since callers know which evaluations finished."""
 Flag = Annotated[bool, Field(strict=True)]
 Plain = Flag | Whole | Annotated[float, Field(strict=True)] | Text | None
+Setting = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(Plain))]
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -85,7 +89,7 @@ class Accuracy:
     Raises ValueError for a share outside [0, 1] or outside its interval.
     """
 
-    acc: Share | None = None
+    acc: Known = None
     """Share of all samples, in [0, 1]; null where nothing was measured."""
     ci95: tuple[Share, Share] | None = None
     """Wilson's 95 % interval; null where ``acc`` is null, or is no more than a bound so far."""
@@ -127,7 +131,7 @@ class StageResult:
     """The model whose gradient was followed: ``model``, or the name of a surrogate."""
     why: Text
     """Why the stage is in the plan, in words."""
-    robust_acc: Share | None
+    robust_acc: Known
     """Share of all samples still correct after it; null while clean images are unfinished."""
     attacked: Count
     """Samples that it began to attack."""
@@ -258,7 +262,7 @@ class Results:
     """Given exactly if a stage is missing: ``robust`` is a bound so far, without an interval."""
     measures: dict[Text, Share] = field(default_factory=dict)
     """Other ways to say it, see MEASURES; empty while unfinished."""
-    settings: dict[Text, Plain] = field(default_factory=dict)
+    settings: dict[Text, Setting] = field(default_factory=dict)
     """What sets the model apart from others, such as {"defense.jump": 0.5}."""
     schema: Text = SCHEMA
     """``advbench.results/2``."""

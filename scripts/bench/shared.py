@@ -39,6 +39,7 @@ def advbench(verb: str, settings: Sequence[str], folder: Path) -> None:
 def cell(accuracies: Sequence[Accuracy], n: int) -> str:
     """Mean over the seeds, in %, its standard deviation, and the interval for n images."""
     mean = Mean.of(accuracies, n)
+    assert mean is not None and mean.ci95 is not None, "an evaluation did not finish"
     sd = "" if mean.sd is None else f" sd {100 * mean.sd:.1f}"
     low, high = (100 * end for end in mean.ci95)
     return f"{100 * mean.acc:.1f}{sd} [{low:.1f}, {high:.1f}]"

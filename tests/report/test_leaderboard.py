@@ -25,6 +25,7 @@ from advbench.runs.results import Accuracy, Results, wilson
 
 def test_seeds_have_a_mean_a_deviation_and_the_interval_of_their_images() -> None:
     mean = Mean.of([Accuracy.of(160, 200), Accuracy.of(180, 200)], 200)
+    assert mean is not None
     assert (mean.acc, mean.count) == (pytest.approx(0.85), 2)
     assert mean.sd == pytest.approx(0.1 / math.sqrt(2))
     assert mean.ci95 == pytest.approx(wilson(170, 200))  # not that of 400 images

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,8 @@ def test_stages_show_wilson() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["clean", "first", "second"]
     bars = [line for c in axes.collections for line in c.get_segments()]  # pyright: ignore
     wanted = [
-        [100 * end for end in Accuracy.of(k, N).ci95] for k in (N - WRONG, N - WRONG - LOST, 18)
+        [100 * end for end in Accuracy.of(k, N).ci95 or ()]
+        for k in (N - WRONG, N - WRONG - LOST, 18)
     ]
     assert np.allclose([[bar[0][0], bar[1][0]] for bar in bars], wanted)
 
@@ -176,7 +178,7 @@ def test_learning_reads_metrics(tmp_path: Path) -> None:
             dossier.read_metrics(path)
 
 
-def entry(name: str, **changes: object) -> Entry:
+def entry(name: str, **changes: Any) -> Entry:
     return Entry(Path(name), results(name, **changes))
 
 
@@ -224,7 +226,7 @@ def test_the_unfinished_comes_last_and_is_called_that() -> None:
     assert names == ["whole", "unfinished: short"]
 
 
-def jumped(jump: float, *robust: float, **changes: object) -> Entry:
+def jumped(jump: float, *robust: float, **changes: Any) -> Entry:
     """A curve of one run with that jump put on."""
     settings = {**results().settings, "defense": "jumprelu", "defense.jump": jump}
     return Entry(

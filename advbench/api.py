@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,18 +20,18 @@ from advbench.attacks.base import Attack
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.arrays import array_split
-from advbench.data.base import to_unit
-from advbench.defenses.base import Defense, Surrogate, Traits, surrogates_of
+from advbench.data.base import Splits, to_unit
+from advbench.defenses.base import Defense, Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.deadline import seconds
-from advbench.evaluation.evaluation import IMAGES, Evaluation
-from advbench.evaluation.job import Job
+from advbench.evaluation.evaluation import IMAGES
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.resources import Resources
-from advbench.evaluation.samples import Samples, subset
 from advbench.experiments import models
+from advbench.experiments.subject import Candidate, TestData, evaluation_of, from_training_run
 from advbench.progress import Progress
 from advbench.runs import directory
+from advbench.runs.directory import TrainingRun
 from advbench.runs.results import Results
 
 
@@ -38,7 +40,7 @@ def load(run: str | Path) -> Classifier:
 
     Raises ``UserError`` for a run that is missing, did not finish, or does not match its weights.
     """
-    return models.from_run(Path(run))[0]
+    return models.from_run(directory.find(run))[0]
 
 
 @dataclass(frozen=True)
@@ -126,54 +128,132 @@ def attack(
 
 
 def evaluate(
-    model: nn.Module,
-    x: Tensor | np.ndarray,
-    y: Tensor | np.ndarray,
+    model: nn.Module | str | Path,
+    x: Tensor | np.ndarray | None = None,
+    y: Tensor | np.ndarray | None = None,
     *,
-    threat: Threat | str,
+    threat: Threat | str | None = None,
     protocol: Protocol | str = "autoattack",
     n: int | None = None,
     seed: int = 0,
     batch_size: int | str = "auto",
     precision: int | str = 32,
+    compile: str | None = None,
     budget: str | None = None,
     traits: Traits | None = None,
     surrogates: Mapping[str, Surrogate] | None = None,
+    defense: Defense | str | None = None,
+    transfer: Sequence[str | Path] = (),
     adversarial: bool = False,
     folder: str | Path | None = None,
-    name: str = "model",
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Clean and robust accuracy of any classifier.
+    """Clean and robust accuracy of any classifier, as ``advbench eval`` measures it.
 
-    model: takes (N, C, H, W) in [0, 1], returns logits (N, K); in evaluation mode, on its device.
-    x: (N, C, H, W), uint8, or floats in [0, 1].  y: (N,) integers in [0, K).
-    threat, protocol: an object, or the name of a shipped one (``advbench list threats``).
-    n: evaluate the fixed pseudo-random subset of that size.
-    batch_size: samples attacked side by side; "auto" fits it to the images.
-    precision: 32, or bf16 for a search in bfloat16 that is confirmed in float32.
-    budget: stop after that time, such as "10min"; the results name the stages that are missing.
-    traits: what an attacker must know of the model; if None, those that ``load`` found, else those
-        of a plain deterministic model.
-    surrogates: other targets for ``msa`` and ``adaptive``; if None, those that the defense of a
-        model from ``load`` names.
-    adversarial: keep the adversarial images in ``adversarial.safetensors`` of the folder.
-    folder: keep the evaluation there, and go on with it if it was interrupted.
-    progress: shows how far the evaluation is; None shows nothing.
-    Raises ``UserError`` for a model in training mode and for whatever does not fit.
+    Args:
+        model: the directory of a finished training run; or a module that takes (N, C, H, W) in
+            [0, 1] and returns logits (N, K), in evaluation mode, on its device.
+        x: (N, C, H, W), uint8, or floats in [0, 1]. A run may leave ``x`` and ``y`` out: then they
+            are the test images of its data.
+        y: (N,) integers in [0, K).
+        threat: an object, or the name of a shipped one (``advbench list threats``). A run may leave
+            it out: then it is the threat that it was trained for.
+        protocol: an object, or the name of a shipped one (``advbench list protocols``).
+        n: evaluate the fixed pseudo-random subset of that size.
+        seed: of all random numbers.
+        batch_size: samples attacked side by side; "auto" fits it to the images.
+        precision: 32, or bf16 for a search in bfloat16 that is confirmed in float32.
+        compile: None, or a mode of ``torch.compile`` for the search's copy of the model.
+        budget: stop after that time, such as "10min"; the results name the stages that are missing.
+        traits: what an attacker must know of a module; if None, those that ``load`` found, else
+            those of a plain deterministic model. The defense of a run knows its own.
+        surrogates: other networks for ``msa`` and ``adaptive`` to attack; if None, those that the
+            defense names.
+        defense: is put on the finished model; an object, or the name of a shipped one.
+        transfer: runs whose adversarial images may break the model too, for ``adaptive``.
+        adversarial: keep the adversarial images in ``folder``.
+        folder: keep the evaluation there; an interrupted one is resumed.
+        name: of the model in the results; if None, that of the run, or "model".
+        progress: shows how far the evaluation is; None shows nothing.
+
+    Returns:
+        The results, as ``results.json`` holds them.
+
+    Raises:
+        UserError: for a model in training mode and for whatever else does not fit.
     """
     if adversarial and folder is None:
         raise UserError("adversarial=True keeps images in a folder: give folder=DIR as well")
-    if isinstance(threat, str):
-        threat = config.build(config.shipped("threat", threat), "threat")
-    if isinstance(protocol, str):
-        protocol = config.build(config.shipped("protocol", protocol), "protocol")
-    if not isinstance(threat, Threat):
-        raise UserError(f"threat is {threat!r}: give a name, or Threat('linf', '8/255')")
-    if not isinstance(protocol, Protocol):
-        raise UserError(
-            f"protocol is {protocol!r}: give a name, or an object such as PGDProtocol()"
-        )
+    run = None if isinstance(model, nn.Module) else directory.find(model)
+    splits: Splits | None = None
+    if run is not None and (x is None or defense is not None):
+        splits = config.build(config.inherit(None, run.config, "data"), "data")
+    data = _data(x, y, splits)
+    if isinstance(model, nn.Module):
+        device = next(model.parameters(), torch.empty(0)).device
+        resources = Resources(device.type, 1, 1, batch_size, str(precision), compile)
+        subject = _of_module(model, traits, name or "model")
+        if defense is not None:  # which changes the model: the caller's stays as it is
+            subject = replace(subject, model=copy.deepcopy(model))
+    else:
+        assert run is not None
+        if traits is not None:
+            raise UserError("traits are declared for a module; a run's defense knows its own")
+        resources = Resources("auto", 1, 1, batch_size, str(precision), compile)
+        device = resources.device
+        subject = from_training_run(run)
+    if defense is not None:
+        wanted: Defense = _built(defense, "defense", Defense)
+        settings = {f"defense.{key}": value for key, value in asdict(wanted).items()}
+        subject = subject.defended(wanted, settings, data, device)
+    evaluation = evaluation_of(
+        subject,
+        data,
+        _threat(threat, run),
+        _built(protocol, "protocol", Protocol),
+        resources,
+        device,
+        seed=seed,
+        n=n,
+        adversarial=adversarial,
+        surrogates=surrogates,
+        transfer=[directory.find(other) for other in transfer],
+        name=name,
+    )
+    plan = evaluation.plan()
+    most = None if budget is None else seconds(budget)
+    home = None if folder is None else Path(folder)
+    if home is not None and directory.kind_in(home) == "train":
+        raise UserError(f"'{folder}' holds a training run: give another folder")
+    with nullcontext() if home is None else directory.occupied(home):
+        return evaluation.execute(home, plan, progress, budget=most)
+
+
+def _built(given: Any, group: str, kind: type) -> Any:
+    """An object of the group, from itself or from the name of a shipped option."""
+    if isinstance(given, str):
+        node = config.shipped(group, given)
+        return config.build_defense(node) if group == "defense" else config.build(node, group)
+    if not isinstance(given, kind):
+        raise UserError(f"{group} is {given!r}: give a name, or a {kind.__name__}")
+    return given
+
+
+def _threat(given: Threat | str | None, run: TrainingRun | None) -> Threat:
+    if given is not None:
+        return _built(given, "threat", Threat)
+    if run is None:
+        raise UserError("a model of your own needs its threat: give a name such as 'linf_8'")
+    return config.build(config.inherit(None, run.config, "threat"), "threat")
+
+
+def _data(x: Any, y: Any, splits: Splits | None) -> TestData:
+    """The images that are given, or the test images of the run's data."""
+    if x is None and y is None and splits is not None:
+        return TestData(splits.info.name, splits.test, splits.info.input_shape, splits)
+    if x is None or y is None:
+        raise UserError("give images x and labels y")
     shape = tuple(np.shape(x))
     if len(shape) != 4:
         raise UserError(f"x has shape {shape}: images are (N, C, H, W)")
@@ -181,32 +261,15 @@ def evaluate(
     given = given.float() if given.dtype is torch.bfloat16 else given  # which numpy has not
     images = given.movedim(1, -1).numpy()
     labels = torch.as_tensor(y).detach().cpu().numpy()
-    split = array_split(images, labels, "x", "y")
-    anchor = next(model.parameters(), torch.empty(0))
-    resources = Resources(anchor.device.type, batch_size=batch_size, precision=str(precision))
-    defense = getattr(model, "defense", Defense())
-    if not isinstance(defense, Defense):
-        defense = Defense()
-    own = getattr(model, "traits", None)
-    traits = traits or (own if isinstance(own, Traits) else Traits())
-    named = surrogates_of(defense, model, traits) if protocol.surrogates else {}
-    job = Job(
+    return TestData("arrays", array_split(images, labels, "x", "y"), shape[1:], splits)
+
+
+def _of_module(model: nn.Module, traits: Traits | None, name: str) -> Candidate:
+    """A module, with what ``load`` found out about it."""
+    defense, own = getattr(model, "defense", None), getattr(model, "traits", None)
+    return Candidate(
+        name=name,
         model=model,
-        samples=Samples(split, subset(len(split), n), anchor.device),
-        threat=threat,
-        traits=traits,
-        surrogates=named if surrogates is None else surrogates,
-        seed=seed,
-        batch_size=resources.batch_size_for(shape[1:]),
-        fast_model=resources.fast_model,
-        keep_images=adversarial,
+        traits=traits or (own if isinstance(own, Traits) else Traits()),
+        defense=defense if isinstance(defense, Defense) else Defense(),
     )
-    evaluation = Evaluation(name, "arrays", protocol, job)
-    plan = evaluation.plan()
-    most = None if budget is None else seconds(budget)
-    if folder is None:
-        return evaluation.execute(None, plan, progress, budget=most)
-    if directory.kind_in(Path(folder)) == "train":
-        raise UserError(f"'{folder}' holds a training run: give another folder")
-    with directory.occupied(Path(folder)):
-        return evaluation.execute(Path(folder), plan, progress, budget=most)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,18 +12,16 @@ from advbench.attacks.threat import Threat
 from advbench.console import Bar, Screen
 from advbench.data.base import Splits
 from advbench.errors import UserError
-from advbench.evaluation.adaptive import AdaptiveProtocol
 from advbench.evaluation.deadline import seconds
 from advbench.evaluation.evaluation import Evaluation, finished_results
-from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import ProcessGroup, Resources
-from advbench.evaluation.samples import Samples, subset
 from advbench.experiments import models, outcome
 from advbench.experiments.home import Home, kept_config, resumed
-from advbench.experiments.subject import candidate
+from advbench.experiments.subject import TestData, candidate, evaluation_of
 from advbench.experiments.views import EvaluationView
 from advbench.runs import directory
+from advbench.runs.directory import TrainingRun
 from advbench.runs.results import Results
 
 
@@ -37,22 +34,13 @@ def evaluate(
 ) -> Results:
     """Evaluate what the config says, or go on with it. Returns the results."""
     budget = None if cfg.budget is None else seconds(cfg.budget)
-    if cfg.resume is not None:
-        asked = cfg
-        home, cfg = resumed(cfg.resume, "eval")
-        if (asked.model, asked.weights) != (cfg.model, cfg.weights):
-            again = directory.going_on(home.folder, cfg)
-            raise UserError(f"model=FILE.py runs code, so it is said again: {again}")
-    if cfg.run is not None and cfg.model is not None:
-        raise UserError("give run=DIR or model=FILE.py:FACTORY, not both")
-    if cfg.weights is not None and cfg.model is None:
-        raise UserError("weights=FILE needs model=FILE.py:FACTORY")
-    if cfg.model is None:
-        # Kept in the run's config, so that going on does not depend on what is newest then.
-        run = directory.newest() if cfg.run is None else directory.find(cfg.run)
-        cfg = OmegaConf.merge(cfg, {"run": str(run)})  # pyright: ignore[reportAssignmentType]
+    home, cfg = _resumed(cfg, home)
+    run = _training_run(cfg)
+    if run is not None:
+        # Kept in the run's config, so that resuming does not depend on what is newest then.
+        cfg = OmegaConf.merge(cfg, {"run": str(run.folder)})  # pyright: ignore[reportAssignmentType]
     cfg.defense = config.spelled_out(cfg.defense)
-    evaluation, group = _evaluation(cfg, plugins)
+    evaluation, group = instantiate(cfg, run, plugins)
     plan, job = evaluation.plan(), evaluation.job
     kept = cfg if "choices" in cfg else kept_config(cfg, choices)
     limit = str(job.threat).replace(" ", "_").replace("/", "-")
@@ -88,7 +76,32 @@ def evaluate(
     return results
 
 
-def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> tuple[Evaluation, ProcessGroup]:
+def _resumed(cfg: DictConfig, home: Home) -> tuple[Home, DictConfig]:
+    """The directory and the config of the evaluation that is resumed, where one is named."""
+    if cfg.resume is None:
+        return home, cfg
+    asked = cfg
+    home, cfg = resumed(cfg.resume, "eval")
+    if (asked.model, asked.weights) != (cfg.model, cfg.weights):
+        again = directory.going_on(home.folder, cfg)
+        raise UserError(f"model=FILE.py runs code, so it is said again: {again}")
+    return home, cfg
+
+
+def _training_run(cfg: DictConfig) -> TrainingRun | None:
+    """The run that the config names, or else the newest; None for a model of the user's own."""
+    if cfg.run is not None and cfg.model is not None:
+        raise UserError("give run=DIR or model=FILE.py:FACTORY, not both")
+    if cfg.weights is not None and cfg.model is None:
+        raise UserError("weights=FILE needs model=FILE.py:FACTORY")
+    if cfg.model is not None:
+        return None
+    return directory.newest() if cfg.run is None else directory.find(cfg.run)
+
+
+def instantiate(
+    cfg: DictConfig, run: TrainingRun | None, plugins: tuple[str, ...]
+) -> tuple[Evaluation, ProcessGroup]:
     """What the config says, built on its devices; and the processes that share it.
 
     Raises UserError where the parts do not fit.
@@ -96,42 +109,25 @@ def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> tuple[Evaluation, 
     resources = config.build(cfg.trainer, "trainer", plugins=plugins)
     if not isinstance(resources, Resources):
         raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
-    trained = config.read(Path(cfg.run) / directory.CONFIG) if cfg.model is None else None
-    source = trained if cfg.model is None else models.origin(cfg.model)
+    source = models.origin(cfg.model) if run is None else run.config
     data_node = config.inherit(cfg.data, source, "data")
     threat: Threat = config.build(config.inherit(cfg.threat, source, "threat"), "threat")
     protocol: Protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
-    if cfg.transfer and not isinstance(protocol, AdaptiveProtocol):
-        raise UserError(
-            f"protocol={protocol.title} has no use for transfer: take protocol=adaptive"
-        )
+    transfer = [directory.find(other) for other in cfg.transfer]
     splits: Splits = config.build(data_node, "data", plugins=plugins)
+    data = TestData(splits.info.name, splits.test, splits.info.input_shape, splits)
     group = resources.launch()
-    subject = candidate(cfg, trained, plugins, splits, group.device)
-    samples = Samples(splits.test, subset(len(splits.test), cfg.n), group.device)
-    input_shape = getattr(subject.model, "input_shape", None)
-    if input_shape is not None and splits.info.input_shape != tuple(input_shape):
-        raise UserError(
-            f"the model is for images of shape {tuple(input_shape)} and {splits.info.name} has "
-            f"{splits.info.input_shape}: choose the data that it was trained on"
-        )
-    surrogates = (
-        subject.surrogates(cfg.transfer, splits.info, plugins) if protocol.surrogates else {}
-    )
-    for surrogate in surrogates.values():
-        surrogate.model.to(group.device)
-    job = Job(
-        model=subject.model,
-        samples=samples,
-        threat=threat,
-        traits=subject.traits,
-        surrogates=surrogates,
+    evaluation = evaluation_of(
+        candidate(cfg, run, plugins, data, group.device),
+        data,
+        threat,
+        protocol,
+        resources,
+        group.device,
         seed=cfg.seed,
-        batch_size=resources.batch_size_for(splits.info.input_shape),
-        fast_model=resources.fast_model,
-        keep_images=cfg.adversarial,
-    )
-    evaluation = Evaluation(
-        subject.name, splits.info.name, protocol, job, code=subject.code, settings=subject.settings
+        n=cfg.n,
+        adversarial=cfg.adversarial,
+        transfer=transfer,
+        plugins=plugins,
     )
     return evaluation, group

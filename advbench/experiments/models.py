@@ -21,11 +21,7 @@ from advbench.data.base import Info
 from advbench.defenses.base import Defense
 from advbench.errors import UserError, describe, did_you_mean
 from advbench.experiments.bounds import bounded
-from advbench.runs import directory
-
-WEIGHTS = "model.safetensors"
-BASE = "base.safetensors"
-"""In a run that put its defense on a finished undefended model: that model's weights."""
+from advbench.runs.directory import CONFIG, TrainingRun
 
 
 def backbone_node(node: DictConfig, info: Info) -> DictConfig:
@@ -67,76 +63,65 @@ def _of(folder: Path) -> Iterator[None]:
         with without_weights():
             yield
     except UserError as problem:
-        raise UserError(f"{folder / directory.CONFIG}: {problem}") from problem
+        raise UserError(f"{folder / CONFIG}: {problem}") from problem
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as p:
-        raise UserError(f"{folder / directory.CONFIG} describes no model: {describe(p)}") from p
+        raise UserError(f"{folder / CONFIG} describes no model: {describe(p)}") from p
 
 
 def begun_from(
-    folder: Path, backbone_node: Any, defense_node: Any, plugins: tuple[str, ...] = ()
+    run: TrainingRun, backbone_node: Any, defense_node: Any, plugins: tuple[str, ...] = ()
 ) -> tuple[Classifier, Defense]:
     """A model with the weights of another run, and its defense applied.
 
     The other run has the same defense, or none: then the defense is put on its finished model.
     Raises UserError where it has another, or its weights do not match.
     """
-    folder = directory.find(folder)
-    before = config.read(folder / directory.CONFIG).defense
-    if before.get("_target_") == defense_node.get("_target_"):
+    if run.config.defense.get("_target_") == defense_node.get("_target_"):
         with without_weights():
             model, defense = assemble(backbone_node, defense_node, plugins)
-        load_weights(model, folder / WEIGHTS)
+        load_weights(model, run.weights)
         return model, defense
-    if not undefended(folder):
+    if not run.undefended:
         raise UserError(
-            f"init_from={folder} has another defense: begin from a run with the same, or with none"
+            f"init_from={run.folder} has another defense: begin from a run with the same, or with "
+            "none"
         )
     defense = config.build_defense(defense_node, plugins)
     with without_weights():
         model = config.build(backbone_node, "backbone", plugins=plugins)
-    load_weights(model, folder / WEIGHTS)
+    load_weights(model, run.weights)
     return defense.apply(model), defense
 
 
-def base_of(folder: Path, plugins: tuple[str, ...] = ()) -> Classifier | None:
+def base_of(run: TrainingRun, plugins: tuple[str, ...] = ()) -> Classifier | None:
     """The undefended model that a run began from, in evaluation mode; None if it began anew."""
-    path = directory.find(folder) / BASE
-    if not path.is_file():
+    if run.base is None:
         return None
-    cfg = config.read(directory.find(folder) / directory.CONFIG)
-    with _of(folder), bounded():
-        model: Classifier = config.build(cfg.backbone, "backbone", plugins=plugins)
-    load_weights(model, path)
+    with _of(run.folder), bounded():
+        model: Classifier = config.build(run.config.backbone, "backbone", plugins=plugins)
+    load_weights(model, run.base)
     return model.eval()
 
 
-def undefended(folder: str | Path) -> bool:
-    """Whether a finished run has no defense."""
-    node = config.read(directory.find(folder) / directory.CONFIG).defense
-    return node.get("_target_") == "advbench.defenses.base.Defense"
-
-
 def from_run(
-    folder: Path, plugins: tuple[str, ...] = (), defense_node: Any = None
-) -> tuple[Classifier, Defense, DictConfig]:
-    """The best model of a finished training run, in evaluation mode, with its defense and config.
+    run: TrainingRun, plugins: tuple[str, ...] = (), defense_node: Any = None
+) -> tuple[Classifier, Defense]:
+    """The best model of a finished training run, in evaluation mode, with its defense.
 
     What an attacker must know of it is with it, as ``model.traits`` and ``model.defense``.
 
     defense_node: in place of the run's own, of the same state.
 
-    Raises UserError for a run that did not finish, whose weights do not match its config, or whose
-    config names code that is not advbench's or in ``plugins``.
+    Raises UserError for a run whose weights do not match its config, or whose config names code
+    that is not advbench's or in ``plugins``.
     """
-    folder = directory.find(folder)
-    cfg = config.read(folder / directory.CONFIG)
-    node = cfg.defense if defense_node is None else defense_node
-    with _of(folder):
-        model, defense = assemble(cfg.backbone, node, plugins)
-    load_weights(model, folder / WEIGHTS)
+    node = run.config.defense if defense_node is None else defense_node
+    with _of(run.folder):
+        model, defense = assemble(run.config.backbone, node, plugins)
+    load_weights(model, run.weights)
     labelled: Any = model
     labelled.traits, labelled.defense = defense.traits(model), defense
-    return model.eval(), defense, cfg
+    return model.eval(), defense
 
 
 def from_factory(spec: str, weights: str | None) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -12,14 +12,21 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from advbench import config
+from advbench.attacks.threat import Threat
 from advbench.backbones import robustbench
-from advbench.data.base import Info, Splits
+from advbench.data.base import Split, Splits
 from advbench.defenses.base import Defense, Surrogate, Traits, surrogates_of, worst
 from advbench.defenses.chain import Chain
 from advbench.errors import UserError, did_you_mean
+from advbench.evaluation.adaptive import AdaptiveProtocol
+from advbench.evaluation.evaluation import Evaluation
+from advbench.evaluation.job import Job
+from advbench.evaluation.protocol import Protocol
+from advbench.evaluation.resources import Resources
+from advbench.evaluation.samples import Samples, subset
 from advbench.experiments import models
 from advbench.files import code_sha256, hashes
-from advbench.runs import directory
+from advbench.runs.directory import TrainingRun
 from advbench.runs.settings import flat, settings_of, without_seed
 
 
@@ -35,27 +42,44 @@ class Foreign(nn.Module):
         return self.model(x)
 
 
-@dataclass
-class Candidate:
-    """What is evaluated.
-
-    name: for people.  base: the undefended model that its run began from.  code: hashes of the
-    user's own files.  settings: what sets it apart from others, by key.
-    """
+@dataclass(frozen=True)
+class TestData:
+    """The images of an evaluation, and what they are called."""
 
     name: str
+    """For people."""
+    split: Split
+    """The images and their labels."""
+    input_shape: tuple[int, ...]
+    """(C, H, W)."""
+    splits: Splits | None = None
+    """The data set that they belong to, which a retrofitted defense may look at."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is evaluated."""
+
+    name: str
+    """For people."""
     model: nn.Module
-    defense: Defense
+    """In evaluation mode."""
     traits: Traits
-    base: nn.Module | None
-    code: Mapping[str, str]
-    settings: Mapping[str, Any]
+    """What an attacker must know of it."""
+    defense: Defense = field(default_factory=Defense)
+    """Names its surrogates."""
+    base: nn.Module | None = None
+    """The undefended model that its run began from."""
+    code: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the user's own files, by name."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What sets it apart from others, by key."""
 
     def surrogates(
-        self, transfer: Sequence[str], info: Info, plugins: tuple[str, ...]
+        self, transfer: Sequence[TrainingRun], data: TestData, plugins: tuple[str, ...]
     ) -> dict[str, Surrogate]:
-        """Other targets: those that the defense names, the undefended model that it was put on, and
-        the runs ``transfer``. Raises UserError for runs that are no targets.
+        """Other victims: those that the defense names, the undefended model that it was put on, and
+        the runs ``transfer``. Raises UserError for runs that can't be attacked in its place.
         """
         found = surrogates_of(self.defense, self.model, self.traits)
         if self.base is not None:
@@ -63,90 +87,201 @@ class Candidate:
             name = "undefended" if "base" in found else "base"
             found[name] = Surrogate(self.base, exact=False, loss="ce", why=why)
         for run in transfer:
-            name = f"transfer-{directory.find(run).resolve().name}"
+            name = f"transfer-{run.name}"
             if name in found:
-                raise UserError(f"two runs of transfer have one name, '{name[9:]}': rename one")
-            found[name] = _other(run, info, plugins)
+                raise UserError(f"two runs of transfer have one name, '{run.name}': rename one")
+            found[name] = _other(run, self.model, data, plugins)
         return found
+
+    def defended(
+        self,
+        defense: Defense,
+        settings: Mapping[str, Any],
+        data: TestData,
+        device: torch.device,
+    ) -> Candidate:
+        """The model with a defense put on it, beside the one that it may have.
+
+        Args:
+            defense: a retrofit. It looks at the training images of ``data``.
+            settings: its values, by full key.
+            data: the images.
+            device: where the model is to be.
+
+        Raises:
+            UserError: for a defense that has to be trained with the model.
+        """
+        model: Any = self.model
+        if not hasattr(model, "input_shape"):
+            model = Foreign(model, data.input_shape)
+        if not defense.traits(model).retrofit:
+            raise UserError(
+                f"{type(defense).__name__} has to be trained with the model: "
+                "advbench train defense=NAME init_from=RUN"
+            )
+        model = defense.apply(model.eval()).to(device)
+        images: Any = NoTrainingImages() if data.splits is None else data.splits
+        with torch.no_grad():
+            defense.prepare(model.eval(), images)
+            defense.finish(model, images)
+        alone = type(self.defense) is Defense
+        both = defense if alone else Chain(members=(self.defense, defense))
+        put_on = type(defense).__name__.lower()
+        name = put_on if alone else f"{self.settings['defense']}+{put_on}"
+        return replace(
+            self,
+            name=f"{self.name}+{put_on}",
+            model=model,
+            traits=worst([self.traits, both.traits(model)]),
+            defense=both,
+            settings={**self.settings, **settings, "defense": name},
+        )
+
+
+class NoTrainingImages:
+    """In place of a data set where there are test images alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UserError(
+            f"the defense looks at the {name} images of a data set, and only test images were "
+            "given: evaluate a run, or apply and prepare the defense yourself"
+        )
+
+
+def from_training_run(
+    run: TrainingRun, plugins: tuple[str, ...] = (), defense_node: Any = None
+) -> Candidate:
+    """The model of a run. defense_node: in place of the run's own, of the same state."""
+    node = run.config.defense if defense_node is None else defense_node
+    model, defense = models.from_run(run, plugins, node)
+    return Candidate(
+        name=run.name,
+        model=model,
+        traits=defense.traits(model),
+        defense=defense,
+        base=models.base_of(run, plugins),
+        settings=settings_of(run.config, node),
+    )
+
+
+def from_factory(spec: str, weights: str | None, traits: Traits) -> Candidate:
+    """A model of the user's own, or of a zoo, with the traits that they declare."""
+    model = models.from_factory(spec, weights)
+    file, _, factory = spec.rpartition(":")
+    code = {}
+    if robustbench.is_named(spec):
+        name = robustbench.Entry.of(spec).name
+    else:
+        name, code["model"] = Path(file).stem, code_sha256(file)
+    settings = {"model": f"{Path(file).name}:{factory}"}
+    if weights is not None:
+        settings["weights"] = Path(weights).name
+    own = {key: v for key, v in asdict(traits).items() if v != getattr(Traits(), key)}
+    settings |= {f"traits.{key}": value for key, value in own.items()}
+    return Candidate(name, model, traits, code=code, settings=settings)
 
 
 def candidate(
     cfg: DictConfig,
-    trained: DictConfig | None,
+    run: TrainingRun | None,
     plugins: tuple[str, ...],
-    splits: Splits,
+    data: TestData,
     device: torch.device,
 ) -> Candidate:
     """What the config of an evaluation names.
 
-    trained: the config of the run, where there is one.  splits: the data; a retrofit looks at
-    them.  device: where the model is to be. Raises UserError where the parts do not fit.
+    run: the training run, where there is one.  data: the images.  device: where the model is to be.
+    Raises UserError where the parts do not fit.
     """
-    code = hashes(cfg.plugins)
-    wanted = None if cfg.defense is None else cfg.defense.get("_target_")
-    base, settings = None, {}
-    if trained is None:
-        model: Any = models.from_factory(cfg.model, cfg.weights)
-        file, _, factory = cfg.model.rpartition(":")
-        if robustbench.is_named(cfg.model):
-            name = robustbench.Entry.of(cfg.model).name
-        else:
-            name, code["model"] = Path(file).stem, code_sha256(file)
-        settings = {"model": f"{Path(file).name}:{factory}"}
-        if cfg.weights is not None:
-            settings["weights"] = Path(cfg.weights).name
-        defense, traits = Defense(), _declared(cfg.traits)
-        said = {key: v for key, v in asdict(traits).items() if v != getattr(Traits(), key)}
-        settings |= {f"traits.{key}": value for key, value in said.items()}
+    retrofit = cfg.defense is not None and cfg.defense.get("_target_") is not None
+    traits = _declared(cfg.traits)
+    if run is None:
+        own = from_factory(cfg.model, cfg.weights, traits)
         given = {} if cfg.defense is None else flat("defense", cfg.defense)
-        if wanted is None and any(value is not None for value in given.values()):
+        if not retrofit and any(value is not None for value in given.values()):
             raise UserError("a model of your own has no defense to set: give defense=NAME")
     else:
-        if _declared(cfg.traits) != Traits():
+        if traits != Traits():
             raise UserError(
                 "traits are declared for model=FILE.py:FACTORY; a run's defense knows its own"
             )
-        run = directory.find(cfg.run)
         # A retrofit comes on top of the run's own defense, as that was.
-        node = trained.defense if wanted else config.inherit(cfg.defense, trained, "defense")
-        model, defense, _ = models.from_run(run, plugins, node)
-        name, traits = run.resolve().name, defense.traits(model)
-        base = models.base_of(run, plugins)
-        settings = settings_of(trained, node)
-    if wanted is not None:
-        own = defense
-        defense, model = _retrofit(cfg.defense, plugins, own, model, splits, device)
-        traits = worst([traits, defense.traits(model)])
-        put_on = str(wanted).rpartition(".")[2].lower()
-        name, settings = f"{name}+{put_on}", {**settings, **flat("defense", cfg.defense)}
-        settings["defense"] = put_on if type(own) is Defense else f"{settings['defense']}+{put_on}"
-    if cfg.transfer:
-        settings["transfer"] = "+".join(sorted(map(without_seed, cfg.transfer)))
-    return Candidate(name, model.to(device), defense, traits, base, code, settings)
+        node = None if retrofit else config.inherit(cfg.defense, run.config, "defense")
+        own = from_training_run(run, plugins, node)
+    own = replace(own, code={**hashes(cfg.plugins), **own.code})
+    if retrofit:
+        defense: Defense = config.build_defense(cfg.defense, plugins)
+        own = own.defended(defense, flat("defense", cfg.defense), data, device)
+    return own
 
 
-def _retrofit(
-    node: Any,
-    plugins: tuple[str, ...],
-    own: Defense,
-    model: Any,
-    splits: Splits,
+def evaluation_of(
+    subject: Candidate,
+    data: TestData,
+    threat: Threat,
+    protocol: Protocol,
+    resources: Resources,
     device: torch.device,
-) -> tuple[Defense, Any]:
-    """Put a defense on a finished model, beside the one that it may have."""
-    defense: Defense = config.build_defense(node, plugins)
-    if not hasattr(model, "input_shape"):
-        model = Foreign(model, splits.info.input_shape)
-    if not defense.traits(model).retrofit:
+    *,
+    seed: int = 0,
+    n: int | None = None,
+    adversarial: bool = False,
+    surrogates: Mapping[str, Surrogate] | None = None,
+    transfer: Sequence[TrainingRun] = (),
+    plugins: tuple[str, ...] = (),
+    name: str | None = None,
+) -> Evaluation:
+    """The evaluation of a candidate: what the command line and ``advbench.evaluate`` share.
+
+    Args:
+        subject: what is evaluated.
+        data: the images.
+        threat: what an attack may change.
+        protocol: makes the plan.
+        resources: batch size, precision and compilation.
+        device: of this process.
+        seed: of all random numbers.
+        n: evaluate the fixed pseudo-random subset of that size; None is all.
+        adversarial: keep the adversarial images.
+        surrogates: other victims; None stands for those that the defense names.
+        transfer: runs whose adversarial images may break the model too.
+        plugins: import prefixes that the runs' configs may use.
+        name: of what is evaluated, for people; None is the candidate's own.
+
+    Raises:
+        UserError: where the parts do not fit.
+    """
+    if transfer and not isinstance(protocol, AdaptiveProtocol):
         raise UserError(
-            f"{type(defense).__name__} has to be trained with the model: "
-            "advbench train defense=NAME init_from=RUN"
+            f"protocol={protocol.title} has no use for transfer: take protocol=adaptive"
         )
-    model = defense.apply(model.eval()).to(device)
-    with torch.no_grad():
-        defense.prepare(model.eval(), splits)
-        defense.finish(model, splits)
-    return (defense if type(own) is Defense else Chain(members=(own, defense))), model
+    input_shape = getattr(subject.model, "input_shape", None)
+    if input_shape is not None and tuple(data.input_shape) != tuple(input_shape):
+        raise UserError(
+            f"the model is for images of shape {tuple(input_shape)} and {data.name} has "
+            f"{tuple(data.input_shape)}: choose the data that it was trained on"
+        )
+    if surrogates is None:
+        surrogates = subject.surrogates(transfer, data, plugins) if protocol.surrogates else {}
+    for surrogate in surrogates.values():
+        surrogate.model.to(device)
+    settings = dict(subject.settings)
+    if transfer:
+        settings["transfer"] = "+".join(sorted(without_seed(str(run.folder)) for run in transfer))
+    job = Job(
+        model=subject.model.to(device),
+        samples=Samples(data.split, subset(len(data.split), n), device),
+        threat=threat,
+        traits=subject.traits,
+        surrogates=surrogates,
+        seed=seed,
+        batch_size=resources.batch_size_for(data.input_shape),
+        fast_model=resources.fast_model,
+        keep_images=adversarial,
+    )
+    return Evaluation(
+        name or subject.name, data.name, protocol, job, code=subject.code, settings=settings
+    )
 
 
 def _declared(node: DictConfig) -> Traits:
@@ -163,18 +298,23 @@ def _declared(node: DictConfig) -> Traits:
     return traits
 
 
-def _other(run: str, info: Info, plugins: tuple[str, ...]) -> Surrogate:
-    """Another run's model as a target; of a stochastic one, a surrogate that does not draw.
+def _other(
+    run: TrainingRun, attacked: nn.Module, data: TestData, plugins: tuple[str, ...]
+) -> Surrogate:
+    """Another run's model as a victim; of a stochastic one, a surrogate that does not draw.
 
     Raises UserError if it is for other images, or can't be attacked image by image.
     """
-    model, defense, _ = models.from_run(directory.find(run), plugins)
-    if (model.input_shape, model.num_classes) != (info.input_shape, info.num_classes):
-        raise UserError(f"'{run}' is a model of other images or classes than {info.name}'s")
+    model, defense = models.from_run(run, plugins)
+    classes = getattr(attacked, "num_classes", model.num_classes)
+    if data.splits is not None:
+        classes = data.splits.info.num_classes
+    if (tuple(model.input_shape), model.num_classes) != (tuple(data.input_shape), classes):
+        raise UserError(f"'{run.folder}' is a model of other images or classes than {data.name}'s")
     traits = defense.traits(model)
     if traits.batch_dependent:
-        raise UserError(f"'{run}' is batch-dependent: its images do not transfer one by one")
-    target: nn.Module = model
+        raise UserError(f"'{run.folder}' is batch-dependent: its images do not transfer one by one")
+    victim: nn.Module = model
     if traits.stochastic:
         still = [
             s.model
@@ -182,7 +322,7 @@ def _other(run: str, info: Info, plugins: tuple[str, ...]) -> Surrogate:
             if not (s.stochastic or s.needs_clean_input or s.auxiliary_loss)
         ]
         if not still:
-            raise UserError(f"'{run}' is stochastic and names no surrogate that is not")
-        target = still[0]
+            raise UserError(f"'{run.folder}' is stochastic and names no surrogate that is not")
+        victim = still[0]
     why = "images that break another model of the same data may break this one"
-    return Surrogate(target, exact=False, loss="ce", why=why, transfer=True)
+    return Surrogate(victim, exact=False, loss="ce", why=why, transfer=True)

@@ -66,14 +66,15 @@ def train(
     backbone_node = models.backbone_node(cfg.backbone, splits.info)
     defense_node = config.spelled_out(cfg.defense)
     base = None
-    if cfg.init_from is None:
+    start = None if cfg.init_from is None else directory.find(cfg.init_from)
+    if start is None:
         model, defense = models.assemble(backbone_node, defense_node, plugins)
     else:
-        model, defense = models.begun_from(cfg.init_from, backbone_node, defense_node, plugins)
-        if models.undefended(cfg.init_from) and type(defense) is not Defense:
-            base = directory.find(cfg.init_from) / models.WEIGHTS
+        model, defense = models.begun_from(start, backbone_node, defense_node, plugins)
+        if start.undefended and type(defense) is not Defense:
+            base = start.weights
     if (source := getattr(defense, "weights", None)) is not None:
-        defense.adopt(model, models.read_weights(directory.find(source) / models.WEIGHTS))
+        defense.adopt(model, models.read_weights(directory.find(source).weights))
 
     kept = cfg
     if "choices" not in cfg:
@@ -93,8 +94,8 @@ def train(
     with directory.occupied(folder) if first else nullcontext():
         if first:
             directory.keep_config(folder, kept, compare=True)
-            if base is not None and not (folder / models.BASE).exists():
-                write_atomic(folder / models.BASE, lambda path: shutil.copyfile(base, path))
+            if base is not None and not (folder / directory.BASE).exists():
+                write_atomic(folder / directory.BASE, lambda path: shutil.copyfile(base, path))
             screen.log = folder / "log.txt"
             state = "finished already" if directory.trained_to_end(folder) else "training"
             screen.line(f"{state}: {folder}")
@@ -157,7 +158,8 @@ def _teachers(
     for key in TEACHERS:
         if recipe is None or not (run := recipe.get(key)):
             continue
-        model, _, taught = models.from_run(directory.find(run), plugins)
+        teacher = directory.find(run)
+        model, _ = models.from_run(teacher, plugins)
         knows, has = (
             f"images {tuple(one.input_shape)} of {one.num_classes} classes" for one in (model, info)
         )
@@ -165,7 +167,7 @@ def _teachers(
             raise UserError(
                 f"{key}={run} knows {knows} and {info.name} has {has}: take a run on the same data"
             )
-        before, now = _published(taught.data), _published(data)
+        before, now = _published(teacher.config.data), _published(data)
         if before and now and before != now:
             raise UserError(
                 f"{key}={run} was trained on {before} and the student is to learn {now}: "

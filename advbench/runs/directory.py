@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ from advbench.files import remove_temporary, write_text
 
 OUTPUTS = Path("outputs")
 CONFIG = "config.yaml"
+WEIGHTS = "model.safetensors"
+BASE = "base.safetensors"
+"""In a run that put its defense on a finished undefended model: that model's weights."""
 SUMMARY = "summary.json"
 """Exists exactly if a training run is finished; it is written last."""
 
@@ -34,7 +38,7 @@ AROUND = {
 }
 """Keys of a training's config that say where and how it runs, and not to what outcome."""
 
-WITHOUT_WORK = {".lock", "log.txt", "plan.json", "base.safetensors", "epoch.pt", CONFIG}
+WITHOUT_WORK = {".lock", "log.txt", "plan.json", BASE, "epoch.pt", CONFIG}
 """Files that a run has before it has done anything."""
 
 
@@ -62,21 +66,52 @@ def trained_to_end(folder: Path) -> bool:
     return (folder / SUMMARY).is_file()
 
 
-def find(folder: str | Path) -> Path:
+@dataclass(frozen=True)
+class TrainingRun:
+    """A finished training run: found, checked and read once, then handed on."""
+
+    folder: Path
+    """As it was named."""
+    config: DictConfig
+    """Its config.yaml, without interpolations."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def weights(self) -> Path:
+        """The weights of its best epoch."""
+        return self.folder / WEIGHTS
+
+    @property
+    def base(self) -> Path | None:
+        """The weights of the undefended model that it put its defense on; None if it began anew."""
+        path = self.folder / BASE
+        return path if path.is_file() else None
+
+    @property
+    def undefended(self) -> bool:
+        """Whether it has no defense."""
+        return self.config.defense.get("_target_") == "advbench.defenses.base.Defense"
+
+
+def find(folder: str | Path) -> TrainingRun:
     """A finished training run. Raises UserError, with what to type, if it is none."""
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"there is no run '{path}'{_offer()}")
     refuse_links(path)
-    kind = kind_in(path)
-    if kind is None:
+    kept = config.read(path / CONFIG) if (path / CONFIG).is_file() else None
+    kind = None if kept is None else kind_of(kept)
+    if kept is None or kind is None:
         raise UserError(f"'{path}' is not a run: it has no {CONFIG} of one{_offer()}")
     if kind == "eval":
         raise UserError(f"'{path}' is an evaluation; give the training run that it evaluated")
     if not trained_to_end(path):
-        again = going_on(path, config.read(path / CONFIG))
-        raise UserError(f"'{path}' did not finish; go on with: {again}")
-    return path
+        raise UserError(f"'{path}' did not finish; go on with: {going_on(path, kept)}")
+    return TrainingRun(path, kept)
 
 
 def refuse_links(folder: Path) -> None:
@@ -86,7 +121,7 @@ def refuse_links(folder: Path) -> None:
         raise UserError(f"'{links[0]}' is a symbolic link, which a run has none of: remove it")
 
 
-def newest() -> Path:
+def newest() -> TrainingRun:
     """The training run that finished last. Raises UserError if there is none."""
     runs = trained()
     if not runs:
@@ -94,7 +129,7 @@ def newest() -> Path:
             f"there is no finished training run in {OUTPUTS / 'train'}: run 'advbench train' "
             "first, or give run=DIR, or model=FILE.py:FACTORY weights=FILE"
         )
-    return runs[-1]
+    return find(runs[-1])
 
 
 def trained() -> list[Path]:

@@ -76,7 +76,7 @@ def without_seed(run: str) -> str:
 def _kind(run: str) -> str:
     """What sets a run apart from those of its name but for the seed; nothing if it is gone."""
     try:
-        trained = config.read(directory.find(run) / directory.CONFIG)
+        trained = directory.find(run).config
     except UserError:
         return ""
     settings = settings_of(trained, trained.defense)

@@ -35,7 +35,8 @@ from shared import advbench, cell, upstream
 from advbench import config
 from advbench.attacks.threat import Threat
 from advbench.evaluation.samples import subset
-from advbench.experiments.subject import candidate
+from advbench.experiments.subject import TestData, candidate
+from advbench.runs import directory
 from advbench.runs.results import Accuracy, Results
 
 BATCH = 100
@@ -100,11 +101,12 @@ def naive(run: Path, overrides: str, n: int, seed: int, out: Path) -> None:
     if out.exists():
         return
     cfg = evaluation_config(run, overrides)
-    trained = config.read(run / "config.yaml")
-    splits = config.build(trained.data, "data")
-    subject = candidate(cfg, trained, (), splits, torch.device("cpu"))
+    trained = directory.find(run)
+    splits = config.build(trained.config.data, "data")
+    data = TestData(splits.info.name, splits.test, splits.info.input_shape, splits)
+    subject = candidate(cfg, trained, (), data, torch.device("cpu"))
     model = subject.model.requires_grad_(False)
-    threat: Threat = config.build(trained.threat, "threat")
+    threat: Threat = config.build(trained.config.threat, "threat")
     x, y = splits.test.fetch(subset(len(splits.test), n), torch.device("cpu"))
     suite = upstream(model, threat, seed, splits.info.num_classes)
     torch.manual_seed(seed)

@@ -42,6 +42,7 @@ from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import subset
 from advbench.experiments import models
+from advbench.runs import directory
 
 TOOLS = ("fast", "fast-bf16", "pyautoattack", "torchattacks")
 
@@ -188,11 +189,12 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.backends.cudnn.allow_tf32 = False
 
-    model, _, trained = models.from_run(given.run)
+    run = directory.find(given.run)
+    model, _ = models.from_run(run)
     model.to(given.device)
     norm, _, eps = (given.threat or "").partition(":")
-    threat = Threat(norm, eps) if norm else config.build(trained.threat, "threat")
-    test = config.build(inherit(None, trained, "data"), "data").test
+    threat = Threat(norm, eps) if norm else config.build(run.config.threat, "threat")
+    test = config.build(inherit(None, run.config, "data"), "data").test
     ids = subset(len(test), given.n)
     x, y = test.fetch(ids, given.device)
     batch = given.batch or Resources(given.device).batch_size_for(tuple(x.shape[1:]))

@@ -44,6 +44,7 @@ from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.samples import subset
 from advbench.evaluation.store import read_samples
 from advbench.experiments import models
+from advbench.runs import directory
 
 SUITE = "suite"
 ENGINES = ("reference", "fast")
@@ -89,8 +90,9 @@ class Problem:
 
     @classmethod
     def load(cls, folder: Path, n: int) -> Problem:
-        model, _, trained = models.from_run(folder)
-        test = config.build(trained.data, "data").test
+        run = directory.find(folder)
+        model, _ = models.from_run(run)
+        test = config.build(run.config.data, "data").test
         ids = subset(len(test), n)
         return cls(model.requires_grad_(False), ids, *test.fetch(ids, torch.device("cpu")))
 

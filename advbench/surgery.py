@@ -46,29 +46,38 @@ def replace_modules(
 ) -> list[str]:
     """Puts ``make(old, name)`` in the place of each module of ``kind`` inside the model.
 
-    The new module is put in the old one's training mode; its device is ``make``'s affair. The
-    model itself and modules inside a replaced one are left alone, so ``make`` may wrap the old.
-    Returns the dotted names, in the order of registration.
-    Raises UserError when nothing matches, and when one module is registered under several names:
-    what ``make`` returns for one name would then be wrong for the other (see ``split_sites``).
+    The new module is put in the old one's training mode; its device is ``make``'s affair. The model
+    itself and modules inside a replaced one are left alone, so ``make`` may wrap the old.
+
+    Args:
+        model: changed in place.
+        kind: a module class, or several.
+        make: from the old module and its dotted name to the new module.
+
+    Returns:
+        The dotted names, in the order of registration.
+
+    Raises:
+        UserError: when nothing matches, and when one module is registered under several names: what
+            ``make`` returns for one name would then be wrong for the other (see ``split_sites``).
     """
-    found: dict[str, nn.Module] = {}
+    replaced: dict[str, nn.Module] = {}
     names: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not name or not isinstance(module, kind) or _inside(name, found):
+        if not name or not isinstance(module, kind) or _inside(name, replaced):
             continue
         if id(module) in names:
             raise UserError(
                 f"'{names[id(module)]}' and '{name}' are one {type(module).__name__} module; "
                 "give each call its own (advbench.surgery.split_sites)"
             )
-        found[name] = module
+        replaced[name] = module
         names[id(module)] = name
-    if not found:
+    if not replaced:
         raise UserError(f"{type(model).__name__} has no {_describe(kind)} module to replace")
-    for name, old in found.items():
+    for name, old in replaced.items():
         model.set_submodule(name, make(old, name).train(old.training))
-    return list(found)
+    return list(replaced)
 
 
 def twin(model: M) -> M:
@@ -111,7 +120,10 @@ def probe_images(input_shape: Sequence[int], n: int = 2) -> Tensor:
 def count_calls(model: nn.Module, kind: Kind, x: Tensor) -> dict[str, int]:
     """How often one forward pass calls each module of ``kind``, by name; 0 where it does not.
 
-    x: a batch that the model takes. The pass is made in eval mode, without gradients.
+    Args:
+        model: any module.
+        kind: a module class, or several.
+        x: a batch that the model takes. The pass is made in eval mode, without gradients.
     """
     return dict(_probe(model, kind, x).calls)
 
@@ -138,11 +150,16 @@ def input_shapes(model: nn.Module, kind: Kind, x: Tensor) -> dict[str, torch.Siz
 
 
 def check_sites(model: nn.Module, kind: Kind, x: Tensor) -> None:
-    """Raises UserError if surgery on ``kind`` would miss something, and names it.
+    """Check that surgery on ``kind`` would miss nothing.
 
-    That is a module that serves several calls (they would share one replacement) or an activation
-    that is called as a function (``FUNCTIONS``; it would stay). Only what this one pass runs is
-    seen. x as for ``count_calls``.
+    Args:
+        model: any module.
+        kind: a module class, or several.
+        x: a batch that the model takes; only what this one pass runs is seen.
+
+    Raises:
+        UserError: for a module that serves several calls (they would share one replacement), and
+            for an activation that is called as a function (``FUNCTIONS``; it would stay).
     """
     probe = _probe(model, kind, x)
     missed = [f"'{name}' serves {n} calls" for name, n in probe.calls.items() if n > 1]
@@ -158,14 +175,21 @@ def split_sites(model: nn.Module, kind: Kind, x: Tensor) -> nn.Module:
     """Gives each call of an activation a module of its own; the function computed stays the same.
 
     A module under several names is copied. A module whose forward calls one activation several
-    times, or calls it as a function, has that forward traced by torch.fx, with all its children
-    as black boxes, and each call becomes a new module. The rest of the model is untouched, and
-    the names of parameters and buffers stay.
+    times, or calls it as a function, has that forward traced by torch.fx, with all its children as
+    black boxes, and each call becomes a new module. The rest of the model is untouched, and the
+    names of parameters and buffers stay.
 
-    x: a batch that the model takes, for the passes that find the calls and compare the outputs.
-    Returns the model: the same object, unless its own forward had to be traced.
-    Raises UserError where that is impossible: a forward that torch.fx can't trace or that differs
-    between training and evaluation, or a block that is called several times as a whole.
+    Args:
+        model: any module; changed in place where that is possible.
+        kind: a module class, or several.
+        x: a batch that the model takes, for the passes that find the calls and compare the outputs.
+
+    Returns:
+        The model: the same object, unless its own forward had to be traced.
+
+    Raises:
+        UserError: where that is impossible: a forward that torch.fx can't trace or that differs
+            between training and evaluation, or a block that is called several times as a whole.
     """
     _copy_aliases(model, kind)
     probe = _probe(model, kind, x)

@@ -30,53 +30,62 @@ MOMENTUM = 0.75  # alpha, 2020, eq. 2
 
 @dataclass
 class APGDRows(Rows):
-    """State of APGD.
-
-    previous: the point before ``point``'s predecessor's move.  gradient_best, point_best,
-    loss_best: at the best point so far.  loss_last: at the last point.  step: step size (N,).
-    period: queries between checkpoints; since: queries after the last one; rises: how many of them
-    raised the loss.  best_at_check, halved_at_check: as of the last checkpoint.  phase: index into
-    the schedule of radii; phase_iteration: queries in it.  sparsity: share of pixels that an l1
-    step touches; support: l0 norm at the last checkpoint.  target: class of a targeted search.
-    """
+    """State of APGD."""
 
     previous: Tensor
+    """The point before the last move, (N, C, H, W)."""
     point_best: Tensor
+    """The best point so far, (N, C, H, W)."""
     gradient_best: Tensor
+    """The gradient at the best point."""
     loss_best: Tensor
+    """The loss at the best point, (N,)."""
     loss_last: Tensor
+    """The loss at the last point, (N,)."""
     step: Tensor
+    """The step size, (N,), in pixel units."""
     period: Tensor
+    """Queries between two checkpoints, (N,)."""
     since: Tensor
+    """Queries after the last checkpoint, (N,)."""
     rises: Tensor
+    """How many of these raised the loss, (N,)."""
     best_at_check: Tensor
+    """The best loss as of the last checkpoint, (N,)."""
     halved_at_check: Tensor
+    """Whether the last checkpoint halved the step, (N,)."""
     phase: Tensor
+    """Index into the schedule of radii, (N,)."""
     phase_iteration: Tensor
+    """Queries in the phase, (N,)."""
     sparsity: Tensor
+    """The share of pixels that an l1 step touches, (N,)."""
     support: Tensor
+    """The l0 norm of the perturbation at the last checkpoint, (N,)."""
     target: Tensor
+    """The class of a targeted search, (N,)."""
 
 
 @dataclass(frozen=True)
 class APGD(Attack):
     """APGD in linf, l2 and l1.
 
-    steps: steps per search.
-    restarts: searches per sample, and per target for a targeted loss.
-    loss_name: ce, margin, dlr, margin_targeted or dlr_targeted.
-    targets: for a targeted loss, the classes with the largest wrong logits, one after the other.
-    rho: the share of steps that must raise the loss, 2020, sec. 3.2.
-    large_radius: begin at three and two times eps (2021, sec. 4.2; l1 only).
-    Raises UserError for values out of these ranges.
+    Raises:
+        UserError: for values out of these ranges.
     """
 
     steps: int = 100
+    """Steps per search, at least 1."""
     restarts: int = 1
+    """Searches per sample, and per target for a targeted loss."""
     loss_name: str = "ce"
+    """``ce``, ``margin``, ``dlr``, ``margin_targeted`` or ``dlr_targeted``."""
     targets: int = 9
+    """Of a targeted loss: the classes with the largest wrong logits, one after the other."""
     rho: float = 0.75
+    """The share of steps that must raise the loss, in (0, 1] (2020, sec. 3.2)."""
     large_radius: bool = False
+    """Begin at three and two times eps (2021, sec. 4.2; l1 only)."""
 
     def __post_init__(self) -> None:
         if self.loss_name not in losses.NAMES:

@@ -37,21 +37,24 @@ R = TypeVar("R", bound="Rows")
 
 @dataclass
 class Rows:
-    """Row-wise state of a search; every field is a tensor with leading dimension N.
-
-    ids: sample ids.  x: clean images in [0, 1].  y: true classes.  restart: which search of the
-    sample this is.  point: the image to query next.  iteration: queries answered so far.
-    forwards, backwards: passes spent on the row so far.
-    """
+    """Row-wise state of a search; every field is a tensor with leading dimension N."""
 
     ids: Tensor
+    """Sample ids, (N,)."""
     x: Tensor
+    """Clean images in [0, 1], (N, C, H, W)."""
     y: Tensor
+    """True classes, (N,)."""
     restart: Tensor
+    """Which search of the sample this is, (N,), from 0."""
     point: Tensor
+    """The image to query next, (N, C, H, W)."""
     iteration: Tensor
+    """Queries answered so far, (N,)."""
     forwards: Tensor
+    """Forward passes spent on the row so far, (N,)."""
     backwards: Tensor
+    """Backward passes spent on the row so far, (N,)."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,26 +70,28 @@ class Rows:
 
 
 class Clean(NamedTuple):
-    """What a search starts from: sample ids (N,), images in [0, 1] (N, C, H, W), classes (N,)."""
+    """What a search starts from."""
 
     ids: Tensor
+    """Sample ids, (N,)."""
     x: Tensor
+    """Images in [0, 1], (N, C, H, W)."""
     y: Tensor
+    """True classes, (N,)."""
 
 
 class Answer(NamedTuple):
-    """What the oracle says of ``rows.point``.
-
-    logits: (N, K).  loss: (N,).  gradient: of each row's loss in its point, (N, C, H, W); None
-    where only a forward pass was asked for. Entries that are not finite are zero: the attack goes
-    on with the other pixels.  usable: which rows had a finite entry at all, (N,); None where nobody
-    looked.
-    """
+    """What the oracle says of ``rows.point``."""
 
     logits: Tensor
+    """(N, K), in float32."""
     loss: Tensor
+    """What the search raises, (N,)."""
     gradient: Tensor | None
+    """The gradient of each row's loss in its point, (N, C, H, W); None after a forward pass alone.
+    Entries that are not finite are zero: the attack goes on with the other pixels."""
     usable: Tensor | None = None
+    """Which rows had a finite entry at all, (N,); None where that was not checked."""
 
 
 class Counted(nn.Module):
@@ -113,10 +118,12 @@ class Counted(nn.Module):
 class Oracle:
     """Answers an attack's queries to one victim model, and counts them.
 
-    model: returns logits (N, K), or a pair of logits and an auxiliary loss (N,) that is added to
-    the attack's loss.
-    check: look at every gradient, which waits for the device. Training does not: its loss tells
-    soon enough.  needs_clean_input: the model takes the clean images too, ``model(x, clean)``.
+    Args:
+        model: returns logits (N, K), or a pair of logits and an auxiliary loss (N,) that is added
+            to the attack's loss.
+        check: look at every gradient, which waits for the device. Training does not: its loss tells
+            soon enough.
+        needs_clean_input: the model takes the clean images too, ``model(x, clean)``.
     """
 
     samples = 1
@@ -193,7 +200,19 @@ def _finite(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Attack(ABC):
-    """A search for x' inside the threat around x. Subclasses propose; the referee alone decides."""
+    """A search for x' inside the threat around x. Subclasses propose; the referee alone decides.
+
+    Example:
+        >>> import torch
+        >>> from advbench.attacks import PGD, Clean, Threat, craft
+        >>> from advbench.attacks.random import TorchRandom
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> threat = Threat("linf", "8/255")
+        >>> images = craft(PGD(steps=3), model, Clean(torch.arange(5), x, y), threat, TorchRandom())
+        >>> threat.contains(images, x).tolist()
+        [True, True, True, True, True]
+    """
 
     gradient: ClassVar[bool] = True
     """Whether a query needs the gradient; a black-box attack does with the loss."""
@@ -204,7 +223,7 @@ class Attack(ABC):
 
     @property
     def averages(self) -> bool:
-        """Whether its queries may be means over draws."""
+        """Whether its queries may be means over EOT samples."""
         return True
 
     @property
@@ -225,7 +244,18 @@ class Attack(ABC):
     def start(
         self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
     ) -> Rows:
-        """The rows of a new search, at their starting points.  restart: (N,), below ``starts``."""
+        """Begin a search.
+
+        Args:
+            oracle: answers queries to the victim model.
+            clean: the images, with ids and classes.
+            threat: where the search may go.
+            random: draws for these rows.
+            restart: which search of each sample this is, (N,), from 0 and below ``starts``.
+
+        Returns:
+            The rows, each at its starting point; ``started`` fills the common fields.
+        """
 
     def loss(self, logits: Tensor, rows: Rows) -> Tensor:
         """What the search raises, (N,)."""
@@ -238,8 +268,12 @@ class Attack(ABC):
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
         """Learn from the answer, move ``rows.point`` and count ``rows.iteration`` up, in place.
 
-        random: draws for these rows; a search that draws here gives ``rows.iteration`` as the
-        iteration, so that its draws are its own.
+        Args:
+            rows: the state, N rows.
+            answer: of the oracle at ``rows.point``.
+            threat: where the search may go.
+            random: draws for these rows; a search that draws here gives ``rows.iteration`` as the
+                iteration, so that its draws are its own.
         """
         raise NotImplementedError
 
@@ -249,7 +283,11 @@ class Attack(ABC):
 
     @abstractmethod
     def check(self, num_classes: int, threat: Threat) -> None:
-        """Raise UserError if the attack can't run with so many classes, or in that norm."""
+        """Check that the attack is defined, before anything runs.
+
+        Raises:
+            UserError: if it can't run with so many classes, or in that norm.
+        """
 
 
 def started(clean: Clean, point: Tensor, restart: Tensor) -> dict[str, Tensor]:
@@ -268,7 +306,11 @@ def started(clean: Clean, point: Tensor, restart: Tensor) -> dict[str, Tensor]:
 
 
 def untargeted(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The untargeted loss of that name. Raises UserError for another name."""
+    """The untargeted loss of that name.
+
+    Raises:
+        UserError: for another name.
+    """
     if name not in losses.UNTARGETED:
         raise UserError(f"no attack loss '{name}'{did_you_mean(name, losses.UNTARGETED)}")
     return losses.UNTARGETED[name]
@@ -293,7 +335,8 @@ def need_targets(targets: int, num_classes: int) -> None:
 def wrong_class(oracle: Oracle, rows: Rows, rank: Tensor) -> Tensor:
     """Each row's wrong class of that rank, (N,), at the cost of a forward pass.
 
-    rank: (N,), zero for the largest wrong logit on the clean image.
+    Args:
+        rank: (N,), zero for the largest wrong logit on the clean image.
     """
     logits = oracle.logits(rows.x)
     # Below y stands nothing: not even a class that the model masks.
@@ -318,7 +361,8 @@ def attackable(*models: nn.Module) -> Iterator[None]:
 def craft(attack: Attack, model: nn.Module, clean: Clean, threat: Threat, random: Random) -> Tensor:
     """One search for every row, to its last point, without a referee: for training.
 
-    Returns x' (N, C, H, W) inside the threat. The model's mode and parameters are left alone.
+    Returns:
+        x' (N, C, H, W) inside the threat. The model's mode and parameters are left alone.
     """
     oracle = Oracle(model, check=False)
     rows = attack.start(oracle, clean, threat, random, torch.zeros_like(clean.ids))

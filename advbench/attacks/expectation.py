@@ -14,7 +14,9 @@ from advbench.errors import UserError
 class Expectation(Oracle):
     """Answers with the mean over fresh evaluations of a stochastic model (EOT).
 
-    samples: EOT samples, at least 1. Logits, losses and gradients are means; the counts are sums.
+    Args:
+        samples: EOT samples, at least 1. Logits, losses and gradients are means; the counts are
+            sums.
     """
 
     def __init__(

@@ -30,12 +30,10 @@ TINY, HUGE = 1e-37, 1e30  # in float32
 
 @dataclass
 class FABRows(Rows):
-    """State of FAB.
-
-    target: class of a targeted search.
-    """
+    """State of FAB."""
 
     target: Tensor
+    """The class of a targeted search, (N,)."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +45,25 @@ class FAB(Attack):
     if it is misclassified, it is pulled back towards x. So the search needs no budget: it looks for
     the nearest error, wherever that is.
 
-    steps: steps per search.
-    restarts: searches per sample, and per target for a targeted search. The first one starts at x.
-    targeted: one boundary per search (FAB-T; arXiv 2003.01690), or at each step the nearest, for
-        one backward pass per wrong class.
-    targets: for a targeted search, the classes with the largest wrong logits, one after the other.
-    alpha_max: the largest weight of x's projection (the paper's biased step).
-    eta: how far to step, in distances to the boundary.
-    beta: how much of the way from x a misclassified point keeps (backward step).
-    Raises UserError for values out of these ranges.
+    Raises:
+        UserError: for values out of these ranges.
     """
 
     steps: int = 100
+    """Steps per search, at least 1."""
     restarts: int = 1
+    """Searches per sample, and per target for a targeted search. The first one starts at x."""
     targeted: bool = True
+    """One boundary per search (FAB-T; arXiv 2003.01690); if False, at each step the nearest one,
+    for one backward pass per wrong class."""
     targets: int = 9
+    """Of a targeted search: the classes with the largest wrong logits, one after the other."""
     alpha_max: float = 0.1
+    """The largest weight of x's projection (the paper's biased step)."""
     eta: float = 1.05
+    """Length of a step, in distances to the boundary."""
     beta: float = 0.9
+    """How much of the way from x a misclassified point keeps (backward step)."""
 
     peeks = True
     joint = False  # it looks for the nearest boundary of each row by itself
@@ -154,15 +153,20 @@ class FAB(Attack):
 def hyperplane_moves(start: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Tensor:
     """The smallest moves that take images onto a hyperplane and keep them in [0, 1].
 
-    start: (P, N, ...), P images per hyperplane, in [0, 1].  normal: (N, ...).  gap: (P, N), by how
-    much <normal, image> has to change; its sign says on which side of the hyperplane the image is.
-    Returns (P, N, ...). An image that can't get there goes as far as the box allows; one whose
-    normal is zero stays.
-
     Exact up to rounding. Entry i of an image moves by m_i in [0, room_i], which closes m_i |w_i| of
     the gap. In linf and l2, m = min(lam u, room) with u = 1 and u = |w|; what that closes is a
     concave, piecewise linear function of lam, so Newton's method from zero climbs to the root in a
     few passes and then stands still. In l1 the entries with the largest |w_i| come first.
+
+    Args:
+        start: (P, N, ...), P images per hyperplane, in [0, 1].
+        normal: (N, ...).
+        gap: (P, N), by how much <normal, image> has to change; its sign says on which side of the
+            hyperplane the image is.
+
+    Returns:
+        (P, N, ...). An image that can't get there goes as far as the box allows; one whose normal
+        is zero stays.
     """
     shape, start = start.shape, start.flatten(2)
     size = normal.flatten(1).abs()

@@ -21,13 +21,14 @@ class IFGSM(Attack):
     Where all steps together fit into the radius this is an attack inside the threat; with more of
     them it may leave it, and what it finds outside does not count.
 
-    steps: at most so many, at least 1.
-    step_size: in pixel units, "2/255" or a number above 0.
-    Raises UserError for values out of these ranges.
+    Raises:
+        UserError: for values out of these ranges.
     """
 
     steps: int = 100
+    """The largest number of steps, at least 1."""
     step_size: float | str = 0.01
+    """In pixel units, "2/255" or a number above 0."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -108,18 +108,16 @@ class LibraryAttack(Attack):
 
 @dataclass(frozen=True)
 class ReferenceAutoAttack(LibraryAttack):
-    """One member of AutoAttack, by its authors' code (pyautoattack).
-
-    member: apgd-ce, apgd-dlr, apgd-t, fab, fab-t or square.
-    version: standard, plus or rand; sets the parameters of the member.
-    targets: for the targeted members; at most the number of classes less one.
-    seed: what the authors' code seeds each batch with.
-    """
+    """One member of AutoAttack, by its authors' code (pyautoattack)."""
 
     member: str = "apgd-ce"
+    """``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``, ``fab-t`` or ``square``."""
     version: str = "standard"
+    """``standard``, ``plus`` or ``rand``; sets the parameters of the member."""
     targets: int = 9
+    """Of the targeted members; at most the number of classes less one."""
     seed: int = 0
+    """What the authors' code seeds each batch with."""
 
     def check(self, num_classes: int, threat: Threat) -> None:
         fewest = {"apgd-dlr": 3, "apgd-t": 4}.get(self.member, 2)
@@ -163,16 +161,19 @@ class ReferenceAutoAttack(LibraryAttack):
 class TorchAttack(LibraryAttack):
     """Any attack of torchattacks, by the name of its class.
 
-    name: such as PGD, MIFGSM, CW.
-    params: for its constructor. eps, norm, n_classes and seed come from the evaluation, where the
-        constructor has them and ``params`` does not.
-    Raises UserError for an unknown name or parameter.
+    Raises:
+        UserError: for an unknown name or parameter.
     """
 
     name: str = "PGD"
+    """A class of torchattacks, such as ``PGD``, ``MIFGSM`` or ``CW``."""
     params: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of its constructor. eps, norm, n_classes and seed come from the evaluation, where
+    the constructor has them and ``params`` does not."""
     num_classes: int = 10
+    """Of the model."""
     seed: int = 0
+    """What each batch is seeded with."""
 
     def __post_init__(self) -> None:
         library = _torchattacks()

@@ -15,14 +15,27 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of the true class, >= 0."""
+    """Cross-entropy of the true class.
+
+    Args:
+        logits: (N, K).
+        y: true classes, (N,).
+
+    Returns:
+        (N,), at least 0.
+    """
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """The best wrong logit minus the true one (Carlini & Wagner 2017, arXiv 1608.04644).
 
-    Positive exactly where the sample is misclassified.
+    Args:
+        logits: (N, K), K >= 2.
+        y: true classes, (N,).
+
+    Returns:
+        (N,), positive exactly where the sample is misclassified.
     """
     true = logits.gather(1, y[:, None]).squeeze(1)
     wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1)
@@ -32,8 +45,15 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio (Croce & Hein 2020, arXiv 2003.01690, eq. 3).
 
-    logits: (N, K), K >= 3.  Returns (N,), invariant to shift and positive scale of the logits.
-    Raises ValueError for K < 3: the ratio needs the third largest logit.
+    Args:
+        logits: (N, K), K >= 3.
+        y: true classes, (N,).
+
+    Returns:
+        (N,), invariant to shift and positive scale of the logits.
+
+    Raises:
+        ValueError: for K < 3: the ratio needs the third largest logit.
     """
     if logits.shape[1] < 3:
         raise ValueError("the DLR loss needs at least 3 classes")
@@ -42,14 +62,29 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """The target's logit minus the true one."""
+    """The target's logit minus the true one.
+
+    Args:
+        logits: (N, K).
+        y: true classes, (N,).
+        target: classes to reach, (N,).
+    """
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Targeted DLR (Croce & Hein 2020, arXiv 2003.01690, eq. 6).
 
-    logits: (N, K), K >= 4.  Raises ValueError for K < 4: the ratio needs the fourth largest logit.
+    Args:
+        logits: (N, K), K >= 4.
+        y: true classes, (N,).
+        target: classes to reach, (N,).
+
+    Returns:
+        (N,), invariant to shift and positive scale of the logits.
+
+    Raises:
+        ValueError: for K < 4: the ratio needs the fourth largest logit.
     """
     if logits.shape[1] < 4:
         raise ValueError("the targeted DLR loss needs at least 4 classes")

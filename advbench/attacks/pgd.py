@@ -25,20 +25,21 @@ from advbench.errors import UserError
 class PGD(Attack):
     """PGD with a fixed step in linf or l2.
 
-    steps: at least 1.
-    step_size: in pixel units, "2/255" or a number; None is 2.5 eps / steps (Madry et al., app. B),
-        and eps for a single step.
-    restarts: searches per sample.
-    loss_name: ce, margin or dlr.
-    random_start: uniform in the linf ball; for l2 a uniform direction and radius.
-    Raises UserError for values out of these ranges.
+    Raises:
+        UserError: for values out of these ranges.
     """
 
     steps: int = 10
+    """Steps per search, at least 1."""
     step_size: float | str | None = None
+    """In pixel units, ``2/255`` or a number; None is 2.5 eps / steps (Madry et al., app. B), and
+    eps for a single step."""
     restarts: int = 1
+    """Searches per sample, at least 1."""
     loss_name: str = "ce"
+    """``ce``, ``margin`` or ``dlr``."""
     random_start: bool = True
+    """Start uniformly in the linf ball; for l2 in a uniform direction, at a uniform radius."""
 
     def __post_init__(self) -> None:
         untargeted(self.loss_name)

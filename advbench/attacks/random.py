@@ -54,8 +54,12 @@ class TorchRandom:
 class KeyedRandom:
     """Draws keyed by (seed, stage, sample id, restart, iteration).
 
-    ids, restart: (N,) integers below 2**32, one per row of the tensors that draws are made for.
     An iteration is one number for all rows, or (N,) numbers.
+
+    Args:
+        seed: of the evaluation.
+        stage: its name.
+        ids, restart: (N,) integers below 2**32, one per row of the tensors that draws are made for.
     """
 
     def __init__(self, seed: int, stage: str, ids: Tensor, restart: Tensor) -> None:
@@ -99,8 +103,12 @@ def philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32 with ten rounds.
 
-    counter: four int64 tensors of one shape, each holding words below 2**32.  key: two such words.
-    Returns four tensors of words. int64 products wrap, so their 64 bits are the unsigned product's.
+    Args:
+        counter: four int64 tensors of one shape, each holding words below 2**32.
+        key: two such words.
+
+    Returns:
+        Four tensors of words. int64 products wrap, so their 64 bits are the unsigned product's.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -15,18 +15,21 @@ CHUNK = 16  # images per forward pass: proposals come by ones and twos, and in c
 
 
 class Judgement(NamedTuple):
-    """point: what was judged, inside the threat and [0, 1].  label: predicted class (N,).
-    margin: true logit minus the best wrong one (N,); minus infinity where a logit is not finite.
-    broken: label differs from y, or a logit is not finite (N,).  wrong: share of the evaluations in
-    which that was so (N,); of a deterministic model there is one.  evaluations: passes spent (N,).
-    """
+    """What the referee found out about N proposals."""
 
     point: Tensor
+    """What was judged, inside the threat and [0, 1], (N, C, H, W)."""
     label: Tensor
+    """The predicted class, (N,)."""
     margin: Tensor
+    """The true logit minus the best wrong one, (N,); minus infinity where a logit is not finite."""
     broken: Tensor
+    """Whether the label differs from y, or a logit is not finite, (N,)."""
     wrong: Tensor
+    """The share of evaluations in which that was so, (N,); a deterministic model is evaluated
+    once."""
     evaluations: Tensor
+    """Forward passes spent, (N,)."""
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -37,16 +40,19 @@ def finite(logits: Tensor) -> Tensor:
 class Referee:
     """Scores proposals on the real model in float32.
 
-    What is judged is never the proposal itself but its projection into the threat around x: a
-    point outside the budget, or outside [0, 1], can't count. Pixels that are not finite are put
-    back to x's.
+    What is judged is never the proposal itself but its projection into the threat around x: a point
+    outside the budget, or outside [0, 1], can't count. Pixels that are not finite are put back to
+    x's.
 
-    chunk: images per forward pass. It is always full, so that what the referee finds does not
-        depend on how many proposals came at once.
-    draws: evaluations of a stochastic model, at least 1. A point is wrong if more than half of them
-        are; its margin is their upper median, so that its sign says the same. Whoever proposes
-        often enough is lucky some time: so a proposal counts only if it is wrong again in
-        ``CONFIRMATIONS`` times as many fresh evaluations.
+    Args:
+        model: the real one, in evaluation mode; (N, C, H, W) to logits (N, K).
+        threat: what counts as a proposal.
+        chunk: images per forward pass. It is always full, so that what the referee finds does not
+            depend on how many proposals came at once.
+        draws: evaluations of a stochastic model, at least 1. A point is wrong if more than half of
+            them are; its margin is their upper median, so that its sign says the same. Of
+            many proposals some are wrong by chance, so one counts only if it is wrong again in
+            ``CONFIRMATIONS`` times as many fresh evaluations.
     """
 
     def __init__(
@@ -58,7 +64,13 @@ class Referee:
         self.draws = draws
 
     def judge(self, x: Tensor, y: Tensor, proposal: Tensor) -> Judgement:
-        """x, proposal: (N, C, H, W).  y: (N,)."""
+        """Judge one proposal for each image.
+
+        Args:
+            x: clean images in [0, 1], (N, C, H, W).
+            y: true classes, (N,).
+            proposal: (N, C, H, W), any numbers.
+        """
         proposal = proposal.detach().to(torch.float32)
         proposal = torch.where(proposal.isfinite(), proposal, x)
         point = self.threat.project_closely(proposal, x)
@@ -76,7 +88,13 @@ class Referee:
 
     @torch.no_grad()
     def score(self, point: Tensor, y: Tensor, draws: int | None = None) -> Judgement:
-        """What the real model says of points as they are."""
+        """Score points as they are, without a projection.
+
+        Args:
+            point: (N, C, H, W).
+            y: true classes, (N,).
+            draws: evaluations of a stochastic model; None is the referee's own number.
+        """
         draws = draws or self.draws
         drawn = [self._score(point, y) for _ in range(draws)]
         label, margin, missed = (torch.stack(parts) for parts in zip(*drawn, strict=True))

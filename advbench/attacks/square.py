@@ -92,38 +92,39 @@ def _plan(
 
 @dataclass
 class SquareRows(Rows):
-    """State of Square Attack.
-
-    point_best, loss_best: the best point so far and its margin.  deck: the next proposals' windows,
-    see ``_deal``.  dealt: the number of the deck's first proposal.
-    """
+    """State of Square Attack."""
 
     point_best: Tensor
+    """The best point so far, (N, C, H, W)."""
     loss_best: Tensor
+    """The margin of the best point, (N,)."""
     deck: Tensor
+    """The next proposals' windows, see ``_deal``."""
     dealt: Tensor
+    """The number of the first proposal in ``deck``, (N,)."""
 
 
 @dataclass(frozen=True)
 class Square(Attack):
     """Square Attack in linf, l2 and l1.
 
-    steps: proposals per search. With the starting point that is steps + 1 queries; the point after
-        the last one is the best, which is judged once more. The reference (the authors' code in
-        AutoAttack) spends the same steps + 2 forward passes on a sample that withstands.
-    restarts: searches per sample.
-    p_init: share of the image that the first windows cover.
-
     Unlike the reference, every row has windows and signs of its own, a window can also lie at the
     lower and right border, and the start for l2 and l1 covers images of any height and width.
-    Raises UserError for values out of these ranges.
+
+    Raises:
+        UserError: for values out of these ranges.
     """
 
     gradient: ClassVar[bool] = False
 
     steps: int = 5000
+    """Proposals per search. With the starting point that is steps + 1 queries; the point after the
+    last one is the best, which is judged once more. The reference (the authors' code in
+    AutoAttack) spends the same steps + 2 forward passes on a sample that withstands."""
     restarts: int = 1
+    """Searches per sample."""
     p_init: float = 0.8
+    """The share of the image that the first windows cover, in (0, 1]."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.restarts) < 1:

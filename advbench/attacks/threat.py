@@ -18,7 +18,8 @@ NORMS = ("linf", "l2", "l1")
 def pixels(value: float | int | str, what: str = "eps") -> float:
     """A length in pixel units of [0, 1], from a number or a fraction such as "8/255".
 
-    Raises UserError for anything else, for NaN and for negative lengths.
+    Raises:
+        UserError: for anything else, for NaN and for negative lengths.
     """
     try:
         numerator, _, denominator = str(value).partition("/")
@@ -34,13 +35,14 @@ def pixels(value: float | int | str, what: str = "eps") -> float:
 class Threat:
     """All images within ``eps`` of x in ``norm`` that are images: inside [0, 1].
 
-    norm: linf, l2 or l1.
-    eps: radius in pixel units; a fraction such as "8/255" is read as one.
-    Raises UserError for an unknown norm, and for a linf radius above 1.
+    Raises:
+        UserError: for an unknown norm, and for a linf radius above 1.
     """
 
     norm: str
+    """``linf``, ``l2`` or ``l1``."""
     eps: float | str
+    """The radius in pixel units of [0, 1]; a fraction such as ``8/255`` is read as a number."""
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -115,9 +117,13 @@ def unit(delta: Tensor, norm: str) -> Tensor:
 def project(point: Tensor, x: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     """Bring each row of ``point`` within ``eps`` of ``x`` and into [0, 1].
 
-    point, x: (N, ...).  eps: one radius, or (N,).  For linf and l1 this is the Euclidean projection
-    onto the intersection; for l2 the ball comes first and the box second, which is feasible because
-    x itself lies in the box.
+    Args:
+        point: (N, ...).
+        x: clean images in [0, 1], (N, ...).
+        norm: linf, l2 or l1.
+        eps: one radius, or (N,). For linf and l1 this is the Euclidean projection onto the
+            intersection; for l2 the ball comes first and the box second, which is feasible because
+            x itself lies in the box.
     """
     return projection(x, norm, eps)(point)
 

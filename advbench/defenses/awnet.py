@@ -38,8 +38,9 @@ class Router(nn.Module):
     part one after the other, and batch norm would take from each what tells it from the other: in
     trials p stayed at 1/2.
 
-    filters: C_l of each modulated convolution. Their heads are stacked into one matrix. All heads
-    start at zero, so s = 1 and p = 1/2.
+    Args:
+        filters: C_l of each modulated convolution. Their heads are stacked into one matrix. All
+            heads start at zero, so s = 1 and p = 1/2.
     """
 
     def __init__(self, channels: int, filters: Sequence[int]) -> None:
@@ -70,7 +71,8 @@ class Router(nn.Module):
 class ModulatedConv(nn.Module):
     """A convolution whose filters W[c] are s[c] W[c] for each image; the bias stays.
 
-    signal: s, (N, C), while the ``RoutedTrunk`` around it runs.
+    Attributes:
+        signal: s, (N, C), while the ``RoutedTrunk`` around it runs.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -92,10 +94,12 @@ class MixBN(nn.Module):
     """Two batch norms, with weights of their own (Xie & Yuille 2020, arXiv 1906.03787, sec. 4).
 
     In training the part of the batch says which one acts, and so which one's statistics move: the
-    adversarial one for that part, else the clean one. In evaluation each image has
-    (1 - p) clean(z) + p adversarial(z).
+    adversarial one for that part, else the clean one. In evaluation each image has (1 - p) clean(z)
+    + p adversarial(z).
 
-    part: which part of the batch is running.  p: (N,), while the ``RoutedTrunk`` around it runs.
+    Attributes:
+        part: which part of the batch is running.
+        p: (N,), while the ``RoutedTrunk`` around it runs.
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
@@ -132,12 +136,15 @@ def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 class RoutedTrunk(nn.Module):
     """Runs the router, hands its signals to the modulated modules of the trunk, runs the trunk.
 
-    switch: soft mixes the batch norms by p; hard takes the adversarial ones where p > 1/2, and in
-        the backward pass p still (straight-through).
-    fixed_p: the p of every image, in place of the router's.
-    needs_clean_input: a batch is the clean images and then as many attacked ones; the router reads
-        first half and is a constant, the trunk runs on the second.
-    part: of the batch that is running; its t is kept, with its graph, until somebody takes it.
+    Args:
+        switch: soft mixes the batch norms by p; hard takes the adversarial ones where p > 1/2, and
+            in the backward pass p still (straight-through).
+
+    Attributes:
+        fixed_p: the p of every image, in place of the router's.
+        needs_clean_input: a batch is the clean images and then as many attacked ones; the router
+            reads first half and is a constant, the trunk runs on the second.
+        part: of the batch that is running; its t is kept, with its graph, until somebody takes it.
     """
 
     def __init__(self, router: Router, trunk: nn.Module, switch: str = "soft") -> None:
@@ -236,19 +243,19 @@ class RouterBonus(nn.Module):
 class AWNet(Defense):
     """A ``RoutedTrunk`` in the place of the trunk.
 
-    Modulated is every 3x3 convolution but the trunk's first layer, and every batch norm.
-    It wants to see a clean part. Where the recipe does not train on it, the defense does, by
-    cross-entropy. An adversarial part has to come from the recipe: without one, p and the
-    adversarial batch norms do not learn what they are for.
+    Modulated is every 3x3 convolution but the trunk's first layer, and every batch norm. It wants
+    to see a clean part. Where the recipe does not train on it, the defense does, by cross-entropy.
+    An adversarial part has to come from the recipe: without one, p and the adversarial batch norms
+    do not learn what they are for.
 
-    switch: see ``RoutedTrunk``.
-    router_weight: of the binary cross-entropy of p, over all rows of all parts; at least 0.
-
-    Raises UserError for values out of range.
+    Raises:
+        UserError: for values out of range.
     """
 
     switch: str = "soft"
+    """``soft`` or ``hard``, see ``RoutedTrunk``."""
     router_weight: float = 0.1
+    """Weight of the binary cross-entropy of p over all rows of all parts, at least 0."""
 
     def __post_init__(self) -> None:
         if self.switch not in SWITCHES:
@@ -265,8 +272,9 @@ class AWNet(Defense):
     def apply(self, model: Classifier) -> Classifier:
         """The first layer is the first convolution in the order of registration.
 
-        Raises UserError for a trunk without such convolutions or without batch norm, with a batch
-        norm that has no running statistics or does more than normalise, and a second time.
+        Raises:
+            UserError: for a trunk without such convolutions or without batch norm, with a batch
+                norm that has no running statistics or does more than normalise, and a second time.
         """
         trunk = model.trunk
         if _inside(model, RoutedTrunk):
@@ -308,7 +316,8 @@ class AWNet(Defense):
     def loss_terms(self, model: Any, step: Step) -> dict[str, Tensor]:
         """The router's term, and cross-entropy on a clean part that the recipe does not see.
 
-        Raises UserError on several devices if there is no adversarial part.
+        Raises:
+            UserError: on several devices if there is no adversarial part.
         """
         routed = _routed(model)
         routed.enter(None)
@@ -333,7 +342,7 @@ class AWNet(Defense):
 
     def surrogates(self, model: Any) -> Mapping[str, Surrogate]:
         """The two terms of ``router+c`` and ``router-c`` are CE and plus or minus c log p."""
-        found = {
+        surrogates = {
             "frozen_router": Surrogate(
                 FrozenRouter(twin(model)),
                 exact=False,
@@ -346,22 +355,22 @@ class AWNet(Defense):
             fixed = twin(model)
             _routed(fixed).fixed_p = p
             why = f"p = {p:g}: the {norms} batch norms alone"
-            found[f"p{p:g}"] = Surrogate(fixed, exact=False, loss="ce", why=why)
+            surrogates[f"p{p:g}"] = Surrogate(fixed, exact=False, loss="ce", why=why)
         if self.switch == "hard":
             soft = twin(model)
             _routed(soft).switch = "soft"
             why = "mixes the batch norms by p: its gradient is that of its values"
-            found["soft"] = Surrogate(soft, exact=False, loss="ce", why=why)
+            surrogates["soft"] = Surrogate(soft, exact=False, loss="ce", why=why)
         for factor in FACTORS:
             for sign, looks in (("+", "adversarial"), ("-", "clean")):
-                found[f"router{sign}{factor:g}"] = Surrogate(
+                surrogates[f"router{sign}{factor:g}"] = Surrogate(
                     RouterBonus(twin(model), float(f"{sign}{factor}")),
                     exact=True,
                     loss="ce",
                     why=f"fools the router too: x' is to look {looks} (CE {sign} {factor:g} log p)",
                     auxiliary_loss=True,
                 )
-        return found
+        return surrogates
 
 
 def _is_3x3(layer: nn.Conv2d) -> bool:

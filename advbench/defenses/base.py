@@ -23,10 +23,13 @@ PartName = Literal["clean", "adversarial"]
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What an attacker must know. Evaluation plans from this and from nothing else."""
+    """What an attacker must know of a model. Evaluations are planned from this alone."""
 
     stochastic: bool = False
+    """The model draws random numbers: two forward passes differ."""
     gradient: Literal["exact", "discontinuous", "straight_through", "none"] = "exact"
+    """Whether the input gradient can be used: ``exact``, ``discontinuous``, ``straight_through``
+    (the backward pass is not that of the forward pass) or ``none``."""
     batch_dependent: bool = False
     """A prediction depends on the other rows of the batch."""
     batch_size: int | None = None
@@ -34,6 +37,7 @@ class Traits:
     retrofit: bool = False
     """May be put on a finished undefended model."""
     output: Literal["logits", "probabilities"] = "logits"
+    """What the model returns; ``probabilities`` are attacked through their logarithms."""
 
 
 GRADIENTS = ("exact", "straight_through", "discontinuous", "none")
@@ -43,7 +47,8 @@ GRADIENTS = ("exact", "straight_through", "discontinuous", "none")
 def worst(traits: Sequence[Traits]) -> Traits:
     """What an attacker must know of a model that has all these traits.
 
-    Raises UserError if two of them are to be judged in batches of different sizes.
+    Raises:
+        UserError: if two of them are to be judged in batches of different sizes.
     """
     sizes = sorted({t.batch_size for t in traits if t.batch_dependent and t.batch_size})
     if len(sizes) > 1:
@@ -63,34 +68,36 @@ def worst(traits: Sequence[Traits]) -> Traits:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a training batch, clean or adversarial, as the model saw it.
-
-    x: (N, C, H, W) in [0, 1].  features: (N, D).  logits: (N, K).
-    """
+    """One part of a training batch, clean or adversarial, as the model saw it."""
 
     x: Tensor
+    """Images, (N, C, H, W) in [0, 1]."""
     features: Tensor
+    """What the trunk made of them, (N, D)."""
     logits: Tensor
+    """What the head made of these, (N, K)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The record of one training step. A part that nobody asked for is None.
-
-    y: (N,) true classes.  epoch and step count from 0; step counts over all epochs.
-    borrowed: parts that are there because the defense asked for them, and the recipe did not.
-    memory: what the recipe remembers from step to step, see ``Recipe.memory``.
-    targets: (N, K) soft labels of images that were mixed; y is then the class with most of each.
-    """
+    """The record of one training step. A part that nobody asked for is None."""
 
     y: Tensor
+    """True classes, (N,)."""
     clean: Part | None
+    """The clean images as the model saw them; None where neither recipe nor defense uses them."""
     adversarial: Part | None
+    """The adversarial images as the model saw them; None where the recipe makes none."""
     epoch: int
+    """From 0."""
     step: int
+    """From 0, over all epochs."""
     borrowed: tuple[PartName, ...] = ()
+    """Parts that the defense needs and the recipe does not train on."""
     memory: nn.Module | None = None
+    """What the recipe remembers from step to step, see ``Recipe.memory``."""
     targets: Tensor | None = None
+    """(N, K) soft labels of images that were mixed; y is then the class with most of each."""
 
     @property
     def labels(self) -> Tensor:
@@ -109,8 +116,8 @@ class Surrogate:
     """A model that shares the defended model's weights and has friendlier gradients."""
 
     model: nn.Module
-    """Takes x (N, C, H, W), and the clean images too if ``needs_clean_input``; returns logits
-    (N, K). In evaluation mode; ``advbench.surgery.twin`` makes one."""
+    """Takes x (N, C, H, W) and returns logits (N, K); called as ``model(x, clean)`` if
+    ``needs_clean_input``. In evaluation mode; ``advbench.surgery.twin`` makes one."""
     exact: bool
     """Its logits equal those of the defended model."""
     loss: str
@@ -118,42 +125,71 @@ class Surrogate:
     why: str
     """One line on why an attacker would use it."""
     needs_clean_input: bool = False
-    """Some of its parts stay as they are at the clean image: ``model(x, clean)``."""
+    """Some of its parts stay as they are at the clean image."""
     auxiliary_loss: bool = False
-    """It returns a pair: logits, and (N,) what the attacker adds to the loss of each row."""
+    """It returns a pair: logits, and (N,) what the attacker adds to each row's loss."""
     stochastic: bool = False
-    """It draws, as the model does, so its gradients are means over EOT samples too."""
+    """It draws random numbers, as the model does: its gradients are means over EOT samples."""
     transfer: bool = False
-    """A model of other weights, whose adversarial images may transfer."""
+    """It is a model of other weights, whose adversarial images may transfer."""
 
 
 def surrogates_of(defense: Defense, model: Any, traits: Traits) -> dict[str, Surrogate]:
-    """The defense's, of a model with these traits: noise that is not the defense's is in all."""
-    found = dict(defense.surrogates(model))
+    """The defense's surrogates; all are stochastic if the model is by something else than it."""
+    surrogates = dict(defense.surrogates(model))
     if traits.stochastic and not defense.traits(model).stochastic:
-        return {name: replace(one, stochastic=True) for name, one in found.items()}
-    return found
+        return {name: replace(one, stochastic=True) for name, one in surrogates.items()}
+    return surrogates
 
 
 @dataclass(frozen=True)
 class Defense:
-    """The undefended model, and the base of every defense: each hook is a no-op."""
+    """The undefended model, and the base of every defense: each hook is a no-op.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from advbench import Defense, Traits
+        >>> from advbench.backbones.convnet import convnet
+        >>> from advbench.surgery import replace_modules
+        >>> @dataclass(frozen=True)
+        ... class Smooth(Defense):
+        ...     '''SiLU in the place of every ReLU.'''
+        ...
+        ...     def apply(self, model):
+        ...         replace_modules(model, torch.nn.ReLU, lambda old, name: torch.nn.SiLU())
+        ...         return model
+        >>> model = Smooth().apply(convnet(num_classes=10, input_shape=[1, 8, 8]))
+        >>> model(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+        >>> Smooth().traits(model) == Traits()
+        True
+    """
 
     def traits(self, model: nn.Module) -> Traits:
-        """What an attacker must know of the defended model."""
+        """What an attacker must know of the defended model, as it is now."""
         return Traits()
 
     def apply(self, model: Classifier) -> Classifier:
-        """Surgery: before the optimizer, before compile or DDP. Returns the defended model.
+        """Put the defense into a model, before the optimizer, ``torch.compile`` and DDP see it.
 
-        Raises UserError for a model that it does not fit.
+        Args:
+            model: a backbone, or what another member of a chain returned. It may be changed.
+
+        Returns:
+            The defended model.
+
+        Raises:
+            UserError: for a model that it does not fit.
         """
         return model
 
     def prepare(self, model: Classifier, data: Splits) -> None:
         """One pass over the training set, before the first step (prototypes).
 
-        The model is in evaluation mode, on its device. A retrofit is prepared at evaluation.
+        Args:
+            model: in evaluation mode, on its device.
+            data: ``data.train`` is passed over. A retrofit is prepared at evaluation.
         """
 
     @property
@@ -168,7 +204,16 @@ class Defense:
         """Just before the training step forwards a part of the batch, in training mode."""
 
     def loss_terms(self, model: Any, step: Step) -> dict[str, Tensor]:
-        """Named scalar terms that are added to the recipe's; a duplicate name raises."""
+        """The defense's own terms of the loss.
+
+        Args:
+            model: the defended model, in training mode.
+            step: what the step forwarded, with gradients.
+
+        Returns:
+            Named scalars that are added to the recipe's. A name that the recipe uses raises
+            ValueError.
+        """
         return {}
 
     def after_step(self, model: Any, step: Step) -> None:
@@ -194,9 +239,24 @@ class Defense:
         return {}
 
     def adopt(self, model: Any, weights: Mapping[str, Tensor]) -> None:
-        """Take parts of another run's weights, where the config names ``defense.weights=RUN``."""
+        """Take parts of another run's weights, where the config names ``defense.weights=RUN``.
+
+        Args:
+            model: the defended model.
+            weights: all tensors of the run, by name.
+
+        Raises:
+            UserError: if the defense takes none, or they do not fit.
+        """
         raise UserError(f"{type(self).__name__} takes no weights from another run")
 
     def surrogates(self, model: Any) -> Mapping[str, Surrogate]:
-        """Models that an adaptive attacker would also use, by name. ``model`` is not changed."""
+        """Models that an adaptive attacker would also use.
+
+        Args:
+            model: the defended model, in evaluation mode; it is not changed.
+
+        Returns:
+            Surrogates by name, {} where the model's own gradient can be trusted.
+        """
         return {}

@@ -19,13 +19,13 @@ from advbench.errors import UserError
 class Chain(Defense):
     """Each hook of every member, in the order of the members: inside first, head last.
 
-    members: at least two. Whether they fit on one model they tell themselves: two that replace the
-    head, or the same activations, do not, and the second says so.
-
-    Raises UserError for fewer, and where two members take weights from another run.
+    Raises:
+        UserError: for fewer, and where two members take weights from another run.
     """
 
     members: tuple[Defense, ...] = ()
+    """At least two. Two that replace the head, or the same activations, do not fit on one model,
+    and the second one raises."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(self.members))  # a config has lists
@@ -51,7 +51,8 @@ class Chain(Defense):
     def traits(self, model: nn.Module) -> Traits:
         """The worst of the members' traits.
 
-        Raises UserError if two members are to be judged in batches of different sizes.
+        Raises:
+            UserError: if two members are to be judged in batches of different sizes.
         """
         return worst([member.traits(model) for member in self.members])
 
@@ -74,7 +75,11 @@ class Chain(Defense):
             member.before_part(model, part)
 
     def loss_terms(self, model: Any, step: Step) -> dict[str, Tensor]:
-        """The terms of all members. Raises ValueError if two give their terms one name."""
+        """The terms of all members.
+
+        Raises:
+            ValueError: if two give their terms one name.
+        """
         terms: dict[str, Tensor] = {}
         owners: dict[str, Defense] = {}
         for member in self.members:
@@ -123,16 +128,16 @@ class Chain(Defense):
             for place, name in enumerate(classes, start=1)
         ]
         noisy = [member.traits(model).stochastic for member in self.members]
-        found: list[tuple[str, str, Surrogate]] = []
+        surrogates: list[tuple[str, str, Surrogate]] = []
         for place, member in enumerate(self.members):
             draws = any(noisy[:place] + noisy[place + 1 :])
             for name, surrogate in member.surrogates(model).items():
                 drawn = replace(surrogate, stochastic=surrogate.stochastic or draws)
-                found.append((labels[place], name, drawn))
-        uses = Counter(name for _, name, _ in found)
+                surrogates.append((labels[place], name, drawn))
+        uses = Counter(name for _, name, _ in surrogates)
         named = {
             name if uses[name] == 1 else f"{label}.{name}": surrogate
-            for label, name, surrogate in found
+            for label, name, surrogate in surrogates
         }
         return {**named, **self._together(model)}
 

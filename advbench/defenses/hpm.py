@@ -50,10 +50,16 @@ def route(a: Tensor, tau: float, soft: bool) -> tuple[Tensor, Tensor]:
 def mixed(prototypes: Tensor, sums: Tensor, n: Tensor, mix: float) -> Tensor:
     """P = mix D + (1 - mix) B, with B_k = sums_k / n_k, and B_k = D_k where n_k = 0.
 
-    prototypes: D, (K, D).  sums: (..., K, D).  n: (..., K, 1), >= 0.  Returns (..., K, D).
-
     Soft counts need not be whole. Below one row, D_k stands in for the part that is missing: with
     whole counts that is the rule above, and in between it has no jump.
+
+    Args:
+        prototypes: D, (K, D).
+        sums: (..., K, D).
+        n: (..., K, 1), >= 0.
+
+    Returns:
+        (..., K, D).
     """
     missing = (1 - n).clamp(min=0)
     # The factor takes away the gradient of a straight-through sum that nobody is counted in.
@@ -114,14 +120,20 @@ class HPMHead(nn.Module):
     B is made from the linear head's predictions, through a straight-through estimator (``route``):
     B_k = sum_i q_ik h_i / n_k, n_k = sum_i o_ik, and B_k = D_k for a class that nobody is put in.
 
-    linear: the head that was there.  prototypes: D, (K, D).  context: features of fixed clean
-        images, (C, D).  log_temperature: log T, a scalar.
-    mix: in [0, 1]; with 1 there is no B.  tau: temperature of the router, > 0.
-    inference: over which rows the sums run in evaluation mode. "batch": over the batch, as always
-        in training mode (there, each device's own). "context": for each row, over the context and
-        the row itself. Surrogates know two more: "frozen" (over the context alone) and "fc" (the
-        linear head's logits a).
-    soft: shares are s in place of q, and counted as such.
+    Args:
+        linear: the head that was there.
+        mix: in [0, 1]; with 1 there is no B.
+        tau: temperature of the router, > 0.
+        inference: over which rows the sums run in evaluation mode. "batch": over the batch, as
+            always in training mode (there, each device's own). "context": for each row, over the
+            context and the row itself. Surrogates know two more: "frozen" (over the context alone)
+            and "fc" (the linear head's logits a).
+
+    Attributes:
+        prototypes: D, (K, D).
+        context: features of fixed clean images, (C, D).
+        log_temperature: log T, a scalar.
+        soft: shares are s in place of q, and counted as such.
     """
 
     prototypes: Tensor
@@ -167,25 +179,27 @@ class HPM(Defense):
        drops the samples that it fooled and batches the rest anew changes the classifier under its
        own feet, and finds robustness that is not there. So the batches are fixed (``Traits``).
 
-    momentum: of the prototypes, in [0, 1]: D_k <- momentum D_k + (1 - momentum) mean of h over the
-        rows of class k, after each step.
-    mix: lambda, in [0, 1].  tau: temperature of the router's softmax, > 0.
-    fc_weight: of the linear head's own cross-entropy, >= 0; it keeps the router a good one.
-    inference: "batch", prototypes from the test batch, or "context", from a stored clean batch and
-        the sample itself: a function of one sample, such as one would deploy.
-    eval_batch: rows of the test batch, and of the stored one.
-
     ``inference``, ``mix`` and ``tau`` may be changed for a trained model; ``eval_batch`` is the
     size of a stored tensor.
-    Raises UserError for values out of range.
+
+    Raises:
+        UserError: for values out of range.
     """
 
     momentum: float = 0.99
+    """Momentum of the prototypes, in [0, 1]: D_k <- momentum D_k + (1 - momentum) mean of h over
+    the rows of class k, after each step."""
     mix: float = 0.5
+    """lambda, in [0, 1]; with 1 the prototypes of the batch are not used."""
     tau: float = 1.0
+    """Temperature of the router's softmax, above 0."""
     fc_weight: float = 1.0
+    """Weight of the linear head's own cross-entropy, at least 0; it keeps the router good."""
     inference: str = "batch"
+    """``batch``: prototypes from the test batch; ``context``: from a stored clean batch and the
+    sample itself, a function of one sample, such as one would deploy."""
     eval_batch: int = 100
+    """Rows of the test batch, and of the stored one."""
 
     def __post_init__(self) -> None:
         for name in ("momentum", "mix"):
@@ -215,7 +229,11 @@ class HPM(Defense):
         )
 
     def apply(self, model: Classifier) -> Classifier:
-        """Raises UserError where the head is not one linear layer."""
+        """Put an ``HPMHead`` in the place of the linear head.
+
+        Raises:
+            UserError: for a head that is not one linear layer.
+        """
         head = model.head
         if not isinstance(head, nn.Linear):
             raise UserError(
@@ -238,7 +256,9 @@ class HPM(Defense):
         The features are those of training mode, in which the first step sees them: before a net is
         trained, its batch norms know nothing, and T would be orders too small. The order is random,
         for batches of a batch norm that are like those of training.
-        Raises UserError for a class without training samples: it has no prototype.
+
+        Raises:
+            UserError: for a class without training samples: it has no prototype.
         """
         head, train = head_of(model), data.train
         counts = torch.bincount(train.labels, minlength=len(head.prototypes))
@@ -300,27 +320,27 @@ class HPM(Defense):
                 setattr(head, name, value)
             return Surrogate(other, exact=False, loss=loss, why=why)
 
-        found = {
+        surrogates = {
             "fc_head": surrogate(
                 "ce", "the linear head on the same features: sensitive, smooth", inference="fc"
             )
         }
         if self.mix == 1:
-            return found
-        found["static"] = surrogate(
+            return surrogates
+        surrogates["static"] = surrogate(
             "margin", "the data set's prototypes alone: a linear head, exact gradients", mix=1.0
         )
         for tau in (1.0, 0.1):
-            found[f"soft-{tau:g}"] = surrogate(
+            surrogates[f"soft-{tau:g}"] = surrogate(
                 "margin",
                 f"soft routing at temperature {tau:g}: its values follow its gradients",
                 soft=True,
                 tau=tau,
             )
-        found["frozen_batch"] = surrogate(
+        surrogates["frozen_batch"] = surrogate(
             "margin", "prototypes that no attacked row can move: no routing", inference="frozen"
         )
-        return found
+        return surrogates
 
 
 @contextmanager
@@ -332,7 +352,11 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 
 
 def head_of(model: nn.Module) -> HPMHead:
-    """The HPM head inside a model. Raises UserError if there is none."""
+    """The HPM head inside a model.
+
+    Raises:
+        UserError: if there is none.
+    """
     for module in model.modules():
         if isinstance(module, HPMHead):
             return module

@@ -24,20 +24,23 @@ GRID = [*(i / 100 for i in range(1, 11)), 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.
 class Jump(nn.Module):
     """J(z) = z if z > jump else 0, elementwise, and at most ``cap``. Its gradient is 1[z > jump].
 
-    jump: a number, at least 0; a buffer.
-    found: the jump was, or will be, found on data, and so belongs to the state. Otherwise whoever
-        makes the module knows it: weights from a file leave it alone, as the other parameters.
-    cap: 6 in the place of a ReLU6; None is no cap.
-    slope: whose gradient goes backwards, through the same values: ``own``; ``relu``, 1[z > 0];
-        ``half``, 1[z > jump / 2]; ``sigmoid``, sigmoid((z - jump) / t), t = softness * jump > 0.
-        None of them lets anything through above the cap.
+    Args:
+        jump: a number, at least 0; a buffer.
+        chosen: the jump is chosen on data, and so belongs to the state. Otherwise it is a
+            parameter of the defense, and weights from a file leave it alone.
+        cap: 6 in the place of a ReLU6; None is no cap.
+
+    Attributes:
+        slope: whose gradient goes backwards, through the same values: ``own``; ``relu``, 1[z > 0];
+            ``half``, 1[z > jump / 2]; ``sigmoid``, sigmoid((z - jump) / t), t = softness * jump >
+            0. None of them lets anything through above the cap.
     """
 
     jump: Tensor
 
-    def __init__(self, jump: float, *, found: bool = False, cap: float | None = None) -> None:
+    def __init__(self, jump: float, *, chosen: bool = False, cap: float | None = None) -> None:
         super().__init__()
-        self.register_buffer("jump", torch.tensor(float(jump)), persistent=found)
+        self.register_buffer("jump", torch.tensor(float(jump)), persistent=chosen)
         self.cap = cap
         self.slope = "own"
         self.softness = 1.0
@@ -70,17 +73,17 @@ class JumpReLU(Defense):
     In the paper a retrofit: the net is trained without it. So is it here with an automatic jump,
     which is chosen when the training is finished; a jump that is a number acts in training too.
 
-    jump: a number, at least 0; 0 is ReLU.  auto: the largest of ``grid`` that costs at most
-        ``max_drop`` points of clean validation accuracy, chosen by ``finish``; 0 if none does.
-    max_drop: in points of 100, at least 0.
-    grid: jumps to choose from, at least 0.
-
-    Raises UserError for values out of range.
+    Raises:
+        UserError: for values out of range.
     """
 
     jump: float | str = "auto"
+    """A number, at least 0 (0 is ReLU), or ``auto``: the largest of ``grid`` that costs at most
+    ``max_drop`` points of clean validation accuracy, chosen by ``finish``; 0 if none does."""
     max_drop: float = 1.0
+    """Points of 100 of clean validation accuracy that ``auto`` may cost, at least 0."""
     grid: list[float] = field(default_factory=lambda: list(GRID))
+    """The jumps that ``auto`` chooses from, each at least 0."""
 
     def __post_init__(self) -> None:
         if isinstance(self.jump, str) and self.jump != "auto":
@@ -106,9 +109,14 @@ class JumpReLU(Defense):
     def apply(self, model: Any) -> Any:
         """Replaces the activations; each call gets a module of its own first.
 
-        model: a Classifier, or any nn.Module with an ``input_shape``, (C, H, W).
-        An automatic jump is 0 until ``finish``.
-        Raises UserError for a model without ReLUs, or whose calls can't be told apart.
+        Args:
+            model: a Classifier, or any nn.Module with an ``input_shape``, (C, H, W).
+
+        Returns:
+            The model with ``Jump`` modules; an automatic jump is 0 until ``finish``.
+
+        Raises:
+            UserError: for a model without ReLUs, or whose calls can't be told apart.
         """
         x = probe_images(model.input_shape).to(_device(model))
         model = split_sites(model, ACTIVATIONS, x)
@@ -116,7 +124,7 @@ class JumpReLU(Defense):
 
         def make(old: nn.Module, name: str) -> nn.Module:
             cap = 6.0 if isinstance(old, nn.ReLU6) else None
-            return Jump(jump, found=self.auto, cap=cap).to(_device(model))
+            return Jump(jump, chosen=self.auto, cap=cap).to(_device(model))
 
         replace_modules(model, ACTIVATIONS, make)
         return model
@@ -127,7 +135,11 @@ class JumpReLU(Defense):
             _set(model, 0.0)
 
     def finish(self, model: Any, data: Splits) -> dict[str, Any]:
-        """Choose the automatic jump. Raises UserError for an empty validation split."""
+        """Choose the automatic jump.
+
+        Raises:
+            UserError: for an empty validation split.
+        """
         if not self.auto:
             return {}
         if not len(data.val):
@@ -156,19 +168,19 @@ class JumpReLU(Defense):
             "half": (0.5, "half the jump: fewer dead units, nearly the same net"),
             "double": (2.0, "twice the jump: only the largest units count"),
         }
-        found = {}
+        surrogates = {}
         for name, (slope, softness, what) in slopes.items():
             copy = twin(model)
             for site in _sites(copy):
                 site.slope, site.softness = slope, softness
             why = f"backwards {what}, where the jump itself has no gradient"
-            found[name] = Surrogate(copy, exact=True, loss="ce", why=why)
+            surrogates[name] = Surrogate(copy, exact=True, loss="ce", why=why)
         for name, (factor, why) in factors.items():
             copy = twin(model)
             for site in _sites(copy):
                 site.jump = factor * site.jump  # a new buffer: the old one is the model's too
-            found[name] = Surrogate(copy, exact=False, loss="ce", why=why)
-        return found
+            surrogates[name] = Surrogate(copy, exact=False, loss="ce", why=why)
+        return surrogates
 
 
 def jump_of(model: nn.Module) -> float:

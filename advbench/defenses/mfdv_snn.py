@@ -21,19 +21,24 @@ RHO_MIN = -10.0  # log variance; a standard deviation of 0.0067, next to none
 class VarianceHead(nn.Module):
     """A linear classifier of features with a noise whose size depends on the input.
 
-    mu = W_m h + b_m and rho = clamp(W_v h + b_v, -10, rho_max), the log variance; then
-    z = mu + exp(rho / 2) * noise with noise N(0, I) for each row and draw, in training and in
-    evaluation alike, from PyTorch's global generator; logits = C z + c.
+    mu = W_m h + b_m and rho = clamp(W_v h + b_v, -10, rho_max), the log variance; then z = mu +
+    exp(rho / 2) * noise with noise N(0, I) for each row and draw, in training and in evaluation
+    alike, from PyTorch's global generator; logits = C z + c.
 
-    draws: what evaluation answers with. 1: the logits of one draw; n: the log of the mean softmax
-        over n draws. Training takes one draw.
-    noise: whether there is any; without it the logits are C mu + c, the mean over draws.
+    Args:
+        head: the linear head in whose place this is put.
+        features: D', the width of z.
+        rho_max: the largest log variance.
+        draws: evaluations of which evaluation mode returns the log of the mean softmax; with 1,
+            the logits of one. Training takes one.
+
+    Attributes:
+        noise: whether there is any; without it the logits are C mu + c, the mean over draws.
     """
 
     def __init__(
         self, head: nn.Linear, features: int, *, rho_max: float = 4.0, draws: int = 1
     ) -> None:
-        """In place of ``head``, D to K, on its device; ``features`` is D', the width of z."""
         super().__init__()
         like: dict[str, Any] = {"device": head.weight.device, "dtype": head.weight.dtype}
         self.mu = nn.Linear(head.in_features, features, **like)
@@ -74,20 +79,20 @@ class MFDVSNN(Defense):
 
     The paper's idea; D', the clamp, the linear maps and their start are our reading.
 
-    features: D', dimensions of the noisy features, at least 1.
-    variance_weight: of the term -mean(rho), the mean over the batch and the dimensions; at least 0.
-    rho_max: largest log variance, above -10. Without it the term has no lower bound.
-    classifier_decay: of the term 0.5 * |C|^2, at least 0; on top of the optimizer's weight decay.
-    draws: see ``VarianceHead``, at least 1.
-
-    Raises UserError for values out of range.
+    Raises:
+        UserError: for values out of range.
     """
 
     features: int = 64
+    """D', the number of noisy features, at least 1."""
     variance_weight: float = 0.01
+    """Weight of the term -mean(rho), the mean over batch and dimensions, at least 0."""
     rho_max: float = 4.0
+    """The largest log variance, above -10. Without it the term has no lower bound."""
     classifier_decay: float = 5e-4
+    """Weight of the term 0.5 |C|^2, at least 0; it adds to the optimizer's weight decay."""
     draws: int = 1
+    """Evaluations whose mean softmax is the answer in evaluation mode, at least 1."""
 
     def __post_init__(self) -> None:
         for name in ("features", "draws"):
@@ -105,7 +110,8 @@ class MFDVSNN(Defense):
     def apply(self, model: Classifier) -> Classifier:
         """Puts a ``VarianceHead`` in the place of ``model.head``.
 
-        Raises UserError for a head that is not linear.
+        Raises:
+            UserError: for a head that is not linear.
         """
         head = model.head
         if not isinstance(head, nn.Linear):

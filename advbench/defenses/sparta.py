@@ -24,8 +24,16 @@ FORMS = ("gate", "relu")
 class Phi(nn.Module):
     """A depthwise k x k convolution with bias, padded with zeros so that the size stays.
 
-    weight: (C, 1, k, k).  bias: (C,).  With C = 1 one kernel serves all channels of any map.
-    At the start the centre tap is ``beta`` and the rest is zero: phi(z) = beta z.
+    With C = 1 one kernel serves all channels of any map.
+
+    Args:
+        channels: C.
+        kernel: k, odd.
+        beta: the centre tap at the start; the rest is zero, so that phi(z) = beta z.
+
+    Attributes:
+        weight: (C, 1, k, k).
+        bias: (C,).
     """
 
     def __init__(self, channels: int, kernel: int, beta: float) -> None:
@@ -47,7 +55,8 @@ class Phi(nn.Module):
 class Site(nn.Module):
     """What stands in the place of one activation. Several sites may hold the same phi.
 
-    vector: it is called with (N, D), a map of one pixel, where only the centre tap counts.
+    Args:
+        vector: it is called with (N, D), a map of one pixel, where only the centre tap counts.
     """
 
     def __init__(self, phi: Phi, *, vector: bool) -> None:
@@ -66,8 +75,9 @@ class Site(nn.Module):
 class SpatialGate(Site):
     """z * sigmoid(phi(z)). A 1x1 phi of weight b and bias 0 is Swish, z * sigmoid(b z).
 
-    keeping: the next pass keeps its gates, without gradients.
-    kept: gates that later passes use instead of their own, or None.
+    Attributes:
+        keeping: the next pass keeps its gates, without gradients.
+        kept: gates that later passes use instead of their own, or None.
     """
 
     def __init__(self, phi: Phi, *, vector: bool) -> None:
@@ -98,7 +108,8 @@ class FilteredReLU(Site):
 class AnchoredGates(nn.Module):
     """A model whose gates stay as they are at the clean images, constants to the attacker.
 
-    model: of its own modules; between two calls its gates are its own again.
+    Args:
+        model: of its own modules; between two calls its gates are its own again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -125,24 +136,24 @@ class Sparta(Defense):
 
     The form z * sigmoid(phi(z)) with a depthwise phi is our reading of the paper.
 
-    share: who has a phi of his own: each site; each stage, that is, each number of channels; or
-        the net, with one kernel for all channels, which any other net can take.
-    kernel: k, odd. A phi that serves vectors alone, unless it is the net's, is 1x1.
-    beta: centre tap at the start, above 0: 1 starts as SiLU, large is near ReLU, at most
-        0.2785 / beta away from it.
-    form: gate; or relu, the control of as many parameters, a ``FilteredReLU``.
-    weights: the run whose phi ``adopt`` takes; to read it is the caller's affair.
-    freeze: phi is not trained.
-
-    Raises UserError for values out of range.
+    Raises:
+        UserError: for values out of range.
     """
 
     share: str = "site"
+    """Who has a phi of its own: each ``site``; each ``stage``, that is, each number of channels; or
+    the ``net``, with one kernel for all channels, which any other net can take."""
     kernel: int = 3
+    """k, odd. A phi that serves vectors alone, unless it is the net's, is 1x1."""
     beta: float = 1.0
+    """The centre tap at the start, above 0: 1 starts as SiLU; a large one is at most 0.2785 / beta
+    away from ReLU."""
     form: str = "gate"
+    """``gate``; or ``relu``, the control with as many parameters, a ``FilteredReLU``."""
     weights: str | None = None
+    """The run whose phi ``adopt`` takes; the caller reads it."""
     freeze: bool = False
+    """phi is not trained."""
 
     def __post_init__(self) -> None:
         for name, value, known in (("share", self.share, SHARES), ("form", self.form, FORMS)):
@@ -156,8 +167,10 @@ class Sparta(Defense):
     def apply(self, model: Classifier) -> Classifier:
         """Replaces the activations; the widths of the sites are those of one probe batch.
 
-        Raises UserError for a model without them, where the forward pass does not call each of
-        them exactly once, and for activations of other than (N, C, H, W) maps and (N, D) vectors.
+        Raises:
+            UserError: for a model without them, where the forward pass does not call each of them
+                exactly once, and for activations of other than (N, C, H, W) maps and (N, D)
+                vectors.
         """
         device = next(model.parameters()).device
         x = probe_images(model.input_shape).to(device)
@@ -197,7 +210,9 @@ class Sparta(Defense):
 
         share=net takes it from any net, share=stage from a net that has every width of this one,
         share=site from a net of the same structure.
-        Raises UserError for weights without phi, or with another sharing, width, site or kernel.
+
+        Raises:
+            UserError: for weights without phi, or with another sharing, width, site or kernel.
         """
         run = f"defense.weights={self.weights}"
         theirs: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}

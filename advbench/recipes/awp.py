@@ -33,18 +33,20 @@ class AWP(Recipe):
 
     It remembers nothing from step to step. Everything else is the other recipe's.
 
-    of: a recipe, any but another AWP. A config says NAME or {NAME: {KEY: VALUE}}.
-    gamma: at least 0; None is the authors' 0.01 where the recipe trains on x' alone, and 0.005
-        where on x as well (theirs for TRADES).
-    warmup: epochs without displacement at the start.
-
     ``label_smoothing`` is the other recipe's: here it must be 0.
-    Raises UserError for values out of range.
+
+    Raises:
+        UserError: for values out of range.
     """
 
     of: Any = None
+    """The recipe that is displaced, any but another AWP. A config names it, or gives {NAME: {KEY:
+    VALUE}}."""
     gamma: float | None = None
+    """The largest displacement as a share of a layer's weights, at least 0; None is the authors'
+    0.01 where the recipe trains on x' alone, and 0.005 where on x as well (theirs for TRADES)."""
     warmup: int = 0
+    """Epochs without displacement at the start."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, Recipe) or isinstance(self.of, AWP):
@@ -122,12 +124,12 @@ def _gradients(
     follows draws the same noise.
     """
     device = next(model.parameters()).device
-    known = [device] if device.type == "cuda" else []
-    with buffers_kept(model), torch.random.fork_rng(known):
-        found = torch.autograd.grad(loss(), weights, allow_unused=True, materialize_grads=True)
+    devices = [device] if device.type == "cuda" else []
+    with buffers_kept(model), torch.random.fork_rng(devices):
+        gradients = torch.autograd.grad(loss(), weights, allow_unused=True, materialize_grads=True)
     if not in_company():
-        return list(found)
-    flat = torch.cat([gradient.flatten() for gradient in found])
+        return list(gradients)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)  # a sum will do: only the direction counts
     parts = flat.split([weight.numel() for weight in weights])
     return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]

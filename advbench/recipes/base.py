@@ -32,16 +32,28 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """Hyper-parameters of a recipe.
+    """How a training step makes its inputs and its loss; hyper-parameters alone.
 
-    threat: what a recipe with an adversarial part trains against; handed in by the caller.
-    label_smoothing: in [0, 1), of the recipe's cross-entropy.
+    Example:
+        >>> import torch
+        >>> from advbench import Threat
+        >>> from advbench.recipes import PGDAT
+        >>> recipe = PGDAT(threat=Threat("linf", "8/255"), steps=2)
+        >>> recipe.parts
+        ('adversarial',)
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> bool((recipe.perturb(model, x, y) - x).abs().max() <= 8 / 255 + 1e-6)
+        True
 
-    Raises UserError for values out of range, and where the threat is missing.
+    Raises:
+        UserError: for values out of range, and where the threat is missing.
     """
 
     threat: Threat | None = None
+    """What an adversarial recipe trains against; handed in by the caller."""
     label_smoothing: float = 0.0
+    """Of the recipe's cross-entropy, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -57,7 +69,11 @@ class Recipe(ABC):
         """Which parts of the batch the training step forwards, in this order."""
 
     def check(self, num_classes: int) -> None:  # noqa: B027  (a hook)
-        """Before anything is trained: raises UserError if it can't train so many classes."""
+        """Check the recipe before anything is trained.
+
+        Raises:
+            UserError: if it can't train so many classes.
+        """
 
     def memory(self) -> nn.Module | None:
         """What the recipe remembers from step to step, as buffers: saved with the training's state,
@@ -66,23 +82,41 @@ class Recipe(ABC):
         return None
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The adversarial part of a batch: x (N, C, H, W) in [0, 1] -> x' of the same shape.
+        """Make the adversarial part of a batch.
 
-        Draws from PyTorch's global generator. The model comes back as it was: parameters, their
+        It draws from PyTorch's global generator. The model comes back as it was: parameters, their
         gradients, buffers and modes.
+
+        Args:
+            model: the defended model, in training mode.
+            x: clean images in [0, 1], (N, C, H, W).
+            y: true classes, (N,).
+
+        Returns:
+            x', (N, C, H, W), inside the threat around x and inside [0, 1].
         """
         raise NotImplementedError
 
     @abstractmethod
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
-        """Named scalar terms whose sum is the loss; they are logged one by one."""
+        """The terms of the loss.
+
+        Args:
+            model: the defended model, in training mode.
+            step: what the step forwarded, with gradients.
+
+        Returns:
+            Named scalars whose sum is the loss; they are logged one by one.
+        """
 
     @contextmanager
     def displaced(self, model: nn.Module, loss: Callable[[], Tensor], epoch: int) -> Iterator[None]:
         """Around the forward and backward pass of a step: the weights may be elsewhere meanwhile.
 
-        loss: the loss of the step, a scalar, by a forward pass in training mode at the weights of
-            that moment.  epoch: from 0.
+        Args:
+            loss: the loss of the step, a scalar, by a forward pass in training mode at the weights
+                of that moment.
+            epoch: from 0.
         """
         yield
 
@@ -105,7 +139,9 @@ class Recipe(ABC):
     def cross_entropy(self, part: Part | None, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a part that the recipe forwards, with label smoothing; a scalar.
 
-        labels: ``Step.labels``.
+        Args:
+            part: clean or adversarial.
+            labels: ``Step.labels``, (N,) classes or (N, K) soft labels.
         """
         assert part is not None
         return F.cross_entropy(part.logits, labels, label_smoothing=self.label_smoothing)
@@ -115,7 +151,8 @@ class Recipe(ABC):
 class AdversarialRecipe(Recipe):
     """A recipe whose x' is the last point of one search inside the threat.
 
-    Raises UserError for values that the search does not take, and for l1 threats.
+    Raises:
+        UserError: for values that the search does not take, and for l1 threats.
     """
 
     def __post_init__(self) -> None:

@@ -20,13 +20,13 @@ class FGSMRS(AdversarialRecipe):
     linf: uniform start, then a step along the sign of the gradient, as in the paper. l2, which the
     paper does not have: uniform direction and radius, then a step along the gradient.
 
-    step_size: in pixel units, "10/255" or a number; None is 1.25 eps. With longer steps a net may
-        learn to be robust to this step alone (catastrophic overfitting).
-
-    Raises UserError for a step size that is no length, and for l1 threats.
+    Raises:
+        UserError: for a step size that is no length, and for l1 threats.
     """
 
     step_size: float | str | None = None
+    """In pixel units, "10/255" or a number; None is 1.25 eps. With longer steps a net may learn to
+    be robust to this step alone (catastrophic overfitting)."""
 
     @property
     def parts(self) -> tuple[PartName, ...]:

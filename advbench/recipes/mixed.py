@@ -18,21 +18,23 @@ from advbench.recipes.base import AdversarialRecipe
 class Mixed(AdversarialRecipe):
     """Cross-entropy of a batch in which x' stands for x in some rows; by default x' is by FGSM.
 
-    These are the first rows, as in the authors' code: the batch comes in random order. All rows
-    are forwarded both ways, so that a defense which tells clean from adversarial sees each as what
-    it is, and the accuracies in metrics.csv are of whole batches. (The authors forward the mixed
-    batch alone: their batch norms have the statistics of the mixture.)
+    These are the first rows, as in the authors' code: the batch comes in random order. All rows are
+    forwarded both ways, so that a defense which tells clean from adversarial sees each as what it
+    is, and the accuracies in metrics.csv are of whole batches. (The authors forward the mixed batch
+    alone: their batch norms have the statistics of the mixture.)
 
-    fraction: of the batch, above 0 and at most 1; at least one row.
-    steps, step_size, random_start: of the attack, see ``advbench.attacks.pgd.PGD``; in pixel units.
-
-    Raises UserError for values out of range, and for l1 threats.
+    Raises:
+        UserError: for values out of range, and for l1 threats.
     """
 
     fraction: float = 0.3
+    """The share of the batch that is replaced, above 0 and at most 1; at least one row."""
     steps: int = 1
+    """Steps of the attack, at least 1."""
     step_size: float | str | None = None
+    """In pixel units; None as in ``advbench.attacks.pgd.PGD``."""
     random_start: bool = False
+    """Start the attack at a random point of the threat."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

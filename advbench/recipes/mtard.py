@@ -40,8 +40,9 @@ class NearPGD(PGD):
 class Balance(nn.Module):
     """The weights of the two losses, and what decides how they move.
 
-    clean: w_n, the weight of the clean loss; that of the adversarial one is w_a = 1 - w_n.
-    first, last: the two losses, clean and adversarial, of the first and of the last step, (2,).
+    Attributes:
+        clean: w_n, the weight of the clean loss; that of the adversarial one is w_a = 1 - w_n.
+        first, last: the two losses, clean and adversarial, of the first and of the last step, (2,).
     """
 
     clean: Tensor
@@ -73,21 +74,25 @@ class MTARD(AdversarialRecipe):
     in the authors' code, except that there the weights move before the step that moves them, and
     that the divergence is divided by the number of classes.
 
-    robust_teacher, standard_teacher: models, images in [0, 1] to logits (N, K); they are put into
-        evaluation mode and frozen. A name of a run stands for its model until the caller loads it.
-    steps, step_size: of the search, see ``advbench.attacks.pgd.PGD``; in pixel units.
-    weight_rate: of w_n, in [0, 1].  weight_milestones: epochs at whose start it falls to a tenth.
-
     There is no cross-entropy in it, so ``label_smoothing`` must be 0.
-    Raises UserError for values out of range, for l1 threats, and where a teacher is missing.
+
+    Raises:
+        UserError: for values out of range, for l1 threats, and where a teacher is missing.
     """
 
     robust_teacher: Any = None
+    """The teacher on adversarial images, a model from images in [0, 1] to logits (N, K); it is put
+    into evaluation mode and frozen. A run's name stands for its model until the caller loads it."""
     standard_teacher: Any = None
+    """The teacher on clean images; otherwise as the robust one."""
     steps: int = 10
+    """Steps of the search, at least 1."""
     step_size: float | str | None = None
+    """In pixel units; None as in ``advbench.attacks.pgd.PGD``."""
     weight_rate: float = 0.025
+    """How fast w_n follows the losses, in [0, 1]."""
     weight_milestones: list[int] = field(default_factory=lambda: [215, 260, 285])
+    """Epochs at whose start ``weight_rate`` falls to a tenth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +120,11 @@ class MTARD(AdversarialRecipe):
         return NearPGD(steps=self.steps, step_size=self.step_size)
 
     def loss_terms(self, model: nn.Module, step: Step) -> dict[str, Tensor]:
-        """Raises UserError for a teacher with another number of classes than the student."""
+        """The divergence from each teacher, with its weight.
+
+        Raises:
+            UserError: for a teacher with another number of classes than the student.
+        """
         balance = step.memory
         assert isinstance(balance, Balance)
         clean = _distillation(self.standard_teacher, "standard_teacher", step.clean)

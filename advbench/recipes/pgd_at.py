@@ -15,16 +15,18 @@ from advbench.recipes.base import AdversarialRecipe
 class PGDAT(AdversarialRecipe):
     """Cross-entropy on x' alone, and x' by PGD.
 
-    steps, step_size, random_start, loss_name: of the attack, see ``advbench.attacks.pgd.PGD``; in
-        pixel units.
-
-    Raises UserError for values that PGD does not take, and for l1 threats.
+    Raises:
+        UserError: for values that PGD does not take, and for l1 threats.
     """
 
     steps: int = 10
+    """Steps of the attack, at least 1."""
     step_size: float | str | None = None
+    """In pixel units; None as in ``advbench.attacks.pgd.PGD``."""
     random_start: bool = True
+    """Start the attack at a random point of the threat."""
     loss_name: str = "ce"
+    """What the attack raises: ``ce``, ``margin`` or ``dlr``."""
 
     @property
     def parts(self) -> tuple[PartName, ...]:

@@ -30,9 +30,10 @@ def divergence(clean: Tensor, logits: Tensor) -> Tensor:
 
 @dataclass
 class DivergenceRows(Rows):
-    """clean: log-probabilities at x, (N, K)."""
+    """State of ``DivergencePGD``."""
 
     clean: Tensor
+    """Log-probabilities at x, (N, K), from which the search moves away."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,16 @@ class DivergencePGD(PGD):
 class Consistent(AdversarialRecipe):
     """A recipe on x and x' with beta times a divergence between the answers there in its loss.
 
-    beta: at least 0.
-    steps, step_size: of the search, see ``advbench.attacks.pgd.PGD``; in pixel units.
-
-    Raises UserError for values out of range, and for l1 threats.
+    Raises:
+        UserError: for values out of range, and for l1 threats.
     """
 
     beta: float = 6.0
+    """Weight of the divergence, at least 0."""
     steps: int = 10
+    """Steps of the search, at least 1."""
     step_size: float | str | None = None
+    """In pixel units; None as in ``advbench.attacks.pgd.PGD``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +85,7 @@ class Consistent(AdversarialRecipe):
 class TRADES(Consistent):
     """Cross-entropy on x plus beta KL(model(x) || model(x')), and x' where that KL is large.
 
-    beta: 1 / lambda of the paper.
+    ``beta`` is 1 / lambda of the paper.
     """
 
     def attack(self) -> DivergencePGD:

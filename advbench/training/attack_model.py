@@ -28,8 +28,12 @@ class AttackModel(nn.Module):
     beta + (b - mu) gamma / sigma are made once for a step, whose attack passes through them many
     times. Passes in training mode, and whatever else is asked of it, are the model's own.
 
-    model: a traced backbone. What is no backbone's module, such as a defense's, is called as it is.
-    Raises ValueError if nothing can be folded.
+    Args:
+        model: a traced backbone. What is no backbone's module, such as a defense's, is called as it
+            is.
+
+    Raises:
+        ValueError: if nothing can be folded.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,7 +71,9 @@ class AttackModel(nn.Module):
     def agrees(self, x: Tensor, y: Tensor) -> bool:
         """Whether logits and input gradients of both are the same up to rounding.
 
-        x: (N, C, H, W) in [0, 1].  y: (N,) classes.
+        Args:
+            x: (N, C, H, W) in [0, 1].
+            y: (N,) classes.
         """
         self.refresh()
         answers = []
@@ -89,7 +95,9 @@ class AttackModel(nn.Module):
 def attack_model(model: nn.Module, x: Tensor, y: Tensor) -> AttackModel | None:
     """An ``AttackModel`` that agrees with the model on a few images; None where there is none.
 
-    x: (N, C, H, W) in [0, 1].  y: (N,) classes.
+    Args:
+        x: (N, C, H, W) in [0, 1].
+        y: (N,) classes.
     """
     # Tracing fails in many ways on a model that is no plain graph, which is then attacked as it is.
     with contextlib.suppress(Exception):
@@ -123,8 +131,8 @@ def _fold(model: nn.Module) -> tuple[fx.GraphModule, list[_Pair]]:
             continue
         conv, norm = (traced.get_submodule(str(n.target)) for n in (before, node))
         once = calls.count(before.target) == 1
-        known = type(conv) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, SyncedBatchNorm2d)
-        if not (known and once) or _hooked(conv) or _hooked(norm) or norm.running_mean is None:
+        foldable = type(conv) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, SyncedBatchNorm2d)
+        if not (foldable and once) or _hooked(conv) or _hooked(norm) or norm.running_mean is None:
             continue
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
         name = f"folded_{len(pairs)}"

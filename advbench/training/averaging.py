@@ -18,7 +18,11 @@ class Average:
     average nothing before; here, as in the others, it counts from the first step. That the state of
     a defense (prototypes) is copied as running statistics are is ours.
 
-    decay: in (0, 1).  module: the average.
+    Args:
+        decay: in (0, 1).
+
+    Attributes:
+        module: the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -33,5 +37,5 @@ class Average:
         ours: list[torch.Tensor] = [*self.module.parameters()]
         theirs: list[torch.Tensor] = [*model.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-        for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            kept.copy_(buffer)
+        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)

@@ -39,7 +39,8 @@ def save_resume(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any
 def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The state, with tensors on the CPU; None where there is no file. Runs no code of the file.
 
-    Raises UserError if the file is damaged, or was saved by a run of another identity.
+    Raises:
+        UserError: if the file is damaged, or was saved by a run of another identity.
     """
     if not path.exists():
         return None
@@ -60,7 +61,8 @@ class Checkpoints:
     ``epoch.pt`` is the state at the start of the epoch that runs, which a diverged epoch goes back
     to; ``resume.pt``, where it is there, a state inside that epoch. A state has a ``position``.
 
-    writes: whether this process does; all of them read.
+    Args:
+        writes: whether this process does; all of them read.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], writes: bool) -> None:
@@ -69,7 +71,11 @@ class Checkpoints:
         self._writes = writes
 
     def newest(self) -> dict[str, Any] | None:
-        """Where to go on; None where nothing was begun. Raises UserError as ``load_resume``."""
+        """Where to go on; None where nothing was begun.
+
+        Raises:
+            UserError: as ``load_resume``.
+        """
         start = load_resume(self._start, self._identity)
         inside = load_resume(self._inside, self._identity)
         if start is None or inside is None:
@@ -108,6 +114,15 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def require_identity(saved: str, identity: Mapping[str, Any], folder: Path) -> None:
-    """Raises UserError unless the canonical JSON ``saved`` is that of ``identity``."""
+    """Check that a file is of this run.
+
+    Args:
+        saved: the identity in the file, as canonical JSON.
+        identity: of this run.
+        folder: of the run, for the message.
+
+    Raises:
+        UserError: if they differ.
+    """
     if saved != canonical(identity):
         raise UserError(f"{folder} holds another run: take another hydra.run.dir, or remove it")

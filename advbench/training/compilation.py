@@ -22,10 +22,14 @@ def compiled(
 ) -> list[str]:
     """Compiles trunk and head in place, so that no name of a weight changes, and tries them.
 
-    mode: of ``torch.compile``.  x: (N, C, H, W) in [0, 1], of the shape that training will have: it
-        compiles for that alone.  y: (N,) classes.  cast: the autocast of
-        training.
-    Returns nothing, or in a line why it runs as it was.
+    Args:
+        mode: of ``torch.compile``.
+        x: (N, C, H, W) in [0, 1], of the shape that training will have: it compiles for that alone.
+        y: (N,) classes.
+        cast: the autocast of training.
+
+    Returns:
+        Nothing, or in a line why it runs as it was.
     """
     parts = [model.trunk, model.head]
     for part in parts:

@@ -17,25 +17,29 @@ from advbench.training.randomness import deal, derive, endless, permutation
 class Feed:
     """Which samples make which batch: a function of seed, epoch and position, and of nothing else.
 
-    batch_size: over all processes.  rank, ranks: which of how many processes this one is.
-
     Without extra data, an epoch is one pass over the training images, in whole batches. With them
     it has as many steps, so that it costs the same and the learning rate takes the same course; a
     fixed share of each batch is extra (Gowal et al. 2021, arXiv 2110.09468). So do the codes of
     Rebuffi et al. 2021 (arXiv 2103.01946; ``steps_from_epochs`` in google-deepmind/
     deepmind-research, adversarial_robustness/jax/experiment.py) and of Wang et al. 2023 (arXiv
     2302.04638; ``num_batches`` in wzekai99/DM-Improves-AT, core/data/semisup.py), which count
-    50,000 images to an epoch of CIFAR-10, whatever they are. Original and extra images each come
-    in passes that go on across epochs: no image comes again before all of its kind did.
+    50,000 images to an epoch of CIFAR-10, whatever they are. Original and extra images each come in
+    passes that go on across epochs: no image comes again before all of its kind did.
 
-    Raises UserError if the share leaves a process without original or without extra images.
+    Raises:
+        UserError: if the share leaves a process without original or without extra images.
     """
 
     splits: Splits
+    """The data."""
     seed: int
+    """Of all orders."""
     batch_size: int
+    """Rows of a batch over all processes."""
     rank: int = 0
+    """Of this process, from 0."""
     ranks: int = 1
+    """The number of processes."""
 
     def __post_init__(self) -> None:
         own, added = self.originals, self.batch_size - self.originals

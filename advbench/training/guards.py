@@ -33,10 +33,11 @@ class Divergence:
     so that means that the mean row is wrong by 1000 ln K: 2300 logits where K = 10. A loss that
     trains stays far away from it: a first epoch at too high a rate reaches some ten times ln K, and
     the weight of a second term (beta = 6 of TRADES and MART) makes it tens of ln K. What diverges
-    passes it within a few steps (on digits at lr 100: 12, 1,900 and 33,000 times ln K at steps 2,
-    3 and 4). A step's verdict depends on its loss alone, so it is the same whenever it is read.
+    passes it within a few steps (on digits at lr 100: 12, 1,900 and 33,000 times ln K at steps 2, 3
+    and 4). A step's verdict depends on its loss alone, so it is the same whenever it is read.
 
-    steps_per_epoch: to tell the epoch of a step.
+    Args:
+        steps_per_epoch: to tell the epoch of a step.
     """
 
     def __init__(self, device: torch.device, steps_per_epoch: int, num_classes: int) -> None:
@@ -46,12 +47,17 @@ class Divergence:
         self.forget()
 
     def forget(self) -> None:
-        """Watch from the beginning, after going back."""
+        """Begin again, after going back an epoch."""
         self._first = torch.full((), -1, dtype=torch.int64, device=self._device)
         self._loss = torch.zeros((), device=self._device)
 
     def watch(self, loss: Tensor, step: int) -> None:
-        """loss: a scalar.  step: from 0, over all epochs."""
+        """Look at the loss of a step.
+
+        Args:
+            loss: a scalar.
+            step: from 0, over all epochs.
+        """
         loss = loss.detach()
         new = (self._first < 0) & ~((loss <= self._limit) & loss.isfinite())
         self._first = torch.where(new, step, self._first)
@@ -60,7 +66,7 @@ class Divergence:
     def check(self, fabric: Fabric) -> None:
         """Raises Diverged, in every process alike, if a loss was lost in any of them."""
         steps, losses = (gather(seen, fabric).tolist() for seen in (self._first, self._loss))
-        lost = sorted(found for found in zip(steps, losses, strict=True) if found[0] >= 0)
+        lost = sorted(pair for pair in zip(steps, losses, strict=True) if pair[0] >= 0)
         if lost:
             (step, loss), last = lost[0], self._steps_per_epoch
             epoch, batch = divmod(step, last)
@@ -74,8 +80,9 @@ class Divergence:
     def check_weights(self, fabric: Fabric, epoch: int, *models: nn.Module) -> None:
         """Raises Diverged, in every process alike, if a parameter or a buffer is not finite.
 
-        epoch: finished ones. The loss does not tell of the last step of an epoch, nor of running
-        statistics, which act in evaluation mode only.
+        Args:
+            epoch: finished ones. The loss does not tell of the last step of an epoch, nor of
+                running statistics, which act in evaluation mode only.
         """
         values = [value for model in models for value in model.state_dict().values()]
         sound = torch.stack([value.isfinite().all() for value in values]).all()
@@ -110,17 +117,21 @@ def catastrophic_overfitting(rows: Rows, n: int) -> dict[str, float] | None:
     near half the distance of the classes, it fell to a quarter now and then, but accuracy on
     training images stayed below what PGD accuracy had been.
 
-    rows: of metrics.csv, up to this epoch.  n: validation samples.
-    Returns what was seen, with the ``epoch`` of the collapse, or None.
+    Args:
+        rows: of metrics.csv, up to this epoch.
+        n: validation samples.
+
+    Returns:
+        What was seen, with the ``epoch`` of the collapse, or None.
     """
     if len(rows) < 3 or not {"train_adversarial", "val_robust"} <= rows[-1].keys():
         return None
     best = max(rows, key=lambda row: row["val_robust"])
     before = best["val_robust"]
     for now in rows[-2:]:
-        kept = min(1.0, now["val_clean"] / max(best["val_clean"], 1e-12))
+        clean_share = min(1.0, now["val_clean"] / max(best["val_clean"], 1e-12))
         if not (
-            now["val_robust"] < COLLAPSED * before * kept
+            now["val_robust"] < COLLAPSED * before * clean_share
             and clearly_less(now["val_robust"], before, n, errors=3)
             and now["train_adversarial"] >= max(best["train_adversarial"], before)
         ):
@@ -138,17 +149,18 @@ def robust_overfitting(best: float, last: float, n: int) -> bool:
     """Whether the last epoch is clearly less robust than the best one (Rice et al. 2020, arXiv
     2002.11569): by two standard errors of the difference.
 
-    best, last: PGD accuracy on the n validation samples.
+    Args:
+        best, last: PGD accuracy on the n validation samples.
     """
     return clearly_less(last, best, n, errors=2)
 
 
-def told(found: Mapping[str, Any]) -> str:
-    """A catastrophic overfitting in one line."""
+def describe(collapse: Mapping[str, Any]) -> str:
+    """A catastrophic overfitting in one line, from what ``catastrophic_overfitting`` returned."""
     return (
-        f"catastrophic overfitting at epoch {found['epoch']}: accuracy on the recipe's own "
-        f"adversarial images is {100 * found['train_adversarial']:.1f} %, and under PGD it fell "
-        f"from {100 * found['best_val_robust']:.1f} % (epoch {found['best_epoch']}) to "
-        f"{100 * found['val_robust']:.1f} %. Training stops here, and the best epoch is kept; "
+        f"catastrophic overfitting at epoch {collapse['epoch']}: accuracy on the recipe's own "
+        f"adversarial images is {100 * collapse['train_adversarial']:.1f} %, and under PGD it fell "
+        f"from {100 * collapse['best_val_robust']:.1f} % (epoch {collapse['best_epoch']}) to "
+        f"{100 * collapse['val_robust']:.1f} %. Training stops here, and the best epoch is kept; "
         "try a smaller recipe.step_size, more recipe.steps, or recipe=pgd_at"
     )

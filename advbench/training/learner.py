@@ -28,13 +28,24 @@ from advbench.training.syncnorm import synchronise
 class Learner:
     """All that changes in a step, on its device.
 
-    fresh: the training begins, so the defense is prepared, unless ``prepared`` says that what that
-        would find came with the weights. Otherwise ``restore`` comes next.
-    attack_model: what the attack passes through, where that is not the model itself.
-    notes: lines worth telling about how it runs.
-    kept: the model that is validated and kept: the average of the weights, where there is one.
+    Args:
+        settings: of the trainer.
+        fabric: the devices.
+        model: with the defense applied; it is moved to its device.
+        splits: the data.
+        recipe, defense: whose hooks are called.
+        schedule: makes the optimizer.
+        seed: of the run.
+        fresh: the training begins, so the defense is prepared, unless ``prepared`` says that what
+            that would find came with the weights. Otherwise ``restore`` comes next.
 
-    Raises UserError if nothing of the model can be trained.
+    Attributes:
+        attack_model: what the attack passes through, where that is not the model itself.
+        notes: lines worth telling about how it runs.
+        saved_model: what is validated and saved: the average of the weights, where there is one.
+
+    Raises:
+        UserError: if nothing of the model can be trained.
     """
 
     def __init__(
@@ -56,8 +67,8 @@ class Learner:
         mixed = settings.precision == "bf16-mixed"
         self.cast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=mixed)
         # Saves a CPU 5 to 25 % of a step, as measured; made for tensor cores; not proven elsewhere.
-        known = fabric.device.type in ("cpu", "cuda")
-        self.layout = torch.channels_last if known else torch.contiguous_format
+        proven = fabric.device.type in ("cpu", "cuda")
+        self.layout = torch.channels_last if proven else torch.contiguous_format
         if settings.sync_batchnorm:
             synchronise(model)
         model.to(fabric.device)
@@ -67,7 +78,7 @@ class Learner:
             model.eval()
             defense.prepare(model, splits)
         self.average = Average(model, settings.ema) if settings.ema else None
-        self.kept = self.average.module if self.average else model
+        self.saved_model = self.average.module if self.average else model
         trainable = [p for p in model.parameters() if p.requires_grad]
         if not trainable:
             raise UserError("nothing to train: every parameter of the model is frozen")
@@ -85,8 +96,12 @@ class Learner:
     def step(self, x: Tensor, y: Tensor, epoch: int, step: int, lr: float) -> dict[str, Tensor]:
         """One step; the model is in training mode. Nothing in it waits for the device.
 
-        x, y: the images and classes of this process.  epoch, step: both from 0, over all epochs.
-        Returns the loss, its terms, and the accuracy on each part of the batch.
+        Args:
+            x, y: the images and classes of this process.
+            epoch, step: both from 0, over all epochs.
+
+        Returns:
+            The loss, its terms, and the accuracy on each part of the batch.
         """
         fabric = self.fabric
         torch.manual_seed(derive(self.seed, "step", fabric.global_rank, step))

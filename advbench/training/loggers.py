@@ -44,16 +44,16 @@ class _Events:
         self.writer = SummaryWriter(str(folder))
         self.writer.add_text("config", _block(run.config))
         self.began = (run.folder / "config.yaml").stat().st_mtime
-        self.known = 0
+        self.sent = 0
 
     def log(self, rows: Sequence[Row]) -> None:
         clock = self.began
         for row in rows:
             clock += row["seconds"]  # of training, without the interruptions
-            if row["epoch"] > self.known:
+            if row["epoch"] > self.sent:
                 for name, value in _values(row).items():
                     self.writer.add_scalar(name, value, int(row["epoch"]), walltime=clock)
-                self.known = int(row["epoch"])
+                self.sent = int(row["epoch"])
         self.writer.flush()
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
@@ -67,18 +67,20 @@ class _Events:
 
 @dataclass(frozen=True)
 class Wandb(Logger):
-    """A run of Weights & Biases; its id is kept in the run's directory.
-
-    project, entity, group, tags: as ``wandb.init`` takes them.  mode: online, offline (send it
-    later with ``wandb sync RUN/wandb/offline-run-*``) or disabled; None is as WANDB_MODE says.
-    """
+    """A run of Weights & Biases; its id is kept in the run's directory."""
 
     package = "wandb"
     project: str = "advbench"
+    """As ``wandb.init`` takes them."""
     entity: str | None = None
+    """As ``wandb.init`` takes them."""
     group: str | None = None
+    """As ``wandb.init`` takes them."""
     tags: list[str] | None = None
+    """As ``wandb.init`` takes them."""
     mode: str | None = None
+    """``online``, ``offline`` (send it later with ``wandb sync RUN/wandb/offline-run-*``) or
+    ``disabled``; None is as WANDB_MODE says."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,47 +91,47 @@ class Wandb(Logger):
         import wandb  # pyright: ignore[reportMissingImports]
 
         state = _State(run.folder / "wandb.json", f"{self.entity or ''}/{self.project}")
-        known = state.value or {"id": secrets.token_hex(4), "epochs": 0, "finished": False}
-        if known["finished"]:
+        sent = state.value or {"id": secrets.token_hex(4), "epochs": 0, "finished": False}
+        if sent["finished"]:
             return None
-        there = wandb.init(
+        remote = wandb.init(
             project=self.project,
             entity=self.entity,
             group=self.group,
             tags=self.tags,
             mode=self.mode,  # pyright: ignore[reportArgumentType]
-            id=known["id"],
+            id=sent["id"],
             name=run.name,
             config=dict(run.config),
             resume="allow",
             dir=str(run.folder),
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
-        if there.disabled:  # and so has been told nothing
-            there.finish()
+        if remote.disabled:  # and so has been told nothing
+            remote.finish()
             return None
-        return _WandbRun(there, state, known)
+        return _WandbRun(remote, state, sent)
 
 
 class _WandbRun:
-    def __init__(self, run: Any, state: _State, known: dict[str, Any]) -> None:
-        self.run, self.state, self.known = run, state, known
+    def __init__(self, run: Any, state: _State, sent: dict[str, Any]) -> None:
+        self.run, self.state, self.sent = run, state, sent
         self.where = run.url or f"wandb sync {Path(run.dir).parent}"
-        state.keep(known)
+        state.keep(sent)
 
     def log(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            if row["epoch"] > self.known["epochs"]:
+            if row["epoch"] > self.sent["epochs"]:
                 self.run.log({"epoch": row["epoch"], **_values(row)}, step=int(row["epoch"]))
-                self.known["epochs"] = int(row["epoch"])
-        self.state.keep(self.known)
+                self.sent["epochs"] = int(row["epoch"])
+        self.state.keep(self.sent)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
             self.run.summary.update(dict(summary))
         self.run.finish(exit_code=0 if summary is not None else 1)
-        self.known["finished"] = summary is not None
-        self.state.keep(self.known)
+        self.sent["finished"] = summary is not None
+        self.state.keep(self.sent)
 
 
 # --- MLflow ---------------------------------------------------------------------------------------
@@ -137,16 +139,14 @@ class _WandbRun:
 
 @dataclass(frozen=True)
 class MLflow(Logger):
-    """A run of MLflow; its id is kept in the run's directory.
-
-    experiment: made where there is none.  tracking_uri: a server, a database such as
-    sqlite:///mlflow.db, or a folder (file:mlruns); None is as MLFLOW_TRACKING_URI says, or else
-    MLflow's own default.
-    """
+    """A run of MLflow; its id is kept in the run's directory."""
 
     package = "mlflow"
     experiment: str = "advbench"
+    """Created if it does not exist."""
     tracking_uri: str | None = None
+    """A server, a database such as sqlite:///mlflow.db, or a folder (file:mlruns); None is as
+    MLFLOW_TRACKING_URI says, or else MLflow's own default."""
 
     def start(self, run: Run) -> Session | None:
         # A server that does not answer holds up the training by this much, not by many minutes.
@@ -165,21 +165,21 @@ class MLflow(Logger):
         if state.value is None:
             made = client.create_run(self._experiment(client), run_name=run.name)
             state.keep(made.info.run_id)
-        there = client.get_run(state.value)
-        if there.info.status == "FINISHED":
+        remote = client.get_run(state.value)
+        if remote.info.status == "FINISHED":
             return None
         params = [Param(key, str(value)[:500]) for key, value in _flat(run.config).items()]
         for start in range(0, len(params), 100):  # as many as one call may have
-            client.log_batch(there.info.run_id, params=params[start : start + 100])
-        return _MLflowRun(client, there)
+            client.log_batch(remote.info.run_id, params=params[start : start + 100])
+        return _MLflowRun(client, remote)
 
     def _experiment(self, client: Any) -> str:
-        found = client.get_experiment_by_name(self.experiment)
-        if found is None:
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is None:
             with suppress(Exception):  # another job of a sweep may be first
                 return client.create_experiment(self.experiment)
-            found = client.get_experiment_by_name(self.experiment)
-        return found.experiment_id
+            experiment = client.get_experiment_by_name(self.experiment)
+        return experiment.experiment_id
 
 
 class _MLflowRun:
@@ -189,7 +189,7 @@ class _MLflowRun:
         self.client, self.id = client, run.info.run_id
         self.where = f"{client.tracking_uri}, run {self.id}"
         client.update_run(self.id, status="RUNNING")
-        self.known = {
+        self.sent = {
             name: max(metric.step for metric in client.get_metric_history(self.id, name))
             for name in run.data.metrics
         }
@@ -203,11 +203,11 @@ class _MLflowRun:
             new = [
                 Metric(name, value, now, epoch)
                 for name, value in _values(row).items()
-                if epoch > self.known.get(name, 0)
+                if epoch > self.sent.get(name, 0)
             ]
             if new:
                 self.client.log_batch(self.id, metrics=new)
-                self.known |= {metric.key: epoch for metric in new}
+                self.sent |= {metric.key: epoch for metric in new}
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         if summary is None:

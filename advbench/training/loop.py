@@ -45,8 +45,8 @@ from advbench.training.guards import (
     Diverged,
     Divergence,
     catastrophic_overfitting,
+    describe,
     robust_overfitting,
-    told,
 )
 from advbench.training.learner import Learner
 from advbench.training.metrics import Means, Row, write_table
@@ -61,21 +61,34 @@ from advbench.training.validation import accuracies
 
 @dataclass
 class Fit:
-    """One call of ``Trainer.fit``, which describes the fields; ``identity`` is plain JSON here."""
+    """One call of ``Trainer.fit``."""
 
     settings: Settings
+    """How to train."""
     fabric: Fabric
+    """The devices, launched."""
     model: Classifier
+    """The defended model."""
     splits: Splits
+    """The data."""
     recipe: Recipe
+    """Makes inputs and loss of a step."""
     defense: Defense
+    """Has its own terms and hooks."""
     schedule: Optimizer
+    """Makes the optimizer, and says its learning rate."""
     threat: Threat | None
+    """Of the robust validation accuracy."""
     seed: int
+    """Of all random numbers."""
     folder: Path
+    """The run's directory."""
     identity: Mapping[str, Any]
+    """What makes this run this run, as plain JSON."""
     progress: Progress
+    """Shows how far the training is."""
     prepared: bool
+    """Whether the defense's state came with the weights."""
 
     def __post_init__(self) -> None:
         settings, fabric = self.settings, self.fabric
@@ -176,9 +189,9 @@ class Fit:
         row: Row = {"epoch": position.epoch + 1, "step": self.step, "lr": self._lr(self.step - 1)}
         row |= self.means.read(fabric)
         with torch.no_grad():
-            self.defense.after_epoch(self.learner.kept.eval(), self.splits)
+            self.defense.after_epoch(self.learner.saved_model.eval(), self.splits)
         # Before anything is written: no file is to hold a NaN.
-        self.guard.check_weights(fabric, position.epoch + 1, self.model, self.learner.kept)
+        self.guard.check_weights(fabric, position.epoch + 1, self.model, self.learner.saved_model)
         row |= self._validate()
         clean, robust = row["val_clean"], row.get("val_robust")
         self._tick()
@@ -188,8 +201,8 @@ class Fit:
         merit = [robust, clean] if self.select_robust and robust is not None else [clean]
         if merit >= position.best:  # at first the list is empty, and less than any other
             position.best, position.best_epoch = merit, position.epoch + 1
-        if found := catastrophic_overfitting(position.rows, len(self.splits.val)):
-            position.guards["catastrophic_overfitting"] = found
+        if collapse := catastrophic_overfitting(position.rows, len(self.splits.val)):
+            position.guards["catastrophic_overfitting"] = collapse
         position.epoch += 1
         position.batch = 0
         position.epoch_seconds = 0.0
@@ -200,12 +213,12 @@ class Fit:
         self.pace.saved()
         self._publish()
         self.progress.epoch(row)
-        if found:
-            self.progress.note(told(found))
+        if collapse:
+            self.progress.note(describe(collapse))
         self._tell()
 
     def _validate(self) -> Row:
-        model = self.learner.kept
+        model = self.learner.saved_model
         with torch.compiler.set_stance("force_eager"):  # its batches have another shape
             clean, robust = accuracies(
                 model,
@@ -225,7 +238,7 @@ class Fit:
         rows: of the best and of the last epoch.  Returns what it chose on the best, and the rows
         measured again, where it chose anything. A run that is killed in here repeats it all.
         """
-        model, folder = self.learner.kept.eval(), self.folder
+        model, folder = self.learner.saved_model.eval(), self.folder
         chosen, last = self._choose("last.safetensors")
         if not chosen:
             return {}, rows
@@ -241,7 +254,7 @@ class Fit:
         return chosen, [best, last]
 
     def _choose(self, name: str) -> tuple[dict[str, Any], Row]:
-        model = self.learner.kept
+        model = self.learner.saved_model
         with torch.no_grad():
             chosen = self.defense.finish(model, self.splits)
             share_buffers(model, self.fabric)
@@ -259,9 +272,9 @@ class Fit:
         """
         if not self.fabric.is_global_zero or not self.position.rows:
             return
-        save_weights(self.learner.kept, self.folder / "last.safetensors")
+        save_weights(self.learner.saved_model, self.folder / "last.safetensors")
         if self.position.best_epoch == self.position.epoch:
-            save_weights(self.learner.kept, self.folder / "model.safetensors")
+            save_weights(self.learner.saved_model, self.folder / "model.safetensors")
         write_table(self.folder / "metrics.csv", self.position.rows)
 
     def _go_back(self, why: str) -> None:
@@ -280,16 +293,16 @@ class Fit:
         self.progress.note(f"{why}: back to the start of epoch {epoch}, at {SLOWER:g} of the rate")
 
     def _give_up(self, why: str) -> NoReturn:
-        kept = f"the weights of epoch {self.position.epoch} are"
+        weights = f"the weights of epoch {self.position.epoch} are"
         if self.fabric.is_global_zero and not self.position.rows:
             for name in ("model.safetensors", "last.safetensors"):
-                save_weights(self.learner.kept, self.folder / name)
+                save_weights(self.learner.saved_model, self.folder / name)
         if not self.position.rows:
-            kept = "the weights of the start are"
+            weights = "the weights of the start are"
         before = self.position.guards["diverged"]["why"]
         raise UserError(
             f"the training diverged twice: {before}, and then, at {SLOWER:g} of the rate, {why}; "
-            f"{kept} kept in {self.folder / 'last.safetensors'}; try a lower optimizer.lr"
+            f"{weights} kept in {self.folder / 'last.safetensors'}; try a lower optimizer.lr"
         )
 
     def _tick(self) -> None:

@@ -19,22 +19,23 @@ class Optimizer(ABC):
     """What all optimizers share. Weight decay acts on every parameter, as in the codes of Madry et
     al., Rice et al. and TRADES.
 
-    lr: the highest learning rate.
-    schedule: constant, cosine, multistep, cyclic or onecycle, per step: see
-        ``advbench.training.schedules``.
-    warmup: epochs of a linear rise at the start; it multiplies the schedule.
-    milestones: for multistep, the epochs at whose start the learning rate drops.
-    gamma: for multistep, the factor of each drop.
-
-    Raises UserError for values out of range and for an unknown schedule.
+    Raises:
+        UserError: for values out of range and for an unknown schedule.
     """
 
     lr: float = 0.1
+    """The highest learning rate, above 0."""
     weight_decay: float = 5e-4
+    """On every parameter, at least 0."""
     schedule: str = "cosine"
+    """``constant``, ``cosine``, ``multistep``, ``cyclic`` or ``onecycle``, per step, see
+    ``advbench.training.schedules``."""
     warmup: float = 0.0
+    """Epochs of a linear rise at the start; it multiplies the schedule."""
     milestones: list[int] = field(default_factory=list)
+    """For multistep, the epochs at whose start the learning rate drops."""
     gamma: float = 0.1
+    """For multistep, the factor of each drop."""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -51,12 +52,18 @@ class Optimizer(ABC):
         if any(epoch < 0 for epoch in self.milestones):
             raise UserError(f"optimizer.milestones={self.milestones} has epochs below 0")
 
-    def _require(self, name: str, holds: bool, range_: str) -> None:
-        if not holds:
+    def _require(self, name: str, valid: bool, range_: str) -> None:
+        if not valid:
             raise UserError(f"optimizer.{name}={getattr(self, name):g} is not {range_}")
 
     def lr_at(self, step: int, epochs: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, which counts from 0 over all epochs."""
+        """The learning rate of a step.
+
+        Args:
+            step: from 0, over all epochs.
+            epochs: of the whole training.
+            steps_per_epoch: at least 1.
+        """
         milestones = [epoch * steps_per_epoch for epoch in self.milestones]
         shape = SCHEDULES[self.schedule](step, epochs * steps_per_epoch, milestones, self.gamma)
         return self.lr * shape * warmup(step, round(self.warmup * steps_per_epoch))
@@ -68,13 +75,12 @@ class Optimizer(ABC):
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """Stochastic gradient descent.
-
-    momentum: in [0, 1).  nesterov: needs momentum.
-    """
+    """Stochastic gradient descent."""
 
     momentum: float = 0.9
+    """In [0, 1)."""
     nesterov: bool = False
+    """Nesterov's momentum; needs ``momentum`` above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,15 +100,16 @@ class SGD(Optimizer):
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
-
-    beta1, beta2: in [0, 1), of the two moving averages.
-    """
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
     lr: float = 1e-3
+    """The highest learning rate, above 0."""
     weight_decay: float = 1e-2
+    """On every parameter, at least 0."""
     beta1: float = 0.9
+    """Decay of the mean of the gradient, in [0, 1)."""
     beta2: float = 0.999
+    """Decay of the mean of its square, in [0, 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

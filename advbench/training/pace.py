@@ -16,7 +16,8 @@ class Pace:
     Reading a clock in each process would let them disagree, and the ones that meet would wait for
     ever for those that do not.
 
-    save_every: seconds; 0 saves at every step.
+    Args:
+        save_every: seconds; 0 saves at every step.
     """
 
     def __init__(self, fabric: Fabric, save_every: float) -> None:

@@ -26,9 +26,13 @@ def permutation(count: int, seed: int, epoch: int, purpose: str = "order") -> Te
 def endless(count: int, seed: int, purpose: str, start: int, length: int) -> Tensor:
     """A stretch of pass after pass over ``count`` samples, each in an order of its own.
 
-    start, length: which stretch; every sample comes once in each pass, and no two calls need to
-    know of each other. Returns (length,) int64 on the CPU. It makes the whole orders that the
-    stretch touches: 8 bytes for each of ``count``, and seconds for 50 million.
+    Args:
+        start, length: which stretch; every sample comes once in each pass, and no two calls need to
+            know of each other.
+
+    Returns:
+        (length,) int64 on the CPU. It makes the whole orders that the stretch touches: 8 bytes for
+        each of ``count``, and seconds for 50 million.
     """
     first, last = start // count, (start + length - 1) // count
     passes = [permutation(count, seed, number, purpose) for number in range(first, last + 1)]
@@ -38,9 +42,13 @@ def endless(count: int, seed: int, purpose: str, start: int, length: int) -> Ten
 def deal(order: Tensor, batch_size: int, rank: int, ranks: int) -> Tensor:
     """The part of an epoch's order that one of ``ranks`` processes takes.
 
-    order: (N,).  batch_size: over all processes, a multiple of ``ranks``.
-    Returns (steps * batch_size / ranks,): of every whole batch the rank's share. The rest, which
-    fills no batch, waits for another epoch: all steps have one shape, all ranks one load.
+    Args:
+        order: (N,).
+        batch_size: over all processes, a multiple of ``ranks``.
+
+    Returns:
+        (steps * batch_size / ranks,): of every whole batch the rank's share. The rest, which fills
+        no batch, waits for another epoch: all steps have one shape, all ranks one load.
     """
     steps = len(order) // batch_size
     return order[: steps * batch_size].view(steps, ranks, -1)[:, rank].flatten()

@@ -1,8 +1,15 @@
 """Learning rate schedules: pure functions from a step to a factor of the highest learning rate.
 
-All have one signature, so that a name picks a function.
-step: from 0.  steps: of the whole training, at least 1.  milestones: steps at which ``multistep``
-drops.  gamma: the factor of each drop.  Returns a factor in [0, 1] for gamma <= 1.
+All have one signature, so that a name picks a function:
+
+Args:
+    step: from 0.
+    steps: of the whole training, at least 1.
+    milestones: steps at which ``multistep`` drops.
+    gamma: the factor of each drop.
+
+Returns:
+    A factor in [0, 1] for gamma <= 1.
 """
 
 from __future__ import annotations
@@ -52,7 +59,8 @@ def warmup(step: int, steps: int) -> float:
     """A linear rise that ends at 1, to be multiplied with a schedule (Goyal et al. 2017, arXiv
     1706.02677, sec. 2.2).
 
-    steps: how many steps it takes; step ``steps - 1`` and all later ones are at 1. 0 is off.
+    Args:
+        steps: how many steps it takes; step ``steps - 1`` and all later ones are at 1. 0 is off.
     """
     return min(1.0, (step + 1) / steps) if steps else 1.0
 

@@ -21,44 +21,46 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 class Settings:
     """How to train, whatever is trained.
 
-    epochs: at least 1.
-    batch_size: over all devices, a multiple of their number. What fills no batch at the end of an
-        epoch waits for the next permutation.
-    devices, accelerator, strategy, num_nodes: as lightning-fabric takes them. ``devices`` is a
-        number, "auto", or a list such as "0,1".
-    precision: 32-true or bf16-mixed, which a device without bfloat16 instructions refuses;
-        validation is always in float32.
-    save_every: seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end
-        saves ``epoch.pt``.
-    sync_batchnorm: with several devices, batch norm over the rows of all of them, as if they were
-        one. Without it each normalises its own rows, and all keep the running statistics of the
-        first: a smaller batch for batch norm, and so another training.
-    clip_grad: largest l2 norm of the gradient of all parameters; None is off.
-    ema: decay in (0, 1) of a moving average of the weights, which then is what is validated and
-        kept (``advbench.training.averaging``); None is off.
-    val_steps: PGD steps of the robust validation accuracy.
-    compile: None, or a mode of ``torch.compile`` for the model's trunk and head, in training and in
-        its attack: default, reduce-overhead or max-autotune. It takes minutes at the start; where
-        it fails, the log says so and training goes on without.
-    deterministic: on a GPU, the same bits in every run, at some cost; a CPU gives them anyway.
-
-    Raises UserError for values out of range.
+    Raises:
+        UserError: for values out of range.
     """
 
     epochs: int = 30
+    """At least 1."""
     batch_size: int = 128
+    """Over all devices, a multiple of their number. What fills no batch at the end of an epoch
+    waits for the next permutation."""
     devices: int | str = 1
+    """Of lightning-fabric: a number, ``auto``, or a list such as ``0,1``."""
     accelerator: str = "auto"
+    """Of lightning-fabric: ``auto``, ``cpu``, ``cuda``, ..."""
     strategy: str = "auto"
+    """Of lightning-fabric: ``auto``, ``ddp``, ..."""
     num_nodes: int = 1
+    """Of lightning-fabric: machines, started by a launcher."""
     precision: str = "32-true"
+    """``32-true``, or ``bf16-mixed``, which a device without bfloat16 instructions refuses;
+    validation is always in float32."""
     save_every: float = 60.0
+    """Seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end saves
+    ``epoch.pt``."""
     sync_batchnorm: bool = False
+    """With several devices, batch norm over the rows of all of them, as if they were one. Without
+    it each normalises its own rows, and all keep the running statistics of the first: a smaller
+    batch for batch norm, and so another training."""
     clip_grad: float | None = None
+    """Largest l2 norm of the gradient of all parameters; None is off."""
     ema: float | None = None
+    """Decay in (0, 1) of a moving average of the weights, which then is what is validated and kept
+    (``advbench.training.averaging``); None is off."""
     val_steps: int = 10
+    """PGD steps of the robust validation accuracy."""
     compile: str | None = None
+    """None, or a mode of ``torch.compile`` for the model's trunk and head, in training and in its
+    attack: default, reduce-overhead or max-autotune. It takes minutes at the start; where it
+    fails, the log says so and training goes on without."""
     deterministic: bool = False
+    """On a GPU, the same bits in every run, at some cost; a CPU gives them anyway."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "num_nodes", "val_steps"):
@@ -75,8 +77,17 @@ class Settings:
             raise UserError(f"no trainer.compile '{self.compile}'{hint} (trainer.compile=default)")
 
     def check(self, model: nn.Module, splits: Splits, device: torch.device, devices: int) -> None:
-        """Raises UserError unless the device is made for the precision, and the data can be dealt
-        over so many devices, in batches from which the model can learn.
+        """Check the settings against model, data and machine.
+
+        Args:
+            model: the defended model.
+            splits: the data.
+            device: of this process.
+            devices: the number of processes.
+
+        Raises:
+            UserError: if the device only emulates the precision, or if the data can't be dealt over
+                so many devices in batches from which the model can learn.
         """
         if self.precision == "bf16-mixed" and emulates_bf16(device):
             raise UserError(
@@ -107,6 +118,6 @@ class Settings:
                 "need one each: give data.val=0.1, or fewer devices"
             )
 
-    def _require(self, name: str, holds: bool, range_: str) -> None:
-        if not holds:
+    def _require(self, name: str, valid: bool, range_: str) -> None:
+        if not valid:
             raise UserError(f"trainer.{name}={getattr(self, name):g} is not {range_}")

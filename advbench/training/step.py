@@ -46,8 +46,13 @@ class TrainingStep(nn.Module):
     ) -> dict[str, Tensor]:
         """The loss terms, scalars, of the recipe and then of the defense.
 
-        inputs: x (N, C, H, W) in [0, 1] of each part.  y: (N,).  targets: see ``Step``.
-        Raises ValueError if recipe and defense give two terms one name.
+        Args:
+            inputs: x (N, C, H, W) in [0, 1] of each part.
+            y: (N,).
+            targets: see ``Step``.
+
+        Raises:
+            ValueError: if recipe and defense give two terms one name.
         """
         parts: dict[PartName, Part] = {}
         for name in self.parts:

@@ -16,41 +16,47 @@ SCHEMA = "advbench.training/1"
 
 @dataclass(frozen=True)
 class Summary:
-    """The outcome of a training; the file exists exactly if the training is finished.
-
-    identity: what the caller named the run by.
-    best_epoch: from 1, the epoch of ``model.safetensors``.  selected_by: which accuracy chose it.
-    val: of that epoch: ``n`` samples, ``clean`` and ``robust`` accuracy in [0, 1], and the
-        ``attack``; the last two are None where there is no threat, or it is l1. Chosen as the best
-        of all epochs, and so on the high side.
-    last: the same of the last epoch, whose weights are ``last.safetensors``.
-    guards: what the guards found, {} for a sound training. ``diverged``: the ``epoch`` whose start
-        the training went back to, ``why``, and the factor of the learning ``rate`` from there on.
-        ``catastrophic_overfitting``: the epoch after which it was stopped, and the accuracies that
-        say so. ``robust_overfitting``: the fall of the robust accuracy, from the ``best`` epoch to
-        the ``last``.
-    chosen: what the defense chose on the finished model, by parameter, {} if nothing; ``val`` and
-        ``last`` are of the models with it.
-    epochs, steps: of this training, which may have been stopped.
-    seconds: over all sessions.  parameters: how many numbers are in them.  devices: processes.
-    """
+    """The outcome of a training; the file exists exactly if the training is finished."""
 
     identity: Mapping[str, Any]
+    """What the caller named the run by."""
     epochs: int
+    """Finished epochs; fewer than asked for where a guard stopped the training."""
     steps: int
+    """Finished steps."""
     best_epoch: int
+    """The epoch of ``model.safetensors``, from 1."""
     selected_by: str
+    """Which accuracy chose the best epoch."""
     val: Mapping[str, Any]
+    """On the validation split, of the best epoch: ``n`` samples, ``clean`` and ``robust`` accuracy
+    in [0, 1], and the ``attack``; the last two are None where there is no threat, or it is l1.
+    Chosen as the best of all epochs, and so on the high side."""
     last: Mapping[str, Any]
+    """The same of the last epoch, whose weights are ``last.safetensors``."""
     guards: Mapping[str, Any]
+    """What the guards detected, {} for a sound training. ``diverged``: the ``epoch`` whose start
+    the training went back to, ``why``, and the factor of the learning ``rate`` from there on.
+    ``catastrophic_overfitting``: the epoch after which it was stopped, and the accuracies that show
+    it. ``robust_overfitting``: the fall of the robust accuracy, from the ``best`` epoch to the
+    ``last``."""
     seconds: float
+    """Work, over all sessions."""
     parameters: int
+    """The number of parameters."""
     torch: str
+    """The version of PyTorch."""
     device: str
+    """The name of the device."""
     devices: int
+    """The number of processes."""
     precision: str
+    """``32-true`` or ``bf16-mixed``."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    """What the defense chose on the finished model, by parameter, {} if nothing; ``val`` and
+    ``last`` are of the models with it."""
     schema: str = SCHEMA
+    """Of the file."""
 
     def save(self, path: Path) -> None:
         values = asdict(self)
@@ -58,7 +64,11 @@ class Summary:
 
     @classmethod
     def load(cls, path: Path) -> Summary:
-        """Read a summary.json of a training. Raises UserError for a file of another kind."""
+        """Read a summary.json of a training.
+
+        Raises:
+            UserError: for a file of another kind.
+        """
         try:
             values = read_json(path)
             if values["schema"] != SCHEMA:

@@ -74,15 +74,15 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
 
 
 class SyncedBatchNorm1d(_Synced, nn.BatchNorm1d):
-    pass
+    """``torch.nn.BatchNorm1d`` over all processes."""
 
 
 class SyncedBatchNorm2d(_Synced, nn.BatchNorm2d):
-    pass
+    """``torch.nn.BatchNorm2d`` over all processes."""
 
 
 class SyncedBatchNorm3d(_Synced, nn.BatchNorm3d):
-    pass
+    """``torch.nn.BatchNorm3d`` over all processes."""
 
 
 SYNCED: dict[type[nn.Module], type[nn.Module]] = {
@@ -97,7 +97,9 @@ def synchronise(model: nn.Module) -> None:
 
     The modules stay the same objects, of a subclass of their class: names, parameters, buffers,
     hooks and what other modules know of them stay. Subclasses of somebody else's are left alone.
-    Raises UserError if there is none to change.
+
+    Raises:
+        UserError: if there is none to change.
     """
     norms = [module for module in model.modules() if type(module) in SYNCED]
     if not norms:

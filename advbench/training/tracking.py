@@ -32,13 +32,12 @@ Draw = Callable[[Path, int | None], None]
 
 @dataclass(frozen=True)
 class Run:
-    """The training that a logger hears of.
-
-    folder: of the run, where a logger keeps what it needs to go on.  config: resolved.
-    """
+    """The training that a logger hears of."""
 
     folder: Path
+    """The run's directory, where a logger also keeps its own state."""
     config: Mapping[str, Any]
+    """The resolved config."""
 
     @property
     def name(self) -> str:
@@ -64,9 +63,14 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Logger:
-    """What to tell. Raises UserError where its package is missing."""
+    """What to tell.
+
+    Raises:
+        UserError: where its package is missing.
+    """
 
     package: ClassVar[str]
+    """The package that it needs."""
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec(self.package) is None:

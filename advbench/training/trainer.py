@@ -35,7 +35,11 @@ from advbench.training.summary import Summary
 
 @dataclass(frozen=True)
 class Trainer(Settings):
-    """Trains by its settings. Raises UserError for values out of range."""
+    """Trains by its settings.
+
+    Raises:
+        UserError: for values out of range.
+    """
 
     def fit(
         self,
@@ -54,19 +58,10 @@ class Trainer(Settings):
     ) -> Summary:
         """Train ``model`` in place, or go on with the run that was interrupted in ``folder``.
 
-        model: the defended model, ``defense.apply`` done; it ends with the last weights.
-        threat: of the robust validation accuracy; None measures the clean one alone.
-        folder: exists. Gets ``model.safetensors`` (the best epoch), ``last.safetensors``,
-            ``metrics.csv``, ``summary.json`` (written last: the training is finished exactly if it
-            is there) and, until then, ``epoch.pt`` and ``resume.pt`` to go on from.
-        identity: JSON-like; what makes this run this run. Only an equal one goes on with it.
-        progress: shows how far the training is; None shows nothing.
-        prepared: the weights are those of a training with the same defense, whose state goes on.
-
-        The best epoch is the one of the highest robust validation accuracy, then the highest
-        clean one, if the recipe has an adversarial part; otherwise, where robust accuracy is
-        noise around zero, of the highest clean one. Of equals it is the later: it was trained
-        longer and at a lower learning rate.
+        The best epoch is the one of the highest robust validation accuracy, then the highest clean
+        one, if the recipe has an adversarial part; otherwise, where robust accuracy is noise around
+        zero, of the highest clean one. Of equals it is the later: it was trained longer and at a
+        lower learning rate.
 
         An interrupted and continued training ends with the same weights as an uninterrupted one,
         bit for bit, on the same machine and number of threads; on a GPU, where ``deterministic`` is
@@ -78,8 +73,20 @@ class Trainer(Settings):
         A training that diverges goes back to the start of the epoch and on at a tenth of the
         learning rate, once; one that overfits catastrophically ends (``advbench.training.guards``).
 
-        Raises UserError for a mistake of the user, where memory runs out, and when the training
-        diverges again; its last good weights are then in ``last.safetensors``.
+        Args:
+            model: the defended model, ``defense.apply`` done; it ends with the last weights.
+            threat: of the robust validation accuracy; None measures the clean one alone.
+            folder: exists. Gets ``model.safetensors`` (the best epoch), ``last.safetensors``,
+                ``metrics.csv``, ``summary.json`` (written last: the training is finished exactly if
+                it is there) and, until then, ``epoch.pt`` and ``resume.pt`` to go on from.
+            identity: JSON-like; what makes this run this run. Only an equal one goes on with it.
+            progress: shows how far the training is; None shows nothing.
+            prepared: the weights are those of a training with the same defense, whose state goes
+                on.
+
+        Raises:
+            UserError: for a mistake of the user, where memory runs out, and when the training
+                diverges again; its last good weights are then in ``last.safetensors``.
         """
         identity = json.loads(canonical(identity))
         fabric = self._fabric()

@@ -35,11 +35,12 @@ def accuracies(
     The samples are dealt over the processes. Random starts are keyed by sample and everything else
     random by batch, so the numbers depend on neither the training nor its randomness.
 
-    threat: None and l1 (where PGD is not defined) measure no robust accuracy.
-    steps: of PGD, one search from a random start.
-    batch_size: per process.  traits: of the model. One that is judged in batches of a fixed size is
-        validated in such, see ``fixed_batches``, whatever ``batch_size`` and the number of
-        processes are.
+    Args:
+        threat: None and l1 (where PGD is not defined) measure no robust accuracy.
+        steps: of PGD, one search from a random start.
+        batch_size: per process.
+        traits: of the model. One that is judged in batches of a fixed size is validated in such,
+            see ``fixed_batches``, whatever ``batch_size`` and the number of processes are.
     """
     attack = PGD(steps=steps) if threat is not None and threat.norm != "l1" else None
     rank, ranks = fabric.global_rank, fabric.world_size
@@ -72,8 +73,11 @@ def fixed_batches(total: int, size: int) -> list[tuple[Tensor, int]]:
 
     As in its evaluation they are cut from one order, the same in every training, and the last one
     is filled up with the first samples; here, with all of them again and again where there are
-    fewer than ``size``. Returns the ids of each batch, (size,), and how many of these, from the
-    first on, have not been met before.
+    fewer than ``size``.
+
+    Returns:
+        The ids of each batch, (size,), and how many of these, from the first on, have not been met
+        before.
     """
     filled = filled_batches(permutation(total, 0, 0, "validation"), size)
     return [(ids, min(size, total - i * size)) for i, ids in enumerate(filled)]

@@ -69,9 +69,9 @@ def _draw(paths: list[Path], given: argparse.Namespace) -> None:
     if beside:
         raise UserError(f"{beside[0]} is for tables: leave it out beside --html and --plots")
     if given.html is not None:
-        from advbench.report import html
+        from advbench.report import page
 
-        html.write(paths, given.html)
+        page.write(paths, given.html)
     if given.plots is not None:
         from advbench.report import figures
 

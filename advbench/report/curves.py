@@ -8,7 +8,7 @@ import numpy as np
 
 from advbench.files import write_atomic
 from advbench.report import plots
-from advbench.report.dossier import read_metrics
+from advbench.report.run_figures import read_metrics
 from advbench.report.style import CLEAN, MUTED, ROBUST, style
 
 DPI = 160

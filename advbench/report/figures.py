@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from advbench.files import write_atomic
-from advbench.report import dossier, plots, together
+from advbench.report import group_figures, plots, run_figures
 from advbench.report.collection import Entry, find
-from advbench.report.dossier import Plate
 from advbench.report.gallery import Library
+from advbench.report.run_figures import Plate
 from advbench.report.style import style
 
 DPI = 300
@@ -39,11 +39,11 @@ def save(paths: Sequence[Path], folder: Path) -> None:
 def _together(entries: Sequence[Entry]) -> Iterator[Plate]:
     """Figures over evaluations that may be ranked together, with their conditions in the name."""
     taken = set[str]()
-    for same in together.ranked(entries):
+    for same in group_figures.ranked(entries):
         first = same[0]
         about = slug(f"{first.data}-{first.threat_name}-{first.results.protocol['name']}")
-        found = [together.board_plate(same), together.curves_plate(same)]
-        for sweep in together.sweeps(same):
+        found = [group_figures.board_plate(same), group_figures.curves_plate(same)]
+        for sweep in group_figures.sweeps(same):
             found += [
                 Plate(f"{plate.name}-{slug(sweep.key)}", plate.title, plate.caption, plate.draw)
                 for plate in sweep.plates()
@@ -55,7 +55,7 @@ def _together(entries: Sequence[Entry]) -> Iterator[Plate]:
 
 
 def _alone(entry: Entry, library: Library) -> Iterator[Plate]:
-    found = dossier.read(entry, library)
+    found = run_figures.read(entry, library)
     yield from found.plates()
     if plate := found.learning_plate():
         yield plate

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from advbench.report import style
-from advbench.report.markup import Markup, attribute
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +47,7 @@ def inline(figure: Figure, name: str, label: str) -> Markup:
     svg = re.sub(r">\s+<", "><", svg)
     size = re.search(r'viewBox="[^"]*"', svg)
     assert size is not None
-    opening = f'<svg {size[0]} role="img" aria-label="{attribute(label)}">'
+    opening = f'<svg {size[0]} role="img" aria-label="{html.escape(label)}">'
     return Markup(opening + svg[svg.index(">") + 1 :].strip())
 
 

@@ -20,7 +20,7 @@ import pytest
 from advbench.cli import multirun
 from advbench.cli.main import main
 from advbench.errors import UserError
-from advbench.report.together import sweeps
+from advbench.report.group_figures import sweeps
 
 PAGE = Path(__file__).parents[2] / "docs" / "running-on-slurm-and-ray.md"
 FAST = ["recipe=standard", "trainer.epochs=1", "trainer.val_steps=1"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from evaluations import WRONG, N, curve, results, write
 
-from advbench.report import html
+from advbench.report import page as pages
 from advbench.report.collection import find
 
 api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -114,7 +114,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         name = "a-very-long-name-of-a-model-that-somebody-gave+jumprelu"
         write(folder / f"j{jump}", results(name, settings=settings), bare=True)
     page = folder / "page.html"
-    page.write_text(html.page(find([folder])), encoding="utf-8")
+    page.write_text(pages.page(find([folder])), encoding="utf-8")
     return page.as_uri()
 
 
@@ -265,7 +265,7 @@ def test_hostile_results_run_nothing(browser: Any, tmp_path: Path) -> None:
         return HOSTILE if isinstance(value, str) and not fixed else value
 
     (folder / "results.json").write_text(json.dumps(poison(values)))
-    text = html.page(find([tmp_path]))
+    text = pages.page(find([tmp_path]))
     page = tmp_path / "page.html"
     page.write_text(text, encoding="utf-8")
     for opened in _watched(browser.new_context(), page.as_uri()):

@@ -14,7 +14,7 @@ from evaluations import LOST, WRONG, N, attacked, curve, digits, records, result
 from PIL import Image
 
 from advbench.errors import UserError
-from advbench.report import dossier, figures, plots, svg, together
+from advbench.report import figures, group_figures, plots, run_figures, svg
 from advbench.report.collection import Entry, Group
 from advbench.report.evidence import UNKNOWN, Evidence
 from advbench.report.gallery import BRIGHTER, DARKER, Gallery, Picture
@@ -110,20 +110,20 @@ def test_curve_starts_clean_and_ends_at_the_threat() -> None:
 def test_a_curve_ends_where_it_was_stopped() -> None:
     found = curve("net", 0.9, 0.9, 0.9, missing=2)
     assert plots.radii(found) == [0.05]
-    (plate,) = dossier.Dossier(Entry(Path("net"), found)).plates()
+    (plate,) = run_figures.Dossier(Entry(Path("net"), found)).plates()
     assert plate.caption.endswith("Unfinished: time was up before the end of eps-0.1, eps-0.15.")
     (axes,) = plate.draw().axes
     assert axes.lines[0].get_xdata().tolist() == [0, 0.05]  # pyright: ignore
     assert axes.get_xlim()[1] > 0.15  # what is missing is to be seen
     assert axes.get_title(loc="left") == "unfinished: 2 radii to go"
     at_once = curve("net", 0.9, 0.9, 0.9, missing=3)
-    (plate,) = dossier.Dossier(Entry(Path("net"), at_once)).plates()
+    (plate,) = run_figures.Dossier(Entry(Path("net"), at_once)).plates()
     assert plate.name == "stages"
 
 
 def test_stages_that_never_ran_are_not_shown() -> None:
     found = results(lost=(LOST, LOST, 0), missing=("second", "third"))
-    (plate,) = dossier.Dossier(Entry(Path("net"), found)).plates()
+    (plate,) = run_figures.Dossier(Entry(Path("net"), found)).plates()
     assert "Unfinished: time was up before the end of second, third." in plate.caption
     (axes,) = plate.draw().axes
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -167,7 +167,7 @@ def test_margins_count_every_image() -> None:
 def test_learning_reads_metrics(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,loss,val_clean,val_robust\n1,2.0,0.5,\n2,1.0,0.75,0.25\n")
-    columns = dossier.read_metrics(path)
+    columns = run_figures.read_metrics(path)
     assert columns["val_clean"].tolist() == [0.5, 0.75] and np.isnan(columns["val_robust"][0])
     upper, lower = plots.learning(columns, best=2).axes
     assert upper.lines[0].get_ydata().tolist() == [50, 75]  # pyright: ignore
@@ -175,7 +175,7 @@ def test_learning_reads_metrics(tmp_path: Path) -> None:
     for text in ("", "epoch,loss\n", "epoch,loss\none,2\n", "loss\n1\n", "epoch,loss\n,2\n"):
         path.write_text(text)
         with pytest.raises(UserError, match="not a table of epochs"):
-            dossier.read_metrics(path)
+            run_figures.read_metrics(path)
 
 
 def entry(name: str, **changes: Any) -> Entry:
@@ -188,13 +188,13 @@ def test_sweeps_are_found() -> None:
         return entry(f"r{jump}{more}", settings=settings, lost=(N - WRONG - correct,))
 
     found = [member(1, 10), member(0, 30), member(0.5, 20), entry("other")]
-    (sweep,) = together.sweeps(found)
+    (sweep,) = group_figures.sweeps(found)
     assert sweep.key == "defense.jump"
     assert [value for value, _, _ in sweep.rows] == [0, 0.5, 1]
     assert [robust.acc for _, _, robust in sweep.rows] == [30 / N, 20 / N, 10 / N]
-    assert together.sweeps(found[:2]) == []  # two points are no curve
+    assert group_figures.sweeps(found[:2]) == []  # two points are no curve
     # A second setting that moves along makes it another comparison.
-    assert together.sweeps([member(0, 1, steps=1), member(1, 2, steps=2), member(2, 3)]) == []
+    assert group_figures.sweeps([member(0, 1, steps=1), member(1, 2, steps=2), member(2, 3)]) == []
     (axes,) = plots.tradeoff(sweep.key, sweep.rows).axes
     assert [t.get_text() for t in axes.texts] == ["0", "0.5", "1"]
     assert not sweep.repeated
@@ -202,7 +202,7 @@ def test_sweeps_are_found() -> None:
     assert all(text.startswith("jumprelu, pgd_at, linf 0.15, pgd 1 (weak).") for text in told)
     again = replace(results("again"), protocol={"name": "pgd", "version": "1", "seed": 7})
     more = Entry(Path("again"), replace(again, settings=found[0].results.settings))
-    (sweep,) = together.sweeps([found[0], found[1], more, found[2]])
+    (sweep,) = group_figures.sweeps([found[0], found[1], more, found[2]])
     assert [robust.acc for _, _, robust in sweep.rows] == [30 / N, 20 / N, 10 / N]
     assert sweep.repeated and all("the lowest" in plate.caption for plate in sweep.plates())
 
@@ -220,8 +220,8 @@ def test_a_sweeps_axis_has_the_values_to_scale() -> None:
 
 def test_the_unfinished_comes_last_and_is_called_that() -> None:
     found = [entry("short", lost=(0, 0), missing=("second",)), entry("whole")]
-    assert [e.results.run for e in together.ranked(found)[0]] == ["whole", "short"]
-    (axes,) = together.board_plate(found).draw().axes
+    assert [e.results.run for e in group_figures.ranked(found)[0]] == ["whole", "short"]
+    (axes,) = group_figures.board_plate(found).draw().axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["whole", "unfinished: short"]
 
@@ -240,7 +240,7 @@ def test_curves_are_told_apart_by_their_settings() -> None:
     again = Entry(
         again.folder, replace(again.results, protocol={**again.results.protocol, "seed": 1})
     )
-    plate = together.curves_plate([jumped(0, 0.9, 0.5), again, jumped(0.5, 0.8, 0.6)])
+    plate = group_figures.curves_plate([jumped(0, 0.9, 0.5), again, jumped(0.5, 0.8, 0.6)])
     assert plate is not None and "Of repeated evaluations the lowest." in plate.caption
     (axes,) = plate.draw().axes
     shown = {str(line.get_label()): line.get_ydata()[-1] for line in axes.lines}  # pyright: ignore
@@ -250,7 +250,7 @@ def test_curves_are_told_apart_by_their_settings() -> None:
 
 def test_labels_tell_what_differs() -> None:
     def label(*found: Entry) -> list[str]:
-        return together.labels([Group((each,)) for each in found])
+        return group_figures.labels([Group((each,)) for each in found])
 
     one, other = jumped(0, 0.9), jumped(0, 0.9)
     seeded = {**one.results.settings, "seed": 1}
@@ -269,23 +269,23 @@ def test_means_over_seeds_are_called_that() -> None:
         return entry(f"s{seed}", settings=settings, lost=(N - WRONG - correct,))
 
     found = [member(jump, seed, 20 + 4 * seed) for jump in (0, 1, 2) for seed in (0, 1, 2)]
-    plate = together.board_plate(found[:3])
+    plate = group_figures.board_plate(found[:3])
     assert "Means over 3 training seeds" in plate.caption
     (axes,) = plate.draw().axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["none, convnet, pgd_at (3 seeds)"]
     assert "sd over training seeds" in axes.get_title(loc="left")
     ends = [c.get_segments()[0][:, 0] for c in axes.collections]  # pyright: ignore
     assert any(np.allclose(pair, [100 * (24 - 4) / N, 100 * (24 + 4) / N]) for pair in ends)
-    (sweep,) = together.sweeps(found)
+    (sweep,) = group_figures.sweeps(found)
     for plate in sweep.plates():
         assert "Means over 3 training seeds; wide: ± sd over them." in plate.caption
         (axes,) = plate.draw().axes
         assert "wide: ± sd over training seeds" in axes.get_title(loc="left")
-    plate = together.board_plate([*found[:3], member(3, 0, 20)])
+    plate = group_figures.board_plate([*found[:3], member(3, 0, 20)])
     assert "Means over 1 to 3 training seeds" in plate.caption
     (axes,) = plate.draw().axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["jump 0 (3 seeds)", "jump 3"]
-    (alone,) = together.board_plate(found[:1]).draw().axes
+    (alone,) = group_figures.board_plate(found[:1]).draw().axes
     assert alone.get_title(loc="left") == "" and len(alone.collections) == 2
 
 
@@ -295,15 +295,17 @@ def test_what_was_not_attacked_is_drawn_as_clean_alone() -> None:
         return entry(f"j{jump}", settings=settings, lost=())
 
     found = [bare(jump) for jump in (0, 1, 2)]
-    assert together.sweeps(found) == []
-    (axes,) = together.board_plate(found).draw().axes
+    assert group_figures.sweeps(found) == []
+    (axes,) = group_figures.board_plate(found).draw().axes
     assert [c.get_label() for c in axes.containers] == ["clean"]
     assert len(axes.get_yticklabels()) == 3
-    (axes,) = together.board_plate([*found, entry("attacked")]).draw().axes
+    (axes,) = group_figures.board_plate([*found, entry("attacked")]).draw().axes
     assert [c.get_label() for c in axes.containers] == ["clean", "robust"]
-    ranked = together.ranked([found[0], entry("attacked", lost=(N - WRONG - 1,))])
+    ranked = group_figures.ranked([found[0], entry("attacked", lost=(N - WRONG - 1,))])
     assert [e.results.run for e in ranked[0]] == ["attacked", "j0"]
-    drawn = dossier.Dossier(found[0], evidence=Evidence.of({"clean": attacked()["clean"]})).plates()
+    drawn = run_figures.Dossier(
+        found[0], evidence=Evidence.of({"clean": attacked()["clean"]})
+    ).plates()
     assert [plate.name for plate in drawn] == ["classes"]
 
 
@@ -368,7 +370,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "out/a/stages.pdf").read_bytes().startswith(b"%PDF")
     twice = [plots.stages(results()) for _ in range(2)]
     for i, figure in enumerate(twice):  # same input, same file
-        figures._write(dossier.Plate(f"{i}", "", "", lambda figure=figure: figure), tmp_path)
+        figures._write(run_figures.Plate(f"{i}", "", "", lambda figure=figure: figure), tmp_path)
     assert (tmp_path / "0.pdf").read_bytes() == (tmp_path / "1.pdf").read_bytes()
 
 

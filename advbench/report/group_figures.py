@@ -18,8 +18,8 @@ from advbench.report.collection import (
     varying,
 )
 from advbench.report.conditions import place, protocol_of, text_of
-from advbench.report.dossier import Plate
 from advbench.report.leaderboard import rank, value_of
+from advbench.report.run_figures import Plate
 
 FEWEST_IN_SWEEP = 3
 

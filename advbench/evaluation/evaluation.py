@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,20 @@ from advbench.errors import UserError
 from advbench.evaluation.checks import check_gradient, probe, probe_surrogate
 from advbench.evaluation.deadline import Deadline
 from advbench.evaluation.engine import Engine
+from advbench.evaluation.identity import behaviour, differences, has_tensors, versions
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.protocol import Plan, Protocol, Subject
 from advbench.evaluation.resources import ProcessGroup
 from advbench.evaluation.stage_cache import Archive
 from advbench.evaluation.store import Store, clear_journal
 from advbench.evaluation.summary import summarise
-from advbench.files import file_sha256, read_json, short_hash, write_atomic, write_json
+from advbench.files import read_json, write_atomic, write_json
 from advbench.progress import NullProgress, Progress
 from advbench.runs.fingerprint import model_sha256
 from advbench.runs.results import RESULTS, Results
 
 PLAN = "plan.json"
 IMAGES = "adversarial.safetensors"
-
-
-@cache
-def _own_code() -> str:
-    """Hash of the code that decides what is found, between two versions too."""
-    home, parts = Path(__file__).parents[1], ("attacks", "backbones", "defenses", "evaluation")
-    files = (file for part in parts for file in sorted((home / part).glob("*.py")))
-    return short_hash([file_sha256(file) for file in files])
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,8 @@ class Evaluation:
         for name, surrogate in job.surrogates.items():
             if name in followed:
                 probe_surrogate(name, surrogate, job.samples, classes)
-        return Plan(self._identity(), tuple(self.protocol.reasons(subject, stages)), stages)
+        reasons = tuple(self.protocol.reasons(subject, stages))
+        return Plan(self._identity(), reasons, stages, behaviour(job), has_tensors(job.model))
 
     def _identity(self) -> dict[str, Any]:
         job = self.job
@@ -99,11 +91,7 @@ class Evaluation:
             "keep_images": job.keep_images,
             "code": dict(self.code),
             "device": job.samples.device.type,
-            "versions": {
-                name: version(name)
-                for name in ("advbench", "torch", "pyautoattack", "torchattacks")
-            }
-            | {"search": _own_code()},
+            "versions": versions(),
         }
 
     def execute(
@@ -133,8 +121,10 @@ class Evaluation:
         deadline, plan = Deadline(budget), plan or self.plan()
         group = group or ProcessGroup(self.job.samples.device)
         started = datetime.now(timezone.utc)
+        progress = progress or NullProgress()
         if folder is not None and group.rank == 0:
-            claim(folder, plan)
+            for note in claim(folder, plan):
+                progress.note(note)
         group.wait()
         if folder is not None and (known := finished_results(folder)) is not None:
             clear_journal(folder)  # of a process that was killed before it could
@@ -144,7 +134,7 @@ class Evaluation:
             self.job,
             rank=group.rank,
             world_size=group.world_size,
-            progress=progress or NullProgress(),
+            progress=progress,
             deadline=deadline,
         )
         others = None if archive is None else Archive(archive, folder, plan)
@@ -187,22 +177,64 @@ def finished_results(folder: Path) -> Results | None:
     return results if results is not None and not results.missing else None
 
 
-def claim(folder: Path, plan: Plan) -> None:
-    """Make ``folder`` the home of this plan. Raises UserError if it is another's."""
+def saved_plan(folder: Path) -> dict[str, Any] | None:
+    """The plan in a folder, as it stands there; None if there is none, or a damaged one."""
+    try:
+        plan = read_json(folder / PLAN)
+        _ = plan["identity"]["data"], [stage["name"] for stage in plan["stages"]]
+        return plan
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_home(folder: Path, plan: Plan) -> bool:
+    """Whether the folder holds this evaluation: finished by the same code, or to be resumed."""
+    known, wanted = saved_plan(folder), plan.to_json()
+    if known is None or differences(wanted, known):
+        return False
+    same_code = known["identity"].get("versions") == wanted["identity"]["versions"]
+    return same_code or finished_results(folder) is None
+
+
+def claim(folder: Path, plan: Plan) -> list[str]:
+    """Make ``folder`` the home of this plan; returns what the user should know of it.
+
+    An evaluation that was begun by other code is resumed: the plan then says which code found which
+    stages. Raises UserError if the folder is another evaluation's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path, wanted = folder / PLAN, plan.to_json()
+    path, wanted, notes = folder / PLAN, plan.to_json(), []
     if not path.exists():
         write_json(path, wanted)
-        return
-    try:
-        known = read_json(path)
-        theirs, ours = known["identity"], wanted["identity"]
-        differs = [key for key in ours if theirs.get(key) != ours[key]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"'{path}' is damaged: give another directory") from None
-    if known != wanted:
-        what = ", ".join(differs) or "stages"
+        return notes
+    if (known := saved_plan(folder)) is None:
+        raise UserError(f"'{path}' is damaged: give another directory")
+    if differs := differences(wanted, known):
         raise UserError(
-            f"'{folder}' holds another evaluation (it differs in: {what}); "
+            f"'{folder}' holds another evaluation (it differs in: {', '.join(differs)}); "
             "give another directory (hydra.run.dir=DIR)"
         )
+    if "behaviour" not in known:
+        notes.append(
+            "this evaluation was begun before logits were kept: that the model's code outside of "
+            "its module is the same was not checked"
+        )
+    ours = wanted["identity"]["versions"]
+    resumed = known.get("resumed", [])
+    last = resumed[-1]["versions"] if resumed else known["identity"].get("versions")
+    if last != ours:
+        other = (last or {}).get("advbench", "?")
+        if finished_results(folder) is not None:
+            notes.append(f"it was finished by other code (advbench {other}); nothing was attacked")
+            return notes
+        store = Store(folder)
+        finished = [name for name in (CLEAN, *known_names(known)) if len(store.records(name))]
+        known["resumed"] = [*resumed, {"versions": ours, "begun_before": finished}]
+        write_json(path, known)
+        notes.append(f"begun by other code (advbench {other}), resumed by this: see {PLAN}")
+    return notes
+
+
+def known_names(plan: Mapping[str, Any]) -> list[str]:
+    """The names of the stages of a saved plan."""
+    return [stage["name"] for stage in plan["stages"]]

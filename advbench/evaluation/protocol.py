@@ -68,12 +68,18 @@ class Plan:
     """What the stages follow from, in words."""
     stages: tuple[Stage, ...]
     """In order of running."""
+    behaviour: Mapping[str, Any] = field(default_factory=dict)
+    """Logits of a few images, see ``advbench.evaluation.identity``."""
+    tensors: bool = True
+    """Whether the model has any; if not, its hash says little."""
 
     def to_json(self) -> dict[str, Any]:
         content = {
             "identity": self.identity,
             "reasons": self.reasons,
             "stages": [stage.to_json() for stage in self.stages],
+            "behaviour": self.behaviour,
+            "tensors": self.tensors,
         }
         return json.loads(json.dumps(content))  # as it stands in a file: tuples become lists there
 

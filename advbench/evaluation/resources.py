@@ -37,6 +37,10 @@ class ProcessGroup:
                 raise
             raise SystemExit(2) from problem
 
+    def of_first(self, value: str) -> str:
+        """What the first process has; all call this."""
+        return value if self.fabric is None else self.fabric.broadcast(value, src=0)
+
 
 @dataclass(frozen=True)
 class Resources:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from advbench.errors import UserError
+from advbench.evaluation.identity import behaves_otherwise, essence
 from advbench.evaluation.protocol import Plan
 from advbench.evaluation.store import Records, Store, read_samples
 from advbench.files import read_json
@@ -46,6 +47,8 @@ class Archive:
         for other, theirs in _plans(folder):
             if other == own or not _same(identity, theirs["identity"], ALWAYS):
                 continue
+            if "behaviour" not in theirs or behaves_otherwise(planned, theirs):
+                continue
             names = ["clean"]
             if _same(identity, theirs["identity"], UNDER_ATTACK):
                 offered = {stage["name"]: essence(stage) for stage in theirs["stages"]}
@@ -81,11 +84,6 @@ class Archive:
         except (UserError, OSError, ValueError, KeyError):
             return nothing  # damaged: nothing to be had
         return store.records(stage), store.seconds(stage)
-
-
-def essence(stage: dict[str, Any]) -> dict[str, Any]:
-    """What decides a stage's outcome, as it stands in a plan."""
-    return {key: value for key, value in stage.items() if key != "why"}
 
 
 def _same(ours: dict[str, Any], theirs: dict[str, Any], keys: Sequence[str]) -> bool:

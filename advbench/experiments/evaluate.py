@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,8 +15,8 @@ from advbench.console import Bar, Screen
 from advbench.data.base import Splits
 from advbench.errors import UserError
 from advbench.evaluation.deadline import seconds
-from advbench.evaluation.evaluation import Evaluation, finished_results
-from advbench.evaluation.protocol import Protocol
+from advbench.evaluation.evaluation import Evaluation, finished_results, is_home
+from advbench.evaluation.protocol import Plan, Protocol
 from advbench.evaluation.resources import ProcessGroup, Resources
 from advbench.experiments import models, outcome
 from advbench.experiments.home import Home, kept_config, resumed
@@ -45,7 +47,7 @@ def evaluate(
     kept = cfg if "choices" in cfg else kept_config(cfg, choices)
     limit = str(job.threat).replace(" ", "_").replace("/", "-")
     title = evaluation.protocol.title.replace("/", "-")
-    folder = home.of(f"{evaluation.run}-{title}-{limit}", plan.identity)
+    folder = Path(group.of_first(str(_folder(home, f"{evaluation.run}-{title}-{limit}", plan))))
     finished = finished_results(folder)
     if cfg.strict and (finished is None or finished.verdict.get("label") is None):
         raise UserError("strict=true needs a verdict, and no protocol computes one yet: omit it")
@@ -53,7 +55,7 @@ def evaluate(
         if group.rank == 0:
             directory.keep_config(folder, kept, compare=False)  # the plan decides what is the same
             screen.log = folder / "log.txt"
-            if finished is not None:
+            if finished is not None and is_home(folder, plan):
                 screen.line(f"finished already: {folder}")
             of = f"{len(job.samples)} samples of {evaluation.data}, {job.threat}"
             screen.line(f"evaluating {evaluation.run} on {of}")
@@ -74,6 +76,16 @@ def evaluate(
     if group.rank == 0:
         outcome.show_evaluation(results, folder, screen)
     return results
+
+
+def _folder(home: Home, name: str, plan: Plan) -> Path:
+    """Where this evaluation lives: the directory that holds it already, or a new one."""
+    if home.exact:
+        return home.folder
+    for folder in sorted(home.folder.glob(f"{glob.escape(name)}-*")):
+        if is_home(folder, plan):
+            return folder
+    return home.of(name, {**plan.identity, "behaviour": plan.behaviour})
 
 
 def _resumed(cfg: DictConfig, home: Home) -> tuple[Home, DictConfig]:

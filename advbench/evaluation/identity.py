@@ -1,0 +1,134 @@
+"""What makes an evaluation this one: what it attacks, and how what it attacks behaves.
+
+The identity is what is named and hashed. Hashes do not see what a model's forward uses outside of
+its module: a net of the Python file's own, an environment variable, a helper elsewhere. Its logits
+do, so a plan keeps those of a few images, and they are compared wherever records are used again.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advbench.evaluation.groups import groups
+from advbench.evaluation.job import Job
+from advbench.files import file_sha256, short_hash
+
+LOOKED_AT = 8
+"""Images whose logits are kept, as they are and with noise."""
+NOISE = 0.1
+"""Half-width of the noise, in pixel units: a model may differ off the data's grid alone."""
+TOLERANCE = 5e-3
+"""Of a row's spread: other machines and batch sizes round differently, by less than this."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides what is found, and a hash of the code that does."""
+    names = ("advbench", "torch", "pyautoattack", "torchattacks")
+    return {name: version(name) for name in names} | {"search": _own_code()}
+
+
+@cache
+def _own_code() -> str:
+    """Hash of the code that decides what is found, between two versions too."""
+    home, parts = Path(__file__).parents[1], ("attacks", "backbones", "defenses", "evaluation")
+    files = (file for part in parts for file in sorted((home / part).glob("*.py")))
+    return short_hash([file_sha256(file) for file in files])
+
+
+@torch.no_grad()
+def behaviour(job: Job) -> dict[str, Any]:
+    """Logits of the model, and of models of other weights, on a few fixed images.
+
+    Returns:
+        By name, ``model`` or that of the surrogate: shape, and the float32 values in base64.
+        Nothing for a stochastic model, whose logits are never the same.
+    """
+    if job.traits.stochastic:
+        return {}
+    batches = groups(job)
+    rows = job.samples.ids[:LOOKED_AT] if batches is None else batches[0].rows
+    x = job.samples.fetch(rows).x
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    noisy = (x + NOISE * (2 * noise - 1)).clamp(0, 1)
+    victims = {"model": job.model}
+    victims |= {name: s.model for name, s in job.surrogates.items() if s.transfer}
+    return {
+        name: _packed(torch.cat([model(part.clone())[:LOOKED_AT].float() for part in (x, noisy)]))
+        for name, model in victims.items()
+    }
+
+
+def has_tensors(model: nn.Module) -> bool:
+    """Whether a hash of its tensors says anything."""
+    return any(True for _ in (*model.parameters(), *model.buffers()))
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """In what two plans, as they stand in files, are two evaluations; [] if they are one.
+
+    The versions of the code are left out: which were at work is written beside the results.
+
+    Args:
+        ours: of the evaluation that is wanted.
+        theirs: of the one that exists. One of an earlier version may have no ``behaviour``; then
+            the hashes decide.
+    """
+    known = theirs["identity"]
+    found = [
+        key for key, value in ours["identity"].items()
+        if key != "versions" and known.get(key) != value
+    ]  # fmt: skip
+    if list(map(essence, ours["stages"])) != list(map(essence, theirs["stages"])):
+        found.append("stages")
+    return found + behaves_otherwise(ours, theirs)
+
+
+def essence(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a stage's outcome, as it stands in a plan."""
+    return {key: value for key, value in stage.items() if key != "why"}
+
+
+def behaves_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The victims whose logits differ by more than rounding, in words."""
+    known, found = theirs.get("behaviour"), []
+    if known is None:
+        return found if ours.get("tensors", True) else ["behaviour, of which nothing was kept"]
+    for name, packed in (ours.get("behaviour") or {}).items():
+        if name not in known or known[name]["shape"] != packed["shape"]:
+            found.append(f"behaviour of {name}")
+            continue
+        gap = _gap(*(_unpacked(one) for one in (packed, known[name])))
+        if gap > TOLERANCE:
+            found.append(f"behaviour of {name}: its logits changed by {gap:.0%} of their spread")
+    return found
+
+
+def _gap(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference of two logits, (N, K), as a share of its row's spread."""
+    finite = np.isfinite(ours) & np.isfinite(theirs)
+    if not np.array_equal(ours[~finite], theirs[~finite], equal_nan=True):
+        return np.inf
+    plain = np.where(finite, ours, 0.0).astype(np.float64)
+    gap = np.abs(plain - np.where(finite, theirs, 0.0))
+    # Of a row without a spread, rounding is relative to its size.
+    spread = np.maximum(np.ptp(plain, 1), 1e-3 * np.abs(plain).max(1) + 1e-12)
+    return float((gap.max(1) / spread).max())
+
+
+def _packed(logits: Tensor) -> dict[str, Any]:
+    values = logits.cpu().numpy().astype("<f4")
+    return {"shape": list(values.shape), "float32": base64.b64encode(values.tobytes()).decode()}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> np.ndarray:
+    values = np.frombuffer(base64.b64decode(packed["float32"]), "<f4")
+    return values.reshape(packed["shape"])

@@ -33,9 +33,10 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
     Returns text that starts with "; " and so can follow any message; empty without a hint.
     """
     names = sorted(set(choices))
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.6)
     if near:
-        return f"; did you mean '{near[0]}'?"
+        return f"; did you mean '{lower[near[0]]}'?"
     return f"; there is: {', '.join(names)}" if 0 < len(names) <= 20 else ""
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import re
+from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.errors import (
@@ -12,12 +15,14 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from advbench.config import GROUPS, INSIDE, options
+from advbench.config.words import setting
 from advbench.errors import UserError, causes, did_you_mean, reason_of
 from advbench.files import no_room
+from advbench.runs.directory import CONFIG
 
 PLUGINS = {
     "hydra/launcher/joblib": "sweep",
@@ -98,8 +103,8 @@ def _of_the_other_verb(group: str) -> str:
 
 def _of_values(problem: ValueError) -> str | None:
     """What OmegaConf and Hydra leave to Python's own error."""
-    if str(problem).startswith("Config group override must be"):
-        return "null is no option: give GROUP=NAME, or leave it out (see: advbench list)"
+    if str(problem).startswith("Config group override"):
+        return "that is no option: give GROUP=NAME, or leave it out (see: advbench list)"
     trace = problem.__traceback__
     while trace is not None and str(problem).startswith("invalid literal for int()"):
         code = trace.tb_frame.f_code
@@ -115,11 +120,31 @@ def _no_setting(word: str) -> str:
     """Something on the command line that is not KEY=VALUE."""
     if word in (*GROUPS, "experiment"):
         return f"'{word}' is not KEY=VALUE: give {word}=NAME (see: advbench list {word})"
+    if (instead := _of_a_file(word)) is not None:
+        return f"'{word}' is not KEY=VALUE: {instead}"
     if "=" not in word.strip("="):
         return f"'{word}' is not KEY=VALUE, without spaces around the '='"
     if word.endswith(","):
         return f"'{word}' ends with a comma: write lists without spaces"
     return f"'{word}' is not KEY=VALUE; quote special characters: KEY='\"a=b\"'"
+
+
+def _of_a_file(word: str) -> str | None:
+    """What to type for a file or a run that was given by its name alone; None for other words."""
+    path = Path(word)
+    if (path / CONFIG).is_file():
+        return f"a run is given with {setting('run', word)}"
+    if not path.is_file():
+        return None
+    known = {
+        ".py": f"a model of your own is given with {setting('model', f'{word}:FACTORY')}",
+        ".npz": f"data of your own are given with data=npz {setting('data.path', word)}",
+        ".pt": f"weights are given with {setting('weights', word)}",
+        ".pth": f"weights are given with {setting('weights', word)}",
+        ".safetensors": f"weights are given with {setting('weights', word)}",
+        ".yaml": "a config of your own is NAME in DIR/GROUP/NAME.yaml: --config-dir DIR GROUP=NAME",
+    }
+    return known.get(path.suffix)
 
 
 def _first_line(problem: BaseException) -> str:
@@ -129,7 +154,8 @@ def _first_line(problem: BaseException) -> str:
     key = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), ""
     )
-    return f"{key}: {lines[0]}" if key else lines[0]
+    hint = "; leave n out for all samples" if key == "n" else ""
+    return f"{key}: {lines[0]}{hint}" if key else lines[0]
 
 
 def _missing(problem: MissingConfigException) -> str:
@@ -172,4 +198,54 @@ def _unknown_key(problem: OmegaConfBaseException) -> str:
     if prefix in GROUPS and keys and parent.get("_target_", "") is None:  # left to the run
         more = f" (a key that only the run's own {prefix} has: +{full}=VALUE)"
     known = [f"{prefix}.{key}".lstrip(".") for key in keys if key not in ("_target_", "hydra")]
-    return f"no key '{full}'{did_you_mean(full, known)}{more}"
+    hint = more or _elsewhere(full, parent) or _near(full, known, parent)
+    return f"no key '{full}'{hint}"
+
+
+def _elsewhere(full: str, node: Any) -> str:
+    """Where a key is that was given in a wrong group, without one, or beside another option."""
+    prefix, _, word = full.rpartition(".")
+    if isinstance(node, DictConfig):
+        leaves = _leaves(OmegaConf.to_container(node._get_root(), resolve=False))
+        found = [key for key in leaves if key.rpartition(".")[2] == word]
+        if found:
+            return f"; did you mean {_either(found)}?"
+    group = prefix or "data"  # whose files are named most often
+    if group not in GROUPS:
+        return ""
+    having = [
+        f"{group}={o}" for o, file in options(group).items() if o != "run" and _has(file, word)
+    ]
+    return f"; {group}.{word} is a key of {_either(having)}" if 0 < len(having) <= 4 else ""
+
+
+def _near(full: str, keys: list[str], node: Any) -> str:
+    """The nearest key beside one that is not there, or else the nearest of all groups."""
+    prefix, _, word = full.rpartition(".")
+    beside = did_you_mean(word, [key.rpartition(".")[2] for key in keys])
+    if "did you mean" in beside:
+        return beside.replace("'", f"'{prefix}.", 1) if prefix else beside
+    if isinstance(node, DictConfig):
+        leaves = _leaves(OmegaConf.to_container(node._get_root(), resolve=False))
+        last = {leaf.rpartition(".")[2]: leaf for leaf in leaves}
+        if near := difflib.get_close_matches(word, last, n=1, cutoff=0.8):
+            return f"; did you mean '{last[near[0]]}'?"
+    return beside
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    """The full keys of all values in a config, but for Hydra's own."""
+    if not isinstance(node, dict):
+        return [prefix]
+    parts = [(f"{prefix}.{key}".lstrip("."), value) for key, value in node.items()]
+    return [leaf for key, value in parts if key != "hydra" for leaf in _leaves(value, key)]
+
+
+def _has(file: Any, key: str) -> bool:
+    """Whether a shipped option has a key."""
+    return re.search(rf"(?m)^{re.escape(key)}:", file.read_text(encoding="utf-8")) is not None
+
+
+def _either(names: list[str]) -> str:
+    """Such as 'a', or 'a' or 'b'."""
+    return " or ".join(f"'{name}'" for name in names)

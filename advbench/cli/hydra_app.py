@@ -24,7 +24,7 @@ def run(verb: str, rest: list[str]) -> int:
     import hydra
 
     from advbench import config
-    from advbench.cli.multirun import Task, refuse_search, with_presets
+    from advbench.cli.multirun import Task, refuse_experiment, refuse_search, with_presets
     from advbench.cli.searchpath import own_first
 
     config.register()
@@ -34,6 +34,7 @@ def run(verb: str, rest: list[str]) -> int:
     words = [word for word in rest if word not in QUIET]  # not a word of Hydra's
     _check_options(verb, words)
     refuse_search(verb, words)
+    refuse_experiment(verb, words)
     job = partial(_job, verb, there=_existing(verb, words), quiet=quiet)
     task = Task(job, [given[0], verb, *rest])
     sys.argv = [f"advbench {verb}", *with_presets(words)]
@@ -117,6 +118,7 @@ def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
+    from advbench.cli.multirun import overrides
     from advbench.config import GROUPS, SCHEMAS
 
     keys = [field.name for field in dataclasses.fields(SCHEMAS[verb])]
@@ -125,7 +127,7 @@ def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
     for group in GROUPS:
         if not isinstance(node := cfg.get(group), DictConfig | None):
             raise UserError(f"{group} is {node}, not a component: choose one with {group}=NAME")
-    named = {override.partition("=")[0].lstrip("+") for override in hydra_cfg.overrides.task}
+    named = {override.partition("=")[0].lstrip("+") for override in overrides(hydra_cfg)}
     if cfg.plugins and "plugins" not in named:
         raise UserError("plugins=[FILE.py] runs code, so it may be given on the command line only")
     if not -(2**63) <= cfg.seed < 2**63:

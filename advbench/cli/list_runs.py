@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from advbench.runs.results import RESULTS, Results
 from advbench.text import printable
 
 STYLES = {"finished": "green", "at work": "cyan", "failed": "red", "damaged": "red"}
+MOST_SETTINGS = 4  # of those that set a run apart, are shown
 STAMP = len("2026-01-01 00:00:00 ")  # before each line of a log
 
 
@@ -34,7 +36,8 @@ class Run:
 
     kind: train or eval.  state: finished, at work, failed, interrupted or damaged.  where: how far
     it came, or what is wrong.  robust: its robust accuracy in words.  changed: when it last was.
-    resume: what goes on with it; empty where there is nothing to do.
+    resume: what goes on with it; empty where there is nothing to do.  settings: its config's
+    values, by full key.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class Run:
     robust: str
     changed: float
     resume: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find(paths: Sequence[Path]) -> list[Run]:
@@ -63,7 +67,33 @@ def find(paths: Sequence[Path]) -> list[Run]:
     if not found:
         where = ", ".join(map(str, paths))
         raise UserError(f"there are no runs in {where}: make one with 'advbench train'")
-    return sorted(found.values(), key=lambda run: (run.changed, str(run.folder)))
+    return sorted(_apart(found.values()), key=lambda run: (run.changed, str(run.folder)))
+
+
+def _apart(runs: Iterable[Run]) -> list[Run]:
+    """The runs, each with the settings that set it apart from others that would look the same."""
+    alike: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.kind, run.what), []).append(run)
+    told = []
+    for group in alike.values():
+        keys = dict.fromkeys(key for run in group for key in run.settings)
+        differ = [k for k in keys if len({str(run.settings.get(k)) for run in group}) > 1]
+        for run in group:
+            own = [f"{k}={run.settings[k]}" for k in differ if k in run.settings][:MOST_SETTINGS]
+            told.append(replace(run, what=" ".join([run.what, *own])))
+    return told
+
+
+def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a run's config by full key, less what says where things are."""
+    found: dict[str, Any] = {"seed": cfg.get("seed")}
+    for group, node in cfg.items():
+        if isinstance(node, Mapping) and group != "choices":
+            around = directory.AROUND.get(group, ())
+            plain = {k: v for k, v in node.items() if k not in ("_target_", *around)}
+            found |= {f"{group}.{k}": v for k, v in plain.items() if not isinstance(v, dict | list)}
+    return found
 
 
 def look(folder: Path) -> Run | None:
@@ -198,16 +228,19 @@ def _run(
         state = "at work"
     else:
         state, resume = "interrupted", directory.going_on(folder, cfg)
-        last = _last_line(folder / "log.txt")
-        if last.startswith(FAILED):
-            state, where = "failed", last.removeprefix(FAILED)
+        last = _last_lines(folder / "log.txt")[-1:]
+        if last and last[0].startswith(FAILED):
+            state, where = "failed", last[0].removeprefix(FAILED)
     stamps = [(folder / name).stat().st_mtime for name in files if (folder / name).exists()]
     changed = stamps[0] if finished else max(stamps, default=0.0)
-    return Run(folder, kind, state, where, what, robust, changed, resume)
+    return Run(folder, kind, state, where, what, robust, changed, resume, _settings(cfg))
 
 
 def _stage(folder: Path) -> str:
-    """Which stage an evaluation is in, from its plan and the last part of its journal."""
+    """Which stage an evaluation is in: as its log says, or the last part of its journal."""
+    for line in reversed(_last_lines(folder / "log.txt")):
+        if begun := re.fullmatch(r"\[(\d+)/(\d+)\] (.+): \d+ samples", line):
+            return f"in stage {begun[3]}, {begun[1]} of {begun[2]}"
     plan = _json(folder / "plan.json") or {}
     names = [stage["name"] for stage in plan.get("stages", ())]
     parts = sorted((folder / "journal").glob("[0-9]*-[0-9]*.npz"), key=lambda p: p.stat().st_mtime)
@@ -253,12 +286,12 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return read_rows(path) if path.exists() else []
 
 
-def _last_line(path: Path) -> str:
-    """The last line of a log, without its time."""
+def _last_lines(path: Path) -> list[str]:
+    """The last lines of a log, without their time."""
     try:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - 4096, 0))
             lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
-        return ""
-    return lines[-1][STAMP:] if lines else ""
+        return []
+    return [line[STAMP:] for line in lines]

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
 
 import advbench.cli.explain as explain
+from advbench.config import options
 from advbench.errors import UserError
 from advbench.files import write_json
 
@@ -82,7 +84,7 @@ class Task:
         hydra_cfg: Any = HydraConfig.get()
         away = self.origin != _process()
         number = int(hydra_cfg.job.get("num", 0)) if self.multirun else 0
-        label = self._label(hydra_cfg.overrides.task, number)
+        label = self._label(overrides(hydra_cfg), number)
         # What a process of another device is started with.
         sys.argv = self._own_command(hydra_cfg) if self.multirun else list(self.command)
         if away:
@@ -175,7 +177,13 @@ class Task:
             if word not in MULTIRUN and (word.startswith("-") or "=" not in word)
         ]
         searched = [word for word in rest if word.startswith("hydra.searchpath=")]
-        return [program, verb, *kept, *searched, *hydra_cfg.overrides.task]
+        return [program, verb, *kept, *searched, *overrides(hydra_cfg)]
+
+
+def overrides(hydra_cfg: Any) -> list[str]:
+    """The words of a job as they were typed: reading them plainly would resolve ``${...}``."""
+    typed: Any = OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)
+    return list(typed)
 
 
 def refuse_search(verb: str, words: Sequence[str]) -> None:
@@ -185,6 +193,17 @@ def refuse_search(verb: str, words: Sequence[str]) -> None:
             raise UserError(
                 f"{word} would choose by the test split, which is for measuring alone: search "
                 "with advbench train, which returns the accuracy on the validation split"
+            )
+
+
+def refuse_experiment(verb: str, words: Sequence[str]) -> None:
+    """Raise UserError for a shipped experiment, all of which are for ``train``, given to eval."""
+    for word in words:
+        key, _, name = word.partition("=")
+        if verb == "eval" and key == "experiment" and name in options("experiment"):
+            raise UserError(
+                f"{word} is for train: leave it out (experiments are for train); eval takes model, "
+                "data and threat from run=DIR"
             )
 
 

@@ -33,11 +33,29 @@ def header(text: str) -> tuple[str, str]:
     return command, description
 
 
-def show(word: str | None) -> None:
-    """Print the options of a group, or of all groups. Raises UserError for an unknown group."""
+def own(folder: Path, group: str) -> dict[str, Path]:
+    """The options of a group in a directory of the user's own, and their files."""
+    files = sorted((folder / group).rglob("*.yaml"))
+    return {str(file.relative_to(folder / group).with_suffix("")): file for file in files}
+
+
+def show(word: str | None, folder: Path | None = None) -> None:
+    """Print the options of a group, of a folder in one such as protocol/paper, or of all groups.
+
+    folder: of the user's own options, which come first. Raises UserError for an unknown group.
+    """
     console = table_console()
-    for group in GROUPS if word is None else (_group(word),):
-        options = config.options(group)
+    word, _, inner = (word or "").partition("/")
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"there is no directory '{folder}'")
+    for group in (_group(word),) if word else GROUPS:
+        options = {**config.options(group), **({} if folder is None else own(folder, group))}
+        if inner:
+            within = {name: f for name, f in options.items() if name.startswith(f"{inner}/")}
+            folders = {name.rpartition("/")[0] for name in options} - {""}
+            if not within:
+                raise UserError(f"no folder '{inner}' in {group}{did_you_mean(inner, folders)}")
+            options = within
         if not options:
             continue
         table = Table(title=group, title_justify="left", box=None, pad_edge=False)
@@ -81,13 +99,16 @@ def list_main(arguments: list[str]) -> int:
         "group", nargs="?", help="such as defenses, or runs; without it, all groups"
     )
     parser.add_argument("paths", nargs="*", help="of 'list runs': where to look; default: outputs")
+    parser.add_argument(
+        "--config-dir", "-cd", type=Path, metavar="DIR", help="list options of your own too"
+    )
     given = parser.parse_args(arguments)
     if given.group in ("run", "runs"):
         list_runs.show([Path(path) for path in given.paths or [directory.OUTPUTS]])
     elif given.paths:
         raise UserError(f"list {given.group} takes no paths; 'advbench list runs PATH' does")
     else:
-        show(given.group)
+        show(given.group, given.config_dir)
     return 0
 
 

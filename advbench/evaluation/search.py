@@ -312,7 +312,11 @@ class Search:
 
     def _show(self, seconds_left: float | None) -> None:
         self.job.progress.update(
-            self.done, correct=self.correct, samples=self.total, seconds_left=seconds_left
+            self.done,
+            "" if seconds_left is None else self._share,
+            correct=self.correct,
+            samples=self.total,
+            seconds_left=seconds_left,
         )
 
     def _seconds_left(self) -> float | None:
@@ -322,6 +326,15 @@ class Search:
         attempts = self.ledger.attempt[self.place[taken]]
         queries = attempts * self.attack.queries + self.age[taken]
         return self.forecast.seconds(queries.numpy(), len(self.waiting), self.shapes.largest)
+
+    @property
+    def _share(self) -> str:
+        """How much of the search is done: samples that move in step all end at once."""
+        longest = max(self.attack.starts * self.attack.queries, 1)
+        at = self.place >= 0
+        begun = self.ledger.attempt[self.place[at]] * self.attack.queries + self.age[at]
+        done = self.done + float(begun.sum()) / longest
+        return f"{100 * done / max(len(self.ledger), 1):.0f} % of the search"
 
     def _commit(self, always: bool = False) -> None:
         """Store what is finished. always: also the time alone."""

@@ -36,7 +36,7 @@ class TrainingView(NullProgress):
             return
         rate, parts = self.meter.rate, [text]
         if rate is not None:
-            parts.append(f"{duration((total - done) / rate)} left")
+            parts.append(f"{duration((total - done) / rate)} left of the training")
         if self.last:
             parts.append(self.last)
         if rate is not None:
@@ -91,12 +91,14 @@ class EvaluationView(NullProgress):
     ) -> None:
         done += self.before
         self.meter.at(done)
-        parts = [text] if text else []
+        parts = []
         if correct is not None and samples is not None:
             share = f"{100 * correct / max(samples, 1):.1f} %"
             parts.append(share if self.name == CLEAN else f"at most {share}")
         if seconds_left:
-            parts.append(f"{duration(seconds_left)} left")
+            parts.append(f"{duration(seconds_left)} left of this stage")
+        if text:
+            parts.append(text)
         if correct is not None and samples is not None:
             parts.append(f"{correct} alive, {samples - correct} broken")
         if self.meter.rate is not None:

@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "add it with +protocol.params.steps=VALUE",
     ),
     "logger of none": (["train", "logger.mode=offline"], "choose logger=NAME first"),
-    "null": (["train", "data=null"], "null is no option: give GROUP=NAME"),
+    "null": (["train", "data=null"], "that is no option: give GROUP=NAME"),
     "added key": (["train", "+epoch=3"], "no key 'epoch'"),
     "config of a sweep": (["train", "-m", "seed=1,2", "--cfg", "job"], "leave out -m"),
     "no option": (["train", "--hepl"], "unrecognized arguments: --hepl (advbench train --help)"),

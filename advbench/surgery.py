@@ -46,7 +46,7 @@ def replace_modules(
 ) -> list[str]:
     """Puts ``make(old, name)`` in the place of each module of ``kind`` inside the model.
 
-    The new module is put in the old one's training mode; its device is ``make``'s affair. The model
+    The new module is put in the old one's training mode; ``make`` puts it on its device. The model
     itself and modules inside a replaced one are left alone, so ``make`` may wrap the old.
 
     Args:

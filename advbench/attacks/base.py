@@ -1,4 +1,4 @@
-"""How an attack searches: it proposes points, an oracle answers, a driver decides what goes on.
+"""How an attack searches: it proposes points, an oracle answers, a driver selects rows to continue.
 
 A search over a batch of rows, in pseudo-code (the evaluation engine refills finished rows):
 
@@ -89,13 +89,13 @@ class Answer(NamedTuple):
     """What the search raises, (N,)."""
     gradient: Tensor | None
     """The gradient of each row's loss in its point, (N, C, H, W); None after a forward pass alone.
-    Entries that are not finite are zero: the attack goes on with the other pixels."""
+    Entries that are not finite are zero: the attack continues with the other pixels."""
     usable: Tensor | None = None
     """Which rows had a finite entry at all, (N,); None where that was not checked."""
 
 
 class Counted(nn.Module):
-    """A model that counts the rows it passes forwards and backwards, whoever calls it."""
+    """A model that counts the rows it passes forwards and backwards."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -121,8 +121,8 @@ class Oracle:
     Args:
         model: returns logits (N, K), or a pair of logits and an auxiliary loss (N,) that is added
             to the attack's loss.
-        check: look at every gradient, which waits for the device. Training does not: its loss tells
-            soon enough.
+        check: look at every gradient, which waits for the device. Training does not:
+            its loss shows it soon enough.
         needs_clean_input: the model takes the clean images too, ``model(x, clean)``.
     """
 
@@ -148,7 +148,7 @@ class Oracle:
         return self._ask(x, x if clean is None else clean)[0]
 
     def query(self, attack: Attack, rows: Rows, gradient: bool = True) -> Answer:
-        """Logits, loss and, if asked for, gradient at ``rows.point``."""
+        """Logits, loss and, if ``gradient``, the gradient at ``rows.point``."""
         with torch.set_grad_enabled(gradient):
             point = rows.point.detach().requires_grad_(gradient)
             logits, auxiliary_loss = self._ask(point, rows.x)
@@ -339,7 +339,7 @@ def wrong_class(oracle: Oracle, rows: Rows, rank: Tensor) -> Tensor:
         rank: (N,), zero for the largest wrong logit on the clean image.
     """
     logits = oracle.logits(rows.x)
-    # Below y stands nothing: not even a class that the model masks.
+    # The true class ranks last, also below a class that the model masks.
     logits = logits.clamp_min(torch.finfo(logits.dtype).min).scatter(1, rows.y[:, None], -torch.inf)
     rows.forwards += oracle.samples
     return logits.argsort(dim=1, descending=True).gather(1, rank[:, None]).squeeze(1)

@@ -1,7 +1,7 @@
 """Square Attack (Andriushchenko et al. 2020, arXiv 1912.00049; l1: Croce & Hein 2021, 2103.01208).
 
 A random search without gradients. A proposal changes one square window of the best point; it stays
-if the margin rises. Windows shrink while the search goes on.
+if the margin rises. Windows shrink during the search.
 """
 
 from __future__ import annotations

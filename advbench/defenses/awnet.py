@@ -144,7 +144,7 @@ class RoutedTrunk(nn.Module):
         fixed_p: the p of every image, in place of the router's.
         needs_clean_input: a batch is the clean images and then as many attacked ones; the router
             reads first half and is a constant, the trunk runs on the second.
-        part: of the batch that is running; its t is kept, with its graph, until somebody takes it.
+        part: of the batch that is running; its t is kept, with its graph, until it is taken.
     """
 
     def __init__(self, router: Router, trunk: nn.Module, switch: str = "soft") -> None:

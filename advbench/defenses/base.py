@@ -80,7 +80,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """The record of one training step. A part that nobody asked for is None."""
+    """The record of one training step. A part that is not needed is None."""
 
     y: Tensor
     """True classes, (N,)."""

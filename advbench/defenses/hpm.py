@@ -62,7 +62,7 @@ def mixed(prototypes: Tensor, sums: Tensor, n: Tensor, mix: float) -> Tensor:
         (..., K, D).
     """
     missing = (1 - n).clamp(min=0)
-    # The factor takes away the gradient of a straight-through sum that nobody is counted in.
+    # The factor takes away the gradient of a straight-through sum without any row.
     batch = (sums * (n > 0) + missing * prototypes) / (n + missing)
     return mix * prototypes + (1 - mix) * batch
 
@@ -118,7 +118,7 @@ class HPMHead(nn.Module):
     """Logits (N, K) from features (N, D): l_ik = -||h_i - P_k||^2 / T, P = mix D + (1 - mix) B.
 
     B is made from the linear head's predictions, through a straight-through estimator (``route``):
-    B_k = sum_i q_ik h_i / n_k, n_k = sum_i o_ik, and B_k = D_k for a class that nobody is put in.
+    B_k = sum_i q_ik h_i / n_k, n_k = sum_i o_ik, and B_k = D_k for a class without any row.
 
     Args:
         linear: the head that was there.

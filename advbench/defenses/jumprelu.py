@@ -116,7 +116,7 @@ class JumpReLU(Defense):
             The model with ``Jump`` modules; an automatic jump is 0 until ``finish``.
 
         Raises:
-            UserError: for a model without ReLUs, or whose calls can't be told apart.
+            UserError: for a model without ReLUs, or whose calls can't be separated.
         """
         x = probe_images(model.input_shape).to(_device(model))
         model = split_sites(model, ACTIVATIONS, x)

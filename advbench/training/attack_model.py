@@ -26,7 +26,7 @@ class AttackModel(nn.Module):
 
     It shares the model's modules, and its weights once ``refresh`` was called: w gamma / sigma and
     beta + (b - mu) gamma / sigma are made once for a step, whose attack passes through them many
-    times. Passes in training mode, and whatever else is asked of it, are the model's own.
+    times. Passes in training mode, and all other attributes, are the model's own.
 
     Args:
         model: a traced backbone. What is no backbone's module, such as a defense's, is called as it
@@ -151,7 +151,7 @@ def _fold(model: nn.Module) -> tuple[fx.GraphModule, list[_Pair]]:
 
 def _like(conv: nn.Conv2d) -> nn.Conv2d:
     """A frozen convolution of the same form, with a bias, whose values are to come."""
-    both: Any = nn.utils.skip_init(  # drawing weights would be in vain
+    both: Any = nn.utils.skip_init(  # no weights are drawn: they are overwritten
         nn.Conv2d,
         conv.in_channels,
         conv.out_channels,

@@ -1,4 +1,4 @@
-"""A moving average of the weights, which then is the model that is validated and kept."""
+"""A moving average of the weights, which then is the model that is validated and saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a training: weights as safetensors, and what it goes on from after an interruption."""
+"""Files of a training: weights as safetensors, and the state that it is resumed from."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 class Checkpoints:
-    """The two files that a training goes on from.
+    """The two files that a training is resumed from.
 
     ``epoch.pt`` is the state at the start of the epoch that runs, which a diverged epoch goes back
     to; ``resume.pt``, where it is there, a state inside that epoch. A state has a ``position``.
@@ -71,7 +71,7 @@ class Checkpoints:
         self._writes = writes
 
     def newest(self) -> dict[str, Any] | None:
-        """Where to go on; None where nothing was begun.
+        """The state to resume from; None if nothing was begun.
 
         Raises:
             UserError: as ``load_resume``.

@@ -24,7 +24,7 @@ class Feed:
     deepmind-research, adversarial_robustness/jax/experiment.py) and of Wang et al. 2023 (arXiv
     2302.04638; ``num_batches`` in wzekai99/DM-Improves-AT, core/data/semisup.py), which count
     50,000 images to an epoch of CIFAR-10, whatever they are. Original and extra images each come in
-    passes that go on across epochs: no image comes again before all of its kind did.
+    passes that continue across epochs: no image comes again before all of its kind did.
 
     Raises:
         UserError: if the share leaves a process without original or without extra images.

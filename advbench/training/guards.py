@@ -1,4 +1,4 @@
-"""What a training watches itself for: divergence, and two ways of overfitting."""
+"""Guards of a training: against divergence and two kinds of overfitting."""
 
 from __future__ import annotations
 

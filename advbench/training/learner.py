@@ -153,7 +153,7 @@ class Learner:
         return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}, **accuracy}
 
     def state(self) -> dict[str, Any]:
-        """What ``restore`` needs to go on with the same bits."""
+        """All state, from which ``restore`` continues with the same bits."""
         memory = self.training_step.memory
         return {
             "model": self.model.state_dict(),
@@ -170,7 +170,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-        # Decided once: asked again at other weights, it might be decided otherwise.
+        # Decided once: at other weights the check might decide otherwise.
         folded = state["target"]
         self.attack_model = (self.attack_model or AttackModel(self.model)) if folded else None
 

@@ -107,7 +107,7 @@ class Wandb(Logger):
             dir=str(run.folder),
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
-        if remote.disabled:  # and so has been told nothing
+        if remote.disabled:  # it kept nothing
             remote.finish()
             return None
         return _WandbRun(remote, state, sent)
@@ -154,7 +154,7 @@ class MLflow(Logger):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if uri is not None and (uri.startswith("file:") or "://" not in uri):
-            # A folder is what was asked for; newer releases want this to be said twice.
+            # Newer releases take a folder only if this is set as well.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]

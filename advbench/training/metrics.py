@@ -44,7 +44,7 @@ class Means:
         return float(self._sums[name]) / self._counts[name]
 
     def state(self, fabric: Fabric) -> dict[str, Any]:
-        """What ``load`` needs to go on with the same bits, of all processes."""
+        """The state of all processes, from which ``load`` continues with the same bits."""
         return {"counts": dict(self._counts), "sums": self._gathered(fabric).cpu()}
 
     def load(self, state: Mapping[str, Any], fabric: Fabric) -> None:

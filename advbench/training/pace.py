@@ -27,7 +27,7 @@ class Pace:
         self._met = self._saved = time.perf_counter()
 
     def due(self) -> bool:
-        """Whether to meet now; to be asked after every step."""
+        """Whether to meet now; call it after every step."""
         self._left -= 1
         return self._left <= 0
 

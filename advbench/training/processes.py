@@ -1,4 +1,4 @@
-"""What the processes of a training on several devices tell each other, beside gradients."""
+"""What the processes of a training on several devices exchange, beside gradients."""
 
 from __future__ import annotations
 

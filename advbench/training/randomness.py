@@ -1,6 +1,6 @@
 """Everything random in training as a pure function of the seed and a position.
 
-No state of a generator outlives a step, so an interrupted run needs none to go on as before.
+No state of a generator outlives a step, so an interrupted run is resumed without one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a finished training says of itself."""
+"""The summary of a finished training: summary.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Summary:
     identity: Mapping[str, Any]
     """What the caller named the run by."""
     epochs: int
-    """Finished epochs; fewer than asked for where a guard stopped the training."""
+    """Finished epochs; fewer than configured where a guard stopped the training."""
     steps: int
     """Finished steps."""
     best_epoch: int

@@ -96,7 +96,8 @@ def synchronise(model: nn.Module) -> None:
     """Every batch norm of the model becomes one over all processes, in place.
 
     The modules stay the same objects, of a subclass of their class: names, parameters, buffers,
-    hooks and what other modules know of them stay. Subclasses of somebody else's are left alone.
+    hooks and what other modules know of them stay. Subclasses of batch norm from other libraries
+    are left alone.
 
     Raises:
         UserError: if there is none to change.

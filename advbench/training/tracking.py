@@ -1,8 +1,8 @@
 """A training as others follow it: loggers, and the curves as a picture.
 
-A logger is told all rows of metrics.csv after each epoch and passes on those that it has not had.
-So a run that was interrupted goes on in the same place without a row twice, and the same command
-with another logger tells it everything. No failure of a logger ends a training.
+A logger gets all rows of metrics.csv after each epoch and logs those that are new to it. So an
+interrupted run continues there without a row twice, and the same command with another logger sends
+it all rows. No failure of a logger ends a training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from advbench.training.summary import Summary
 METRICS = "metrics.csv"
 PICTURE = "curves.png"
 REDRAW = 60.0
-"""Seconds between two pictures of a training that goes on."""
+"""Seconds between two pictures of a running training."""
 
 Draw = Callable[[Path, int | None], None]
 """Draws the curves of the run in a folder; which epoch is the best is known at the end."""
@@ -32,7 +32,7 @@ Draw = Callable[[Path, int | None], None]
 
 @dataclass(frozen=True)
 class Run:
-    """The training that a logger hears of."""
+    """The training that is logged."""
 
     folder: Path
     """The run's directory, where a logger also keeps its own state."""
@@ -63,7 +63,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Logger:
-    """What to tell.
+    """A logger of trainings, and its settings.
 
     Raises:
         UserError: where its package is missing.
@@ -79,12 +79,12 @@ class Logger:
             )
 
     def start(self, run: Run) -> Session | None:
-        """Begin, or go on; None where the run is known to its end, or nothing is wanted."""
+        """Begin or continue; None if the run is complete there, or nothing is to be logged."""
         raise NotImplementedError
 
 
 class Tracked:
-    """Passes all progress on, tells a logger as well and draws the curves.
+    """Passes all progress on, feeds a logger and draws the curves.
 
     The logger begins with the first step: a mistake that is found before leaves nothing behind.
     """

@@ -56,7 +56,7 @@ class Trainer(Settings):
         progress: Progress | None = None,
         prepared: bool = False,
     ) -> Summary:
-        """Train ``model`` in place, or go on with the run that was interrupted in ``folder``.
+        """Train ``model`` in place, or resume the run that was interrupted in ``folder``.
 
         The best epoch is the one of the highest robust validation accuracy, then the highest clean
         one, if the recipe has an adversarial part; otherwise, where robust accuracy is noise around
@@ -78,8 +78,8 @@ class Trainer(Settings):
             threat: of the robust validation accuracy; None measures the clean one alone.
             folder: exists. Gets ``model.safetensors`` (the best epoch), ``last.safetensors``,
                 ``metrics.csv``, ``summary.json`` (written last: the training is finished exactly if
-                it is there) and, until then, ``epoch.pt`` and ``resume.pt`` to go on from.
-            identity: JSON-like; what makes this run this run. Only an equal one goes on with it.
+                it is there) and, until then, ``epoch.pt`` and ``resume.pt`` to resume from.
+            identity: JSON-like; what makes this run this run. Only an equal one resumes it.
             progress: shows how far the training is; None shows nothing.
             prepared: the weights are those of a training with the same defense, whose state goes
                 on.

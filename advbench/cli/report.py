@@ -9,7 +9,7 @@ from pathlib import Path
 from advbench.cli.parser import Parser
 from advbench.errors import UserError
 from advbench.files import write_text
-from advbench.report import compare, formats, leaderboard, terminal
+from advbench.report import compare, compare_seeds, formats, leaderboard, terminal, validation
 from advbench.report.collection import find, groups
 from advbench.runs import directory
 from advbench.text import printable
@@ -23,6 +23,19 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--compare",
         action="store_true",
         help="two evaluations, image by image: advbench report --compare RUN_A RUN_B",
+    )
+    kind.add_argument(
+        "--validation",
+        action="store_true",
+        help="validation accuracy of trainings, to choose a setting by",
+    )
+    parser.add_argument(
+        "--with",
+        dest="others",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="compare groups, paired by training seed: --compare A1 A2 A3 --with B1 B2 B3",
     )
     parser.add_argument(
         "--mix",
@@ -43,7 +56,22 @@ def run(given: argparse.Namespace) -> None:
         return
     if given.compare:
         named = given.out and formats.SUFFIXES.get(given.out.suffix)  # words need none
-        _put(compare.text(paths, given.mix, given.format or named), given.out)
+        form = given.format or named
+        if given.others or len(given.paths) > 2:
+            said = compare_seeds.text(given.paths, given.others or (), given.mix, form)
+        else:
+            said = compare.text(paths, given.mix, form)
+        _put(said, given.out)
+        return
+    if given.others:
+        raise UserError("--with names the second group of --compare: add --compare")
+    if given.validation:
+        table = validation.table(paths)
+        form = formats.form_of(given.format, given.out)
+        if form is None:
+            terminal.show([table])
+        else:
+            _put(formats.render_validation(table, form), given.out)
         return
     form = formats.form_of(given.format, given.out)
     found = groups(find(paths))
@@ -64,7 +92,7 @@ def run(given: argparse.Namespace) -> None:
 
 def _draw(paths: list[Path], given: argparse.Namespace) -> None:
     """The page, the figures, or both. Raises UserError beside options of tables."""
-    tables = ("sweep", "compare", "mix", "format", "out")
+    tables = ("sweep", "compare", "validation", "mix", "format", "out")
     beside = [f"--{key}" for key in tables if getattr(given, key)]
     if beside:
         raise UserError(f"{beside[0]} is for tables: leave it out beside --html and --plots")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advbench.errors import UserError
-from advbench.report.collection import NAMES, UNKNOWN, Entry, Group, find
-from advbench.report.conditions import Wording, differences
+from advbench.report.collection import NAMES, UNKNOWN, Entry, Group, find, varying
+from advbench.report.conditions import Wording, differences, text_of
 from advbench.runs.results import Z95
 from advbench.text import printable
 
@@ -124,6 +124,23 @@ def of(paths: Sequence[Path], mix: bool = False) -> Comparison:
     data, for records that are missing or not those of the results, and for no image in common.
     """
     a, b = _two(paths)
+    return _compared(a, b, comparable(a, b, mix))
+
+
+def comparable(a: Entry, b: Entry, mix: bool = False) -> list[str]:
+    """What a reader must know of a comparison of two evaluations.
+
+    Args:
+        a: One evaluation.
+        b: The other.
+        mix: Allow other threats and protocols.
+
+    Returns:
+        Notes; none where the conditions are equal.
+
+    Raises:
+        UserError: For other data, and for other conditions without ``mix``.
+    """
     wording = Wording([Group((a,)), Group((b,))])
     differing = differences([a.conditions, b.conditions])
     if any(key == "data" or key.startswith("data.") for key in differing):
@@ -134,13 +151,14 @@ def of(paths: Sequence[Path], mix: bool = False) -> Comparison:
         raise UserError(
             f"A and B differ in {wording.differing(unlike)}: add --mix to compare them all the same"
         )
-    notes = [f"they differ in more than the model: {wording.differing(unlike)}"] if unlike else []
-    return _compared(a, b, notes)
+    return [f"they differ in more than the model: {wording.differing(unlike)}"] if unlike else []
 
 
 def _two(paths: Sequence[Path]) -> tuple[Entry, Entry]:
     if len(paths) != 2:
-        raise UserError("--compare takes two evaluations: advbench report --compare RUN_A RUN_B")
+        raise UserError(
+            "--compare takes two evaluations, RUN_A RUN_B, or two groups: RUN_A... --with RUN_B..."
+        )
     entries = []
     for path in paths:
         found = find([path])
@@ -153,7 +171,7 @@ def _two(paths: Sequence[Path]) -> tuple[Entry, Entry]:
 def _compared(a: Entry, b: Entry, notes: list[str]) -> Comparison:
     import numpy as np
 
-    first, second = _evidence(a), _evidence(b)
+    first, second = evidence_of(a), evidence_of(b)
     common, mine, yours = np.intersect1d(
         first.sample, second.sample, assume_unique=True, return_indices=True
     )
@@ -187,7 +205,7 @@ def _compared(a: Entry, b: Entry, notes: list[str]) -> Comparison:
     )
 
 
-def _evidence(entry: Entry) -> Evidence:
+def evidence_of(entry: Entry) -> Evidence:
     """The records of an evaluation. Raises UserError unless its results follow from them."""
     from advbench.report.evidence import Evidence
 
@@ -219,7 +237,7 @@ def _lines(comparison: Comparison) -> list[str]:
     conditions = wording.of(a)
     unlike = {key for key in differences([a.conditions, b.conditions]) if key != "n"}
     shared = [conditions["data"], conditions["threat"], conditions["protocol"]]
-    lines = [f"A: {_who(a)}", f"B: {_who(b)}"]
+    lines = [f"A: {_who(a, b)}", f"B: {_who(b, a)}"]
     lines.append(f"on the same {n} images" + ("" if unlike else f": {', '.join(shared)}"))
     lines.append("")
     for name, paired in (("robust", comparison.robust), ("clean", comparison.clean)):
@@ -275,8 +293,15 @@ def sentence(paired: Paired, word: str) -> str:
     )
 
 
-def _who(entry: Entry) -> str:
+def _who(entry: Entry, other: Entry) -> str:
+    """An evaluation by the names of its model and by the settings that the other has not."""
     names = [entry.name(key) for key in NAMES if entry.name(key) != UNKNOWN]
+    own = entry.results.settings
+    names += [
+        f"{key}={text_of(own[key])}"
+        for key in varying([entry, other])
+        if key in own.keys() - set(NAMES)
+    ]
     seed = [] if entry.seed is None else [f"seed {entry.seed}"]
     return f"{', '.join([*names, *seed]) or entry.results.run} ({entry.folder})"
 

@@ -9,13 +9,14 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from advbench.errors import UserError, did_you_mean
 from advbench.report.collection import NAMES, Group, Mean, varying
 from advbench.report.leaderboard import Board, Sheet, value_of
+from advbench.report.validation import Table
 from advbench.text import printable
 
 SCHEMA = "advbench.report/1"
@@ -38,11 +39,29 @@ _LATEX = {
 }
 
 
-def render(boards: Sequence[Board], form: str) -> str:
+def render(boards: Sequence[Any], form: str) -> str:
     """The tables as text of one of FORMATS. Raises UserError for another format."""
+    if form == "html":
+        raise UserError("--format is for tables; the page is made with: --html FILE")
     if form not in FORMATS:
         raise UserError(f"no format '{form}'{did_you_mean(form, FORMATS)}")
     return FORMATS[form](boards)
+
+
+def render_validation(table: Table, form: str) -> str:
+    """The validation results of trainings as text of one of FORMATS.
+
+    Raises:
+        UserError: For another format.
+    """
+    if form == "csv":
+        return _csv_rows(table.records())
+    if form == "json":
+        return (
+            json.dumps({"schema": "advbench.validation/1", "rows": table.records()}, indent=2)
+            + "\n"
+        )
+    return render([table], form)
 
 
 def notes_of(sheets: Sequence[Sheet]) -> list[str]:
@@ -53,7 +72,7 @@ def notes_of(sheets: Sequence[Sheet]) -> list[str]:
 # --- Markdown and LaTeX: what a person reads ----------------------------------------------------
 
 
-def _markdown(boards: Sequence[Board]) -> str:
+def _markdown(boards: Sequence[Board | Table]) -> str:
     sheets = [board.sheet() for board in boards]
     notes = [f"- {note}" for note in _markdown_text(notes_of(sheets))]
     return "\n".join([*map(_markdown_sheet, sheets), *notes, ""])
@@ -74,7 +93,7 @@ def _markdown_text(texts: Sequence[str]) -> list[str]:
     ]
 
 
-def _latex(boards: Sequence[Board]) -> str:
+def _latex(boards: Sequence[Board | Table]) -> str:
     return "\n".join(
         ["% \\usepackage{booktabs}", *(_latex_sheet(board.sheet()) for board in boards)]
     )
@@ -83,9 +102,10 @@ def _latex(boards: Sequence[Board]) -> str:
 def _latex_sheet(sheet: Sheet) -> str:
     align = "".join("r" if right else "l" for right in sheet.right)
     rows = [" & ".join(map(latex_text, row)) + " \\\\" for row in sheet.rows]
-    caption = f"{latex_text(sheet.title)}. {' '.join(latex_text(n) + '.' for n in sheet.notes)}"
+    caption = f"{latex_text(sheet.title)}."
     return "\n".join(
         [
+            *(f"% {latex_text(note)}" for note in sheet.notes),
             "\\begin{table}",
             "\\centering",
             f"\\caption{{{caption}}}",
@@ -152,7 +172,10 @@ def _csv(boards: Sequence[Board]) -> str:
     """One flat table of all rows, in full precision; a sweep's rows stand in it once."""
     groups = list({id(group): group for board in boards for group in board.groups}.values())
     keys = varying(group.first for group in groups)
-    rows = [_record(group, keys) for group in groups]
+    return _csv_rows([_record(group, keys) for group in groups])
+
+
+def _csv_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -193,7 +216,7 @@ def _json(boards: Sequence[Board]) -> str:
     return json.dumps({"schema": SCHEMA, "tables": tables}, indent=2, allow_nan=False) + "\n"
 
 
-FORMATS: dict[str, Callable[[Sequence[Board]], str]] = {
+FORMATS: dict[str, Callable[[Sequence[Any]], str]] = {
     "md": _markdown,
     "csv": _csv,
     "json": _json,

@@ -159,7 +159,8 @@ def sweep(found: Sequence[Group], keys: Sequence[str], mix: bool = False) -> Boa
     known = set[str]().union(*own) - {SEED}
     for key in keys:
         if key not in known:
-            raise UserError(f"no result has '{key}'{did_you_mean(key, known)}")
+            ends = sorted(full for full in known if full.endswith(f".{key}"))
+            raise UserError(f"no result has '{key}'{did_you_mean((ends or [key])[0], known)}")
     found = [group for group, mine in zip(found, own, strict=True) if mine & set(keys)]
     wording = Wording(found)
     settings = {key for group in found for key in (*group.first.results.settings, *NAMES)}

@@ -14,13 +14,14 @@ from advbench.console import table_console
 from advbench.report.collection import UNKNOWN
 from advbench.report.formats import notes_of
 from advbench.report.leaderboard import COSTS, Board, Sheet
+from advbench.report.validation import Table as Validation
 from advbench.text import printable
 
 GAP = 3
 """Blanks between two columns."""
 
 
-def show(boards: Sequence[Board]) -> None:
+def show(boards: Sequence[Board | Validation]) -> None:
     """Print the tables for a person."""
     console = table_console()
     sheets = [board.sheet() for board in boards]

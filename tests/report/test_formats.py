@@ -125,6 +125,14 @@ def test_latex_escapes_all_that_it_would_run() -> None:
     assert len({line.count("&") for line in rows}) == 1 and len(rows) == 5
 
 
+def test_a_latex_caption_carries_no_footnotes() -> None:
+    """How to read the table is a comment, for the paper says it once."""
+    text = formats.render(nasty(), "latex")
+    (caption,) = [line for line in text.splitlines() if line.startswith("\\caption")]
+    assert "Wilson" not in caption
+    assert any(line.startswith("% robust: an upper bound") for line in text.splitlines())
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles(tmp_path: Path) -> None:
     table = formats.render(nasty(), "latex")

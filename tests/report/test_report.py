@@ -54,12 +54,17 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no folder": (["nowhere"], "there is no 'nowhere'"),
     "no results": (["empty"], "there are no results in empty: make some with 'advbench eval'"),
     "no key": (["good", "--sweep", "defence"], "did you mean 'defense'?"),
+    "its last word": (
+        ["jump", "--sweep", "jump"],
+        "no result has 'jump'; did you mean 'defense.jump'?",
+    ),
+    "the page": (["good", "--format", "html"], "--html FILE"),
     "no format": (["good", "--format", "markdown"], "there is: csv, json, latex, md"),
     "no suffix": (["good", "--out", "table.txt"], "add --format md|csv|json|latex"),
     "no option": (["good", "--frmat", "md"], "--frmat"),
     "one": (["--compare", "good"], "--compare takes two evaluations"),
     "none": (["--compare"], "--compare takes two evaluations"),
-    "many": (["--compare", "good", "."], "'.' holds 2 evaluations: name the directory of one"),
+    "many": (["--compare", "good", "."], "'.' holds 3 evaluations: name the directory of one"),
     "both": (["--compare", "good", "good", "--sweep", "x"], "not allowed with"),
     "as a table": (["--compare", "good", "other", "--format", "csv"], "--format json"),
     "no records": (["--compare", "good", "other"], "has no samples.parquet"),
@@ -73,10 +78,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def test_a_mistake_is_one_line(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(MISTAKES) == 15
+    assert len(MISTAKES) == 17
     monkeypatch.chdir(tmp_path)
     put(Path("good"))
     put(Path("other"))
+    put(Path("jump"), settings={"defense.jump": 0.5})
     Path("empty").mkdir()
     command, message = MISTAKES[case]
     assert main(["report", *command]) == 2

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import sys
-import time
+import tempfile
+import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +35,23 @@ class Process:
         work: of a module that can be imported; what it returns is the exit code.
         given: its arguments.
         folder: where it works.
-        output: the file; both streams.
+        environment: changes of this process's.
     """
 
-    def __init__(self, work: Callable[..., int | None], *given: Any, folder: Path) -> None:
-        self._file = folder / f".output-{time.monotonic_ns()}"
-        self._process = _context.Process(target=_child, args=(work, given, folder, self._file))
+    def __init__(
+        self,
+        work: Callable[..., int | None],
+        *given: Any,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        handle, name = tempfile.mkstemp(suffix=".output")
+        os.close(handle)
+        self._file = Path(name)
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        self._process = _context.Process(
+            target=_child, args=(work, given, folder, self._file, variables)
+        )
         self._process.start()
 
     def running(self) -> bool:
@@ -46,53 +61,83 @@ class Process:
         """SIGKILL. Returns whether it was still at work."""
         self._process.kill()
         self._process.join()
+        self._end()
         return self._process.exitcode == -signal.SIGKILL
 
-    def wait(self, timeout: float = 240.0) -> int:
-        """Its exit code."""
+    def wait(self, timeout: float = 120.0) -> int:
+        """Its exit code; all that it printed is then in ``output``."""
         self._process.join(timeout)
         if self.running():
             self.kill()
             raise AssertionError(f"not finished after {timeout} s: {self.output}")
+        self._end()
         code = self._process.exitcode
         assert code is not None
         return code
 
-    @property
-    def output(self) -> str:
-        return self._file.read_text() if self._file.exists() else ""
+    def _end(self) -> None:
+        if self._file.exists():
+            self.output = self._file.read_text()
+            self._file.unlink()
 
 
-def advbench(*words: str, folder: Path) -> Process:
-    """A command line, in that directory."""
-    return Process(_main, list(words), folder=folder)
+def together(number: int, work: Callable[..., int | None], *given: Any, folder: Path) -> str:
+    """A function in so many processes, as torchrun starts them; returns the output of the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests",
+        "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "GROUP_RANK": "0",
+    }  # fmt: skip
+    ranks = [
+        Process(work, *given, folder=folder, environment={**own, **meeting} if number > 1 else {})
+        for own in ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number))
+    ]
+    codes = [rank.wait() for rank in ranks]
+    assert codes == [0] * number, "\n".join(rank.output[-3000:] for rank in ranks)
+    return ranks[0].output
 
 
-def stamps(folder: Path) -> Mapping[Path, int]:
-    """When each file under a directory was written."""
+def run_script(script: str, *arguments: str, folder: Path, processes: int = 1) -> str:
+    """Python text in processes that find the helpers here; returns the output of the first."""
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(script))
+    return together(processes, _run, str(path), list(arguments), folder=folder)
+
+
+def stamps(folder: Path, pattern: str = "*") -> dict[Path, int]:
+    """When each file under a directory, of that pattern, was written."""
     found = {}
-    for path in folder.rglob("*"):
-        try:
+    for path in folder.rglob(pattern):
+        with suppress(FileNotFoundError):  # just replaced
             found[path] = path.stat().st_mtime_ns
-        except FileNotFoundError:  # just replaced
-            continue
     return found
 
 
-def _main(words: list[str]) -> int:
+def main_of(words: list[str]) -> int:
+    """The command line, as work of a process."""
     from advbench.cli.main import main
 
     sys.argv = ["advbench", *words]
     return main(words)
 
 
-def _child(work: Callable[..., int | None], given: Any, folder: Path, file: Path) -> None:
+def _run(path: str, arguments: list[str]) -> None:
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+
+
+def _child(
+    work: Callable[..., int | None], given: Any, folder: Path, file: Path, variables: dict[str, str]
+) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(variables)
     os.chdir(folder)
-    sys.stdin.close()
-    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
     sys.exit(work(*given))

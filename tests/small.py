@@ -5,10 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,23 +167,3 @@ class Planted(Defense):
         assert not any(part.features.requires_grad for part in step.parts.values())
         if step.step == self.stop_at:
             raise KeyboardInterrupt
-
-
-HELPERS = Path(__file__).parent
-
-
-def run_script(script: str, *arguments: str, folder: Path) -> str:
-    """Run Python text in a process of its own, which finds this module; returns its output."""
-    path = folder / "script.py"
-    path.write_text(textwrap.dedent(script))
-    env = {
-        **os.environ,
-        "PYTHONPATH": f"{HELPERS.parent}{os.pathsep}{HELPERS}",
-        "OMP_NUM_THREADS": "1",
-    }
-    result = subprocess.run(
-        [sys.executable, str(path), *arguments],
-        env=env, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout

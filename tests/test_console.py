@@ -289,16 +289,6 @@ def test_quiet_runs_say_one_line(place: Path, capsys: pytest.CaptureFixture[str]
     assert said.out == "" and said.err.startswith("advbench: there is no run 'nowhere'")
 
 
-@pytest.mark.slow
-def test_quiet_reaches_the_processes_of_other_devices(place: Path) -> None:
-    command = [sys.executable, "-m", "advbench", "train", "--quiet", *FAST, "trainer.devices=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if "validation accuracy" in line]
-    assert len(said) == 1 and "epoch   1" not in done.stdout and "training:" not in done.stdout
-
-
 # --- the list of runs ----------------------------------------------------------------------------
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import FAST, OWN, save
+from processes import Process, main_of, stamps
 from torch import nn
 
 import advbench
@@ -234,34 +232,28 @@ def test_a_sweep_goes_on_after_a_mistake(place: Path, capsys: pytest.CaptureFixt
     assert len(list(place.glob("outputs/train/*-s9-*/summary.json"))) == 1
 
 
-def run(*arguments: str, folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "advbench", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
 @pytest.mark.slow
-def test_kill_9_and_the_same_command_again(place: Path, tmp_path: Path) -> None:
+def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
     """Training and evaluation, killed twice each, end as the uninterrupted ones do."""
-    training = ["train", "trainer.epochs=4", "recipe.steps=3", "trainer.save_every=0"]
-    attack = ["eval", "protocol=pgd", "protocol.steps=200", "protocol.restarts=3",
+    training = ["train", "trainer.epochs=3", "recipe.steps=2", "trainer.save_every=0"]
+    attack = ["eval", "protocol=pgd", "protocol.steps=100", "protocol.restarts=2",
               "trainer.batch_size=40"]  # fmt: skip
     ends = []
     for name, kills in (("whole", 0), ("cut", 2)):
         folder = tmp_path / name
         folder.mkdir()
-        for arguments, final in ((training, "summary.json"), (attack, "results.json")):
-            delay = 5.0
+        for words, state, final in (
+            (training, "*.pt", "summary.json"),
+            (attack, "*/journal/*", "results.json"),
+        ):
             for _ in range(kills):
-                with run(*arguments, folder=folder) as process:
-                    time.sleep(delay)
-                    process.send_signal(signal.SIGKILL)
-                delay += 0.7
-            with run(*arguments, folder=folder) as process:
-                output, _ = process.communicate()
-            assert process.returncode == 0, output.decode()
+                before, process = stamps(folder, state), Process(main_of, words, folder=folder)
+                while stamps(folder, state) == before and process.running():
+                    time.sleep(0.01)
+                time.sleep(0.1)
+                assert process.kill(), "it ended before it was killed"
+            process = Process(main_of, words, folder=folder)
+            assert process.wait() == 0, process.output
             assert len(list(folder.rglob(final))) == 1, "a killed run must be gone on with"
         (weights,) = folder.rglob("model.safetensors")
         (metrics,) = folder.rglob("metrics.csv")

@@ -16,6 +16,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
+from processes import Process, main_of
 
 from advbench.cli import multirun
 from advbench.cli.main import main
@@ -68,7 +69,8 @@ def advbench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep as it is without a launcher."""
     folder = tmp_path_factory.mktemp("alone")
-    assert advbench("train", "-m", "trainer.batch_size=128,64", *FAST, cwd=folder).returncode == 0
+    process = Process(main_of, ["train", "-m", "trainer.batch_size=128,64", *FAST], folder=folder)
+    assert process.wait() == 0, process.output
     return folder
 
 
@@ -133,10 +135,13 @@ def test_optuna_maximises_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_jobs_on_two_devices_have_processes_of_their_own(tmp_path: Path) -> None:
-    devices = ["trainer.devices=2", "trainer.accelerator=cpu"]
+    """Which say nothing of their own, also where little is asked for."""
+    devices = ["--quiet", "trainer.devices=2", "trainer.accelerator=cpu"]
     done = advbench("train", "-m", "seed=1,2", *devices, *FAST, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(weights(tmp_path)) == 2
+    said = [line for line in done.stdout.splitlines() if "validation accuracy" in line]
+    assert len(said) == 2 and "epoch   1" not in done.stdout and "training:" not in done.stdout
 
 
 # --- the commands of the documentation ----------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import run_script
 from torch import Tensor
 
 from advbench.cli.main import main
@@ -386,13 +385,5 @@ def test_a_killed_training_with_extra_data_and_cutmix_ends_the_same(tmp_path: Pa
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (333, 8, 8), np.uint8), rng.integers(0, 10, 333)
     np.savez(tmp_path / "e.npz", image=x, label=y)
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED, "e.npz"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script(KILLED, "e.npz", folder=tmp_path)
     assert (tmp_path / "parts" / "summary.json").exists()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small import Stripes, assert_same_result, fit, net, run_script, splits
+from processes import run_script
+from small import Stripes, assert_same_result, fit, net, splits
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -503,7 +504,7 @@ def test_two_processes_move_the_prototypes_as_one_does(tmp_path):
     heads = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        run_script(DEVICES, str(devices), str(folder), folder=tmp_path)
+        run_script(DEVICES, str(devices), str(folder), folder=tmp_path, processes=devices)
         model = HPM(eval_batch=8).apply(net(plain=True))
         load_weights(model, folder / "last.safetensors")
         heads.append(head_of(model).state_dict())

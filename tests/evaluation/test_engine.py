@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -17,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from made_up_searches import Cut, Notes, Parts, changed, cut_engine, evaluation, files, net, samples
+from processes import Process, main_of, together
 from torch import Tensor, nn
 
 from advbench.attacks.pgd import PGD
@@ -185,64 +182,44 @@ def test_sizes_of_batches() -> None:
         assert [shapes.fit(number) for number in rows] == sizes
 
 
-SCRIPT = """
-import sys, torch
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
-torch.set_num_threads(1)
-import made_up_searches, numpy as np
-from pathlib import Path
-from advbench.evaluation import search
-search.COMMIT_SECONDS = search.SAVE_SECONDS = 0.0
-search.SAVE_SHARE = np.inf
-case = made_up_searches.evaluation()
-case.execute(Path(sys.argv[2]), case.plan())
-"""
+def work(folder: Path) -> None:
+    search.COMMIT_SECONDS = search.SAVE_SECONDS = 0.0
+    search.SAVE_SHARE = np.inf
+    case = evaluation()
+    case.execute(folder, case.plan())
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(int(time.time()))
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1]), str(tmp_path)]
     kills = 0
-    for _ in range(60):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        if kills < 5:
-            while not (tmp_path / "plan.json").exists() and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 1.5 if kills else 0.3))
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        elif process.wait() == 0:
-            break
-        if (tmp_path / "results.json").exists():
-            break
-    assert kills >= 2 and (tmp_path / "results.json").exists()
+    while kills < 5 and not (tmp_path / "results.json").exists():
+        process = Process(work, tmp_path, folder=tmp_path)
+        while not (tmp_path / "plan.json").exists() and process.running():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.0 if kills else 0.3))
+        kills += process.kill()
+    if not (tmp_path / "results.json").exists():
+        assert Process(work, tmp_path, folder=tmp_path).wait() == 0
+    assert kills >= 2
     assert files(tmp_path) == files(whole)
 
 
 def test_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
     """Through the command line: samples dealt out to two processes, results merged."""
     model = tmp_path / "own.py"
-    model.write_text(
-        f"import sys; sys.path[:0] = {[str(p) for p in Path(__file__).parents[:2]]!r}\n"
-        "import made_up_searches\n\ndef build():\n    return made_up_searches.net()\n"
-    )
+    model.write_text("import made_up_searches\n\ndef build():\n    return made_up_searches.net()\n")
     case = samples(net())
     x = np.round(case.fetch(case.ids).x.numpy().transpose(0, 2, 3, 1) * 255).astype(np.uint8)
     y = case.split.labels.numpy()
     np.savez(tmp_path / "test.npz", x_test=x, y_test=y)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for devices in (1, 2):
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "advbench", "eval", f"model={model}:build", "data=npz"),
-                *(f"data.path={tmp_path / 'test.npz'}", "threat=linf_015", "protocol=apgd"),
-                *("protocol.steps=10", "trainer.batch_size=16", f"trainer.devices={devices}"),
-                *("trainer.accelerator=cpu", f"hydra.run.dir={tmp_path / str(devices)}"),
-            ],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("robust accuracy") == 1
+        words = [
+            *("eval", f"model={model}:build", "data=npz", "data.path=test.npz", "threat=linf_015"),
+            *("protocol=apgd", "protocol.steps=10", "trainer.batch_size=16"),
+            *(f"trainer.devices={devices}", "trainer.accelerator=cpu", f"hydra.run.dir={devices}"),
+        ]
+        said = together(devices, main_of, words, folder=tmp_path)
+        assert said.count("robust accuracy") == 1
     assert files(tmp_path / "1") == files(tmp_path / "2")
     one, two = (Results.load(tmp_path / d / "results.json") for d in "12")
     assert (one.robust, one.clean) == (two.robust, two.clean)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small import HELPERS, THREAT, assert_same_result, fit, net, read_weights, state
+from processes import run_script
+from small import THREAT, assert_same_result, fit, net, read_weights, state
 from test_defenses import BATCH, DATA, DEFENSES, backbone, recipes
 from test_recipes import LINF, linear, record
 from torch import Tensor, nn
@@ -362,13 +361,10 @@ fit(Path(sys.argv[2]), trainer, model=net(plain=True), recipe=recipe)
 def test_two_processes_compute_what_one_does(tmp_path):
     from advbench.experiments.models import load_weights
 
-    (tmp_path / "script.py").write_text(DEVICES)
     ends = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        command = [sys.executable, str(tmp_path / "script.py"), str(devices), str(folder)]
-        env = {"PYTHONPATH": str(HELPERS), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
-        subprocess.run(command, check=True, env=env, timeout=300, cwd=tmp_path)
+        run_script(DEVICES, str(devices), str(folder), folder=tmp_path, processes=devices)
         model = net(plain=True)
         load_weights(model, folder / "last.safetensors")
         ends.append(state(model))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from processes import run_script
 from safetensors.torch import load_file
-from small import net, run_script, table
+from small import net, table
 from torch import nn
 
 from advbench.errors import UserError
@@ -60,7 +60,8 @@ def test_two_processes_compute_what_one_does(tmp_path):
     """Without batch norm, and with one over all processes; with each process's own they do not."""
     for devices in (1, 2):
         (tmp_path / str(devices)).mkdir()
-        run_script(DEVICES, str(devices), str(tmp_path / str(devices)), folder=tmp_path)
+        where = str(tmp_path / str(devices))
+        run_script(DEVICES, str(devices), where, folder=tmp_path, processes=devices)
     for name, sizes in (("plain", 5), ("synced", 10), ("apart", 10)):
         folders = [tmp_path / str(devices) / name for devices in (1, 2)]
         assert [Summary.load(f / "summary.json").devices for f in folders] == [1, 2]
@@ -81,14 +82,12 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 
 NORMS = """
-import sys
-from pathlib import Path
 import torch
 from torch import distributed, nn
 from advbench.training.syncnorm import synchronise
 
-rank, home = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
 cases = [
     (nn.BatchNorm2d(3), (8, 3, 4, 5)),
     (nn.BatchNorm1d(3, momentum=None), (8, 3)),
@@ -133,14 +132,7 @@ distributed.destroy_process_group()
 
 def test_synchronous_batch_norm_is_that_of_the_whole_batch(tmp_path):
     """Outputs, gradients and running statistics, against PyTorch's on all rows in one process."""
-    with ThreadPoolExecutor(2) as pool:
-        for rank in (0, 1):
-            (tmp_path / str(rank)).mkdir()
-        runs = [
-            pool.submit(run_script, NORMS, str(rank), str(tmp_path), folder=tmp_path / str(rank))
-            for rank in (0, 1)
-        ]
-        assert [run.result() for run in runs] == ["cases: 3\n"] * 2
+    assert run_script(NORMS, folder=tmp_path, processes=2).endswith("cases: 3\n")
 
 
 def test_batch_norms_stay_the_same_objects():

@@ -8,7 +8,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from small import STEPS, Planted, Stripes, assert_same_result, fit, position, run_script, table
+from processes import run_script
+from small import STEPS, Planted, Stripes, assert_same_result, fit, position, table
 
 from advbench.errors import UserError
 from advbench.progress import NullProgress
@@ -181,6 +182,7 @@ for name, *settings in (argument.split("|") for argument in sys.argv[2:]):
     for kills in range(5):
         before, child = position(parts), start(parts)
         while position(parts) == before:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.1))
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"

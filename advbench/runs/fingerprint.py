@@ -1,17 +1,19 @@
-"""One hash for one model: equal where the models are, whatever it is that sets them apart."""
+"""One hash for one model: structure, source, settings and tensors.
+
+What the hash can't see, such as what a function closes over or reads from outside of the module, an
+evaluation sees in the model's logits (``advbench.evaluation.identity``).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import inspect
 import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,11 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # differs from process to process
 
 
 def model_sha256(model: nn.Module, seen: frozenset[int] = frozenset()) -> str:
-    """Hash of a model: structure, settings, hooks, source of its classes, parameters and buffers.
+    """Hash of a model: structure, settings, presence of hooks, source of its classes, tensors.
 
-    Source: of classes outside the installed libraries. What their functions call is not seen.
-    seen: what it is part of, and is hashed already, by id.
+    Args:
+        model: any module. Source is that of classes outside the installed libraries.
+        seen: what the model is part of, and is hashed already, by id.
     """
     # What every module has: its tensors, which are hashed by name, its hooks and its mode.
     common = set(vars(nn.Module()))
@@ -36,8 +39,8 @@ def model_sha256(model: nn.Module, seen: frozenset[int] = frozenset()) -> str:
     digest = hashlib.sha256(_ADDRESS.sub("", repr(model)).encode())
     for name, module in model.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in common}
-        own |= {key: [*hooks.values()] for key in _HOOKS if (hooks := getattr(module, key))}
-        settings = sorted((key, said(value, seen)) for key, value in own.items())
+        own |= {key: len(hooks) for key in _HOOKS if (hooks := getattr(module, key))}
+        settings = sorted((key, plain(value, seen)) for key, value in own.items())
         digest.update(f"{name}/{settings}".encode())
         if not _is_library(type(module)):
             with contextlib.suppress(OSError, TypeError):  # no source, as in a notebook
@@ -48,11 +51,10 @@ def model_sha256(model: nn.Module, seen: frozenset[int] = frozenset()) -> str:
     return digest.hexdigest()
 
 
-def said(value: Any, seen: frozenset[int] = frozenset()) -> Any:
-    """A setting of a module in plain values that say all of it.
+def plain(value: Any, seen: frozenset[int] = frozenset()) -> Any:
+    """A setting of a module in plain values; of an object, its type and what it prints.
 
-    Of an object of the installed libraries, what it prints: its insides may differ from process to
-    process.  seen: what it is a setting of, by id.
+    seen: what it is a setting of, by id.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -68,40 +70,19 @@ def said(value: Any, seen: frozenset[int] = frozenset()) -> Any:
         return model_sha256(value, seen)
     seen |= {id(value)}
     if isinstance(value, Mapping):
-        return {str(key): said(part, seen) for key, part in value.items()}
+        return {str(key): plain(part, seen) for key, part in value.items()}
     if isinstance(value, np.ndarray):  # of objects
-        return said(value.tolist(), seen)
+        return plain(value.tolist(), seen)
     if isinstance(value, Sequence) and not isinstance(value, bytes | range):
-        return [said(part, seen) for part in value]
+        return [plain(part, seen) for part in value]
     if isinstance(value, set | frozenset):
-        return sorted(str(said(part, seen)) for part in value)
-    return _object(value, seen)
-
-
-def _object(value: Any, seen: frozenset[int]) -> Any:
-    """A function, a class, or what has values of its own."""
-    if isinstance(value, Enum):
-        return f"{type(value).__qualname__}.{value.name}"
-    if isinstance(value, functools.partial):
-        return [said(part, seen) for part in (value.func, value.args, value.keywords)]
-    if isinstance(value, types.MethodType):
-        return [said(value.__func__, seen), said(value.__self__, seen)]
-    if isinstance(value, types.FunctionType):  # which may hold itself, or a name not yet bound
-        cells = (cell for cell in value.__closure__ or () if cell != types.CellType())
-        held = [cell.cell_contents for cell in cells]
-        return [said(part, seen) for part in
-                (value.__code__, held, value.__defaults__, value.__kwdefaults__)]  # fmt: skip
-    if isinstance(value, types.CodeType):
-        return [value.co_code.hex(), said(value.co_consts, seen), list(value.co_names)]
-    if isinstance(value, type | types.BuiltinFunctionType):
+        return sorted(str(plain(part, seen)) for part in value)
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     kind = type(value)
-    plain = isinstance(value, types.SimpleNamespace) or dataclasses.is_dataclass(value)
-    if not plain and _is_library(kind):
-        return [kind.__qualname__, _ADDRESS.sub("", repr(value))]
-    slots = [name for base in kind.__mro__ for name in getattr(base, "__slots__", ())]
-    own = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return [kind.__qualname__, said({**own, **getattr(value, "__dict__", {})}, seen)]
+    if dataclasses.is_dataclass(value):
+        return [kind.__qualname__, plain(vars(value), seen)]
+    return [kind.__qualname__, _ADDRESS.sub("", repr(value))]
 
 
 def _is_library(kind: type) -> bool:

@@ -150,7 +150,7 @@ TORCHVISION = ["cifar10", "cifar100", "fashion_mnist", "mnist", "svhn"]
 
 
 def build(name: str, made: Made, **overrides: Any) -> Splits:
-    return getattr(sources, name)(**{**made.kwargs, **overrides})
+    return getattr(sources, name)(**{**made.kwargs, **overrides}).build()
 
 
 def everything(split: Split) -> Tensor:

@@ -1,5 +1,5 @@
 """Backbones: undefended classifiers, a module for each family."""
 
-from advbench.backbones.base import Classifier
+from advbench.backbones.base import Backbone, Classifier
 
-__all__ = ["Classifier"]
+__all__ = ["Backbone", "Classifier"]

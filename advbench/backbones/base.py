@@ -1,8 +1,10 @@
-"""What a backbone is: normalise, ``features``, ``head``."""
+"""What a backbone is: its parameters, and the ``Classifier`` that they make."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -57,3 +59,38 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone(ABC):
+    """The parameters of a backbone; ``build`` makes a classifier of them.
+
+    A class has the name that configs and runs give it, such as ``resnet18``.
+    """
+
+    num_classes: int
+    """Number of classes, K. From the data."""
+    input_shape: list[int]
+    """(C, H, W) of the images. From the data."""
+    mean: list[float] | None = None
+    """Per channel, in pixel units of [0, 1]; None is no normalisation. From the data."""
+    std: list[float] | None = None
+    """Per channel, in pixel units of [0, 1]; None is no normalisation. From the data."""
+
+    @abstractmethod
+    def build(self) -> Classifier:
+        """A classifier with fresh weights, drawn from torch's global generator.
+
+        Raises UserError for parameters or images that the backbone can't take.
+        """
+
+    def classifier(self, trunk: nn.Module, *, num_features: int) -> Classifier:
+        """The trunk, its normalisation before it and a new linear head behind it."""
+        return Classifier(
+            trunk,
+            num_features=num_features,
+            num_classes=self.num_classes,
+            input_shape=self.input_shape,
+            mean=self.mean,
+            std=self.std,
+        )

@@ -11,13 +11,14 @@ import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 from torchvision import models as zoo
 
 from advbench.backbones.activations import ACTIVATIONS
-from advbench.backbones.base import Classifier
+from advbench.backbones.base import Backbone, Classifier
 from advbench.errors import UserError, did_you_mean
 from advbench.surgery import probe_images, split_sites
 
@@ -49,109 +50,6 @@ def fetches_weights() -> bool:
     return _FETCHES.get()
 
 
-def torchvision(
-    *,
-    name: str,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    weights: str | None = None,
-) -> Classifier:
-    """A classifier of ``torchvision.models``.
-
-    weights: such as DEFAULT or IMAGENET1K_V2; they are downloaded, and normalise images as in
-    their training, whatever ``mean`` and ``std`` say. None starts at random, with mean and std, or
-    where these are None with the normalisation of the default weights.
-    input_shape: (C, H, W), C = 3, or 1: gray images are repeated into three channels.
-    A head with another number of classes than the weights' starts at random.
-    Raises UserError for an unknown name or unknown weights, images that the model can't take, and
-    models without a last linear layer or whose activations can't be split.
-    """
-    names = zoo.list_models(module=zoo)
-    if name not in names:
-        raise UserError(f"torchvision has no classifier '{name}'{did_you_mean(name, names)}")
-    known = zoo.get_model_weights(name).__members__
-    if weights is not None and weights not in known:
-        raise UserError(f"{name} has no weights '{weights}'{did_you_mean(weights, known)}")
-    options: dict[str, Any] = {"weights": weights and known[weights]}
-    if name in AUXILIARY:
-        options["aux_logits"] = False
-        if weights is None:
-            options["init_weights"] = True
-        elif not fetches_weights():
-            options |= {"transform_input": True, "init_weights": False}
-    if not fetches_weights():
-        options["weights"] = None
-    transforms = known[weights or "DEFAULT"].transforms()
-    if weights is not None or (mean is None and std is None):
-        mean, std = transforms.mean, transforms.std
-    model = zoo.get_model(name, **options)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return as_classifier(
-        f"torchvision's {name}",
-        model,
-        linears[-1] if linears else None,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-    )
-
-
-def timm(
-    *,
-    name: str,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    pretrained: bool = False,
-) -> Classifier:
-    """A classifier of timm (the extra ``advbench[zoo]``).
-
-    pretrained: weights are downloaded, and normalise images as in their training, whatever
-    ``mean`` and ``std`` say. False starts at random, with mean and std, or where these are None
-    with the normalisation that timm gives for the model.
-    input_shape: (C, H, W), C = 3, or 1: gray images are repeated into three channels. Models of
-    a fixed image size are built for this one.
-    A head with another number of classes than the weights' starts at random.
-    Raises UserError without timm, for an unknown name or a name without weights, images that the
-    model can't take, and models without a last linear layer or whose activations can't be split.
-    """
-    try:
-        import timm as library
-    except ImportError as error:
-        raise UserError("timm is not installed: pip install 'advbench[zoo]'") from error
-    names = {*library.list_models(), *library.list_pretrained()}
-    if name not in names:
-        # Only the near ones: there are thousands.
-        hint = did_you_mean(name, difflib.get_close_matches(name, names))
-        raise UserError(f"timm has no model '{name}'{hint or '; see timm.list_models()'}")
-    if pretrained and not library.is_model_pretrained(name):
-        raise UserError(f"timm has no weights for '{name}'; say backbone.pretrained=false")
-    config = library.get_pretrained_cfg(name)
-    if config is not None and (pretrained or (mean is None and std is None)):
-        mean, std = list(config.mean), list(config.std)
-    options: dict[str, Any] = {}
-    if config is not None and config.fixed_input_size:
-        options["img_size"] = tuple(input_shape[1:])
-    title = f"timm's {name}"
-    with _refusal(title, input_shape):
-        model: Any = library.create_model(
-            name, pretrained=pretrained and fetches_weights(), **options
-        )
-    return as_classifier(
-        title,
-        model,
-        model.get_classifier(),
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-    )
-
-
 class External(Classifier):
     """A model for three channels, and its last linear layer as the head.
 
@@ -180,41 +78,140 @@ class External(Classifier):
         self.input_shape = tuple(input_shape)
 
 
-def as_classifier(
-    title: str,
-    model: nn.Module,
-    last: Any,
-    *,
-    num_classes: int,
-    input_shape: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> External:
-    """Takes the layer ``last`` out of the model, splits the activations and tries the result."""
-    if input_shape[0] not in (1, 3):
-        raise UserError(f"{title} takes images of 1 or 3 channels, these have {input_shape[0]}")
-    if not isinstance(last, nn.Linear):
-        raise UserError(f"{title} does not end in one linear layer, and so has no features")
-    path = next(name for name, module in model.named_modules() if module is last)
-    model.set_submodule(path, nn.Identity())
-    if last.out_features != num_classes:
-        last = nn.Linear(last.in_features, num_classes)
-    classifier = External(model, head=last, input_shape=input_shape, mean=mean, std=std)
-    x = probe_images(input_shape)
-    with _refusal(title, input_shape):
-        split_sites(classifier, SITES, x)
-    return classifier
+@dataclass(frozen=True, kw_only=True)
+class ExternalBackbone(Backbone):
+    """A classifier of another library, by name.
+
+    Images of 3 channels, or 1: gray images are repeated into three channels. A head with another
+    number of classes than the weights' starts at random.
+    ``build`` raises UserError for an unknown name or unknown weights, images that the model can't
+    take, and models without a last linear layer or whose activations can't be split.
+    """
+
+    library: ClassVar[str]
+    """Its name in messages."""
+    name: str
+    """Of the model."""
+
+    @property
+    def title(self) -> str:
+        """The name in messages."""
+        return f"{self.library}'s {self.name}"
+
+    def check_channels(self) -> None:
+        """Raises UserError unless the images are gray or have three channels."""
+        if self.input_shape[0] not in (1, 3):
+            raise UserError(
+                f"{self.title} takes images of 1 or 3 channels, these have {self.input_shape[0]}"
+            )
+
+    def split(
+        self,
+        model: nn.Module,
+        last: Any,
+        *,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> External:
+        """Takes the layer ``last`` out of the model, splits the activations, tries the result."""
+        self.check_channels()
+        if not isinstance(last, nn.Linear):
+            raise UserError(
+                f"{self.title} does not end in one linear layer, and so has no features"
+            )
+        path = next(name for name, module in model.named_modules() if module is last)
+        model.set_submodule(path, nn.Identity())
+        if last.out_features != self.num_classes:
+            last = nn.Linear(last.in_features, self.num_classes)
+        classifier = External(model, head=last, input_shape=self.input_shape, mean=mean, std=std)
+        with self.refusal():
+            split_sites(classifier, SITES, probe_images(self.input_shape))
+        return classifier
+
+    @contextmanager
+    def refusal(self) -> Iterator[None]:
+        """Turns what a model says of images that it does not suit into a UserError."""
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            shape = "x".join(map(str, self.input_shape))
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{self.title} fails on images of {shape}: {reason}") from error
 
 
-@contextmanager
-def _refusal(title: str, input_shape: Sequence[int]) -> Iterator[None]:
-    """Turns what a model says of images that it does not suit into a UserError."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        shape = "x".join(map(str, input_shape))
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{title} fails on images of {shape}: {reason}") from error
+@dataclass(frozen=True, kw_only=True)
+class torchvision(ExternalBackbone):
+    """A classifier of ``torchvision.models``."""
+
+    library = "torchvision"
+    weights: str | None = None
+    """Such as DEFAULT or IMAGENET1K_V2: downloaded, and images are normalised as in their training,
+    whatever ``mean`` and ``std`` are. None starts at random, with mean and std, or where these are
+    None with the normalisation of the default weights."""
+
+    def build(self) -> External:
+        name, weights = self.name, self.weights
+        names = zoo.list_models(module=zoo)
+        if name not in names:
+            raise UserError(f"torchvision has no classifier '{name}'{did_you_mean(name, names)}")
+        known = zoo.get_model_weights(name).__members__
+        if weights is not None and weights not in known:
+            raise UserError(f"{name} has no weights '{weights}'{did_you_mean(weights, known)}")
+        options: dict[str, Any] = {"weights": weights and known[weights]}
+        if name in AUXILIARY:
+            options["aux_logits"] = False
+            if weights is None:
+                options["init_weights"] = True
+            elif not fetches_weights():
+                options |= {"transform_input": True, "init_weights": False}
+        if not fetches_weights():
+            options["weights"] = None
+        mean, std = self.mean, self.std
+        transforms = known[weights or "DEFAULT"].transforms()
+        if weights is not None or (mean is None and std is None):
+            mean, std = transforms.mean, transforms.std
+        model = zoo.get_model(name, **options)
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        return self.split(model, linears[-1] if linears else None, mean=mean, std=std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class timm(ExternalBackbone):
+    """A classifier of timm (the extra ``advbench[zoo]``).
+
+    Models of a fixed image size are built for this one.
+    """
+
+    library = "timm"
+    pretrained: bool = False
+    """Weights are downloaded, and images are normalised as in their training, whatever ``mean`` and
+    ``std`` are. False starts at random, with mean and std, or where these are None with the
+    normalisation that timm gives for the model."""
+
+    def build(self) -> External:
+        try:
+            import timm as library
+        except ImportError as error:
+            raise UserError("timm is not installed: pip install 'advbench[zoo]'") from error
+        name, mean, std = self.name, self.mean, self.std
+        names = {*library.list_models(), *library.list_pretrained()}
+        if name not in names:
+            # Only the near ones: there are thousands.
+            hint = did_you_mean(name, difflib.get_close_matches(name, names))
+            raise UserError(f"timm has no model '{name}'{hint or '; see timm.list_models()'}")
+        if self.pretrained and not library.is_model_pretrained(name):
+            raise UserError(f"timm has no weights for '{name}'; say backbone.pretrained=false")
+        config = library.get_pretrained_cfg(name)
+        if config is not None and (self.pretrained or (mean is None and std is None)):
+            mean, std = list(config.mean), list(config.std)
+        options: dict[str, Any] = {}
+        if config is not None and config.fixed_input_size:
+            options["img_size"] = tuple(self.input_shape[1:])
+        with self.refusal():
+            model: Any = library.create_model(
+                name, pretrained=self.pretrained and fetches_weights(), **options
+            )
+        return self.split(model, model.get_classifier(), mean=mean, std=std)
 
 
 def _three(values: Sequence[float] | None) -> list[float] | None:

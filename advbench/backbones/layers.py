@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
-from advbench.backbones.base import Classifier
+from advbench.backbones.activations import activation_class
+from advbench.backbones.base import Backbone, Classifier
 from advbench.errors import UserError
 
 
@@ -25,36 +29,38 @@ def named(modules: Mapping[str, nn.Module]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
-def pooled_classifier(
-    net: str,
-    body: Mapping[str, nn.Module],
-    *,
-    downsampling: int,
-    num_features: int,
-    num_classes: int,
-    input_shape: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> Classifier:
+@dataclass(frozen=True, kw_only=True)
+class PooledBackbone(Backbone):
     """``body`` -> global average pooling -> linear head, with the weights of He et al.
 
-    body: from (N, C, H, W) to (N, num_features, H / downsampling, W / downsampling).
     Convolutions start normal with variance 2 / fan-out (He et al. 2015, arXiv 1502.01852, eq. 14).
-    Raises UserError for images below ``downsampling`` pixels: a stage would halve a single pixel.
+    ``build`` raises UserError for images below ``downsampling`` pixels, where a stage would halve a
+    single pixel, and for an unknown activation.
     """
-    check_size(net, input_shape, smallest=downsampling)
-    trunk = named({**body, "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()})
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return Classifier(
-        trunk,
-        num_features=num_features,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-    )
+
+    downsampling: ClassVar[int]
+    """By how much the body divides height and width."""
+    activation: str = "relu"
+    """A name of ``advbench.backbones.activations``."""
+
+    @property
+    def title(self) -> str:
+        """The name in messages."""
+        return type(self).__name__
+
+    @abstractmethod
+    def body(self, act: type[nn.Module]) -> tuple[dict[str, nn.Module], int]:
+        """Modules from (N, C, H, W) to (N, D, H / downsampling, W / downsampling), and D."""
+
+    def build(self) -> Classifier:
+        act = activation_class(self.activation)
+        check_size(self.title, self.input_shape, smallest=self.downsampling)
+        body, num_features = self.body(act)
+        trunk = named({**body, "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()})
+        for module in trunk.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        return self.classifier(trunk, num_features=num_features)
 
 
 def check_size(net: str, input_shape: Sequence[int], *, smallest: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from advbench.backbones.activations import activation_class
-from advbench.backbones.base import Classifier
-from advbench.backbones.layers import conv, named, pooled_classifier
+from advbench.backbones.layers import PooledBackbone, conv, named
 
 # Table 2: expansion t, channels c, blocks n, stride s. For images of 32 pixels the stem and the
 # stage of 24 channels keep the size, so the net halves it three times instead of five.
@@ -21,40 +21,28 @@ STAGES = (
 )
 
 
-def mobilenet_v2(
-    *,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    activation: str = "relu6",
-) -> Classifier:
+@dataclass(frozen=True, kw_only=True)
+class mobilenet_v2(PooledBackbone):
     """MobileNetV2, width 1, without dropout; 17 inverted residual blocks.
 
-    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 1280).
-    Raises UserError for smaller images or an unknown activation.
+    Images 8x8 and larger.  Features: (N, 1280).
     """
-    act = activation_class(activation)
-    channels = 32
-    body: dict[str, nn.Module] = {"stem": _unit(input_shape[0], channels, act)}
-    for i, (expansion, width, depth, first_stride) in enumerate(STAGES, start=1):
-        blocks = []
-        for j in range(depth):
-            stride = first_stride if j == 0 else 1
-            blocks.append(InvertedResidual(channels, width, expansion, stride, act))
-            channels = width
-        body[f"stage{i}"] = nn.Sequential(*blocks)
-    body["last"] = _unit(channels, 1280, act, kernel=1)
-    return pooled_classifier(
-        "mobilenet_v2",
-        body,
-        downsampling=8,
-        num_features=1280,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-    )
+
+    downsampling = 8
+    activation: str = "relu6"
+
+    def body(self, act: type[nn.Module]) -> tuple[dict[str, nn.Module], int]:
+        channels = 32
+        body: dict[str, nn.Module] = {"stem": _unit(self.input_shape[0], channels, act)}
+        for i, (expansion, width, depth, first_stride) in enumerate(STAGES, start=1):
+            blocks = []
+            for j in range(depth):
+                stride = first_stride if j == 0 else 1
+                blocks.append(InvertedResidual(channels, width, expansion, stride, act))
+                channels = width
+            body[f"stage{i}"] = nn.Sequential(*blocks)
+        body["last"] = _unit(channels, 1280, act, kernel=1)
+        return body, 1280
 
 
 class InvertedResidual(nn.Module):

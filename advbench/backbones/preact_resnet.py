@@ -3,38 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from advbench.backbones.activations import activation_class
-from advbench.backbones.base import Classifier
-from advbench.backbones.layers import conv, pooled_classifier
-
-
-def preact_resnet18(
-    *,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    activation: str = "relu",
-) -> Classifier:
-    """PreAct ResNet-18 for CIFAR: blocks 2-2-2-2, widths 64 to 512, a last norm and activation.
-
-    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 512).
-    Raises UserError for smaller images or an unknown activation.
-    """
-    return preact_resnet(
-        "preact_resnet18",
-        stem=64,
-        widths=(64, 128, 256, 512),
-        depth=2,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        activation=activation,
-    )
+from advbench.backbones.layers import PooledBackbone, conv
 
 
 class PreactBlock(nn.Module):
@@ -61,39 +34,35 @@ class PreactBlock(nn.Module):
         return shortcut + self.conv2(self.act2(self.norm2(self.conv1(z))))
 
 
-def preact_resnet(
-    net: str,
-    *,
-    stem: int,
-    widths: Sequence[int],
-    depth: int,
-    num_classes: int,
-    input_shape: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    activation: str,
-) -> Classifier:
+def preact_body(
+    channels_in: int, stem: int, widths: Sequence[int], depth: int, act: type[nn.Module]
+) -> tuple[dict[str, nn.Module], int]:
     """Stages of ``depth`` blocks, one per width; the image halves from each to the next.
 
-    stem: channels of the first convolution.
+    stem: channels of the first convolution.  Returns the modules and the channels of the last.
     """
-    act = activation_class(activation)
     channels = stem
-    body: dict[str, nn.Module] = {"conv": conv(input_shape[0], channels)}
+    body: dict[str, nn.Module] = {"conv": conv(channels_in, channels)}
     for i, width in enumerate(widths):
         blocks = []
         for j in range(depth):
             blocks.append(PreactBlock(channels, width, 2 if i > 0 and j == 0 else 1, act))
             channels = width
         body[f"stage{i + 1}"] = nn.Sequential(*blocks)
-    body |= {"norm": nn.BatchNorm2d(channels), "act": act()}
-    return pooled_classifier(
-        net,
-        body,
-        downsampling=2 ** (len(widths) - 1),
-        num_features=channels,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-    )
+    return body | {"norm": nn.BatchNorm2d(channels), "act": act()}, channels
+
+
+class preact_resnet18(PooledBackbone):
+    """PreAct ResNet-18 for CIFAR: blocks 2-2-2-2, widths 64 to 512, a last norm and activation.
+
+    Images 8x8 and larger.  Features: (N, 512).
+    """
+
+    downsampling = 8
+    stem: ClassVar[int] = 64
+    """Channels of the first convolution."""
+    widths: ClassVar[tuple[int, ...]] = (64, 128, 256, 512)
+    """Channels of each stage."""
+
+    def body(self, act: type[nn.Module]) -> tuple[dict[str, nn.Module], int]:
+        return preact_body(self.input_shape[0], self.stem, self.widths, 2, act)

@@ -5,130 +5,14 @@ A block is ``act(body(x) + shortcut(x))``. The stem is one 3x3 convolution and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advbench.backbones.activations import activation_class
-from advbench.backbones.base import Classifier
-from advbench.backbones.layers import conv, named, pooled_classifier
+from advbench.backbones.layers import PooledBackbone, conv, named
 
 Act = type[nn.Module]
-MakeBody = Callable[[int, int, int, Act], nn.Sequential]
-MakeShortcut = Callable[[int, int, int], nn.Module]
-
-
-def resnet20(
-    *,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    activation: str = "relu",
-) -> Classifier:
-    """ResNet-20 (section 4.2): widths 16-32-64, three basic blocks each, option A shortcuts.
-
-    input_shape: (C, H, W), 4x4 and larger.  Features: (N, 64).
-    Raises UserError for smaller images or an unknown activation.
-    """
-    return _resnet(
-        "resnet20",
-        basic_body,
-        zero_padding,
-        depths=(3, 3, 3),
-        width=16,
-        expansion=1,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        activation=activation,
-    )
-
-
-def resnet18(
-    *,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    activation: str = "relu",
-) -> Classifier:
-    """ResNet-18: basic blocks 2-2-2-2, option B shortcuts.
-
-    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 512).
-    Raises UserError for smaller images or an unknown activation.
-    """
-    return _resnet(
-        "resnet18",
-        basic_body,
-        projection,
-        depths=(2, 2, 2, 2),
-        width=64,
-        expansion=1,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        activation=activation,
-    )
-
-
-def resnet34(
-    *,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    activation: str = "relu",
-) -> Classifier:
-    """ResNet-34: basic blocks 3-4-6-3, option B shortcuts.
-
-    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 512).
-    Raises UserError for smaller images or an unknown activation.
-    """
-    return _resnet(
-        "resnet34",
-        basic_body,
-        projection,
-        depths=(3, 4, 6, 3),
-        width=64,
-        expansion=1,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        activation=activation,
-    )
-
-
-def resnet50(
-    *,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    activation: str = "relu",
-) -> Classifier:
-    """ResNet-50: bottleneck blocks 3-4-6-3, option B shortcuts.
-
-    input_shape: (C, H, W), 8x8 and larger.  Features: (N, 2048).
-    Raises UserError for smaller images or an unknown activation.
-    """
-    return _resnet(
-        "resnet50",
-        bottleneck_body,
-        projection,
-        depths=(3, 4, 6, 3),
-        width=64,
-        expansion=4,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        activation=activation,
-    )
 
 
 class Residual(nn.Module):
@@ -210,47 +94,75 @@ def bottleneck_body(channels_in: int, width: int, stride: int, act: Act) -> nn.S
     )
 
 
-def _resnet(
-    net: str,
-    make_body: MakeBody,
-    make_shortcut: MakeShortcut,
-    *,
-    depths: Sequence[int],
-    width: int,
-    expansion: int,
-    num_classes: int,
-    input_shape: Sequence[int],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    activation: str,
-) -> Classifier:
+class ResNet(PooledBackbone):
     """Stages of ``depths`` blocks; the width doubles and the image halves from each to the next."""
-    act = activation_class(activation)
-    channels = width
-    body: dict[str, nn.Module] = {
-        "conv": conv(input_shape[0], channels),
-        "norm": nn.BatchNorm2d(channels),
-        "act": act(),
-    }
-    for i, depth in enumerate(depths):
-        blocks = []
-        for j in range(depth):
-            stride = 2 if i > 0 and j == 0 else 1
-            channels_out = width * 2**i * expansion
-            if stride == 1 and channels == channels_out:
-                shortcut = nn.Identity()
-            else:
-                shortcut = make_shortcut(channels, channels_out, stride)
-            blocks.append(Residual(make_body(channels, width * 2**i, stride, act), shortcut, act()))
-            channels = channels_out
-        body[f"stage{i + 1}"] = nn.Sequential(*blocks)
-    return pooled_classifier(
-        net,
-        body,
-        downsampling=2 ** (len(depths) - 1),
-        num_features=channels,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-    )
+
+    depths: ClassVar[tuple[int, ...]]
+    width: ClassVar[int] = 64
+    """Channels of the first stage."""
+    bottleneck: ClassVar[bool] = False
+    """Blocks are ``bottleneck_body``, with four times the width behind; else ``basic_body``."""
+    padding: ClassVar[bool] = False
+    """Shortcuts are ``zero_padding`` (option A); else ``projection`` (option B)."""
+
+    def body(self, act: Act) -> tuple[dict[str, nn.Module], int]:
+        make_body, expansion = (bottleneck_body, 4) if self.bottleneck else (basic_body, 1)
+        make_shortcut = zero_padding if self.padding else projection
+        channels = self.width
+        body: dict[str, nn.Module] = {
+            "conv": conv(self.input_shape[0], channels),
+            "norm": nn.BatchNorm2d(channels),
+            "act": act(),
+        }
+        for i, depth in enumerate(self.depths):
+            blocks = []
+            width = self.width * 2**i
+            channels_out = width * expansion
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                if stride == 1 and channels == channels_out:
+                    shortcut = nn.Identity()
+                else:
+                    shortcut = make_shortcut(channels, channels_out, stride)
+                blocks.append(Residual(make_body(channels, width, stride, act), shortcut, act()))
+                channels = channels_out
+            body[f"stage{i + 1}"] = nn.Sequential(*blocks)
+        return body, channels
+
+
+class resnet20(ResNet):
+    """ResNet-20 (section 4.2): widths 16-32-64, three basic blocks each, option A shortcuts.
+
+    Images 4x4 and larger.  Features: (N, 64).
+    """
+
+    depths, width, downsampling = (3, 3, 3), 16, 4
+    padding = True
+
+
+class resnet18(ResNet):
+    """ResNet-18: basic blocks 2-2-2-2, option B shortcuts.
+
+    Images 8x8 and larger.  Features: (N, 512).
+    """
+
+    depths, downsampling = (2, 2, 2, 2), 8
+
+
+class resnet34(ResNet):
+    """ResNet-34: basic blocks 3-4-6-3, option B shortcuts.
+
+    Images 8x8 and larger.  Features: (N, 512).
+    """
+
+    depths, downsampling = (3, 4, 6, 3), 8
+
+
+class resnet50(ResNet):
+    """ResNet-50: bottleneck blocks 3-4-6-3, option B shortcuts.
+
+    Images 8x8 and larger.  Features: (N, 2048).
+    """
+
+    depths, downsampling = (3, 4, 6, 3), 8
+    bottleneck = True

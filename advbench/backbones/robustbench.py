@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from advbench.backbones.base import Classifier
-from advbench.backbones.external import as_classifier, fetches_weights
+from advbench.backbones.external import ExternalBackbone, fetches_weights
 from advbench.errors import UserError, did_you_mean, reason_of
 from advbench.surgery import probe_images
 
@@ -134,58 +134,45 @@ def _package() -> tuple[Any, Any, Any]:
     return zoo, enums, utils
 
 
-def zoo(
-    *,
-    name: str,
-    num_classes: int,
-    input_shape: list[int],
-    dataset: str = "cifar10",
-    threat_model: str = "Linf",
-    folder: str = FOLDER,
-    pretrained: bool = True,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-) -> Classifier:
+@dataclass(frozen=True, kw_only=True)
+class zoo(ExternalBackbone):
     """A model of the zoo to train or fine-tune (the extra ``advbench[zoo]``).
 
-    dataset, threat_model: of the leaderboard.  folder: of the weights.  pretrained: False starts at
-    random.  mean, std: not used; the model normalises images itself.
-    A head with another number of classes than the weights' starts at random.
-    Raises UserError as ``load`` does, for images that the model can't take, and for models that do
-    not end in one linear layer, such as ensembles, or whose activations can't be split.
+    ``mean`` and ``std`` are not used; the model normalises images itself.
+    ``build`` raises UserError as ``load`` does, too, and for ensembles.
     """
-    entry = Entry(dataset, threat_model, name)
-    title = f"RobustBench's {name}"
-    if input_shape[0] not in (1, 3):
-        raise UserError(f"{title} takes images of 1 or 3 channels, these have {input_shape[0]}")
-    model = load(entry, folder, pretrained and fetches_weights())
-    x = probe_images([3, *input_shape[1:]])
-    try:
-        with torch.no_grad():
+
+    library = "RobustBench"
+    dataset: str = "cifar10"
+    """Of the leaderboard."""
+    threat_model: str = "Linf"
+    """Of the leaderboard."""
+    folder: str = FOLDER
+    """Of the weights."""
+    pretrained: bool = True
+    """False starts at random."""
+
+    def build(self) -> Classifier:
+        entry = Entry(self.dataset, self.threat_model, self.name)
+        self.check_channels()
+        model = load(entry, self.folder, self.pretrained and fetches_weights())
+        x = probe_images([3, *self.input_shape[1:]])
+        with self.refusal(), torch.no_grad():
             before = model(x)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{title} fails on images of {input_shape}: {error}") from error
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    last = linears[-1] if linears else None
-    whole = UserError(
-        f"{title} is no trunk with one linear layer at its end, so it can't be trained here; to "
-        f"evaluate it as it is: advbench eval model={PREFIX}{dataset}/{threat_model}/{name}"
-    )
-    try:
-        classifier = as_classifier(
-            title,
-            model,
-            last,
-            num_classes=num_classes,
-            input_shape=input_shape,
-            mean=None,
-            std=None,
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        last = linears[-1] if linears else None
+        whole = UserError(
+            f"{self.title} is no trunk with one linear layer at its end, so it can't be trained "
+            f"here; to evaluate it as it is: advbench eval "
+            f"model={PREFIX}{self.dataset}/{self.threat_model}/{self.name}"
         )
-    except UserError as error:  # it took the images before it was taken apart
-        raise whole from error
-    if last is not None and last.out_features == num_classes:
-        with torch.no_grad():
-            after = classifier.eval()(x)
-        if not torch.allclose(before, after, atol=1e-4, rtol=1e-4):
-            raise whole
-    return classifier
+        try:
+            classifier = self.split(model, last, mean=None, std=None)
+        except UserError as error:  # it took the images before it was taken apart
+            raise whole from error
+        if last is not None and last.out_features == self.num_classes:
+            with torch.no_grad():
+                after = classifier.eval()(x)
+            if not torch.allclose(before, after, atol=1e-4, rtol=1e-4):
+                raise whole
+        return classifier

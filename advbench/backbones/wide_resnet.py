@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-from advbench.backbones.base import Classifier
-from advbench.backbones.preact_resnet import preact_resnet
+from dataclasses import dataclass
+
+from torch import nn
+
+from advbench.backbones.layers import PooledBackbone
+from advbench.backbones.preact_resnet import preact_body
 from advbench.errors import UserError
 
 
-def wide_resnet(
-    *,
-    depth: int,
-    width: int,
-    num_classes: int,
-    input_shape: list[int],
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    activation: str = "relu",
-) -> Classifier:
+@dataclass(frozen=True, kw_only=True)
+class wide_resnet(PooledBackbone):
     """WRN-depth-width without dropout (table 1): (depth - 4) / 6 blocks of each width.
 
-    depth: 6 n + 4.  width: the factor k, for widths 16 k, 32 k, 64 k.
-    input_shape: (C, H, W), 4x4 and larger.  Features: (N, 64 k).
-    Raises UserError for another depth or width, smaller images or an unknown activation.
+    Images 4x4 and larger.  Features: (N, 64 k).
     """
-    blocks, rest = divmod(depth - 4, 6)
-    if blocks < 1 or rest:
-        raise UserError(
-            f"a wide ResNet has a depth of 6 n + 4, such as 16, 28, 34 or 70, not {depth}"
-        )
-    if width < 1:
-        raise UserError(f"backbone.width={width} is not at least 1")
-    return preact_resnet(
-        f"wrn_{depth}_{width}",
-        stem=16,
-        widths=(16 * width, 32 * width, 64 * width),
-        depth=blocks,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        mean=mean,
-        std=std,
-        activation=activation,
-    )
+
+    downsampling = 4
+    depth: int
+    """6 n + 4."""
+    width: int
+    """The factor k, for widths 16 k, 32 k, 64 k."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise UserError(
+                f"a wide ResNet has a depth of 6 n + 4, such as 16, 28, 34 or 70, not {self.depth}"
+            )
+        if self.width < 1:
+            raise UserError(f"backbone.width={self.width} is not at least 1")
+
+    @property
+    def title(self) -> str:
+        return f"wrn_{self.depth}_{self.width}"
+
+    def body(self, act: type[nn.Module]) -> tuple[dict[str, nn.Module], int]:
+        widths = (16 * self.width, 32 * self.width, 64 * self.width)
+        return preact_body(self.input_shape[0], 16, widths, (self.depth - 4) // 6, act)

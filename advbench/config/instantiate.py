@@ -31,6 +31,10 @@ MOVED = {"advbench.evaluation.protocol": "advbench.evaluation.protocols"}
 """Modules whose components live elsewhere by now, for the configs of older runs."""
 
 
+BUILT = ("backbone", "data")
+"""Groups whose shipped components are parameters, with a ``build`` that makes the object."""
+
+
 def load_plugins(paths: Iterable[str]) -> tuple[str, ...]:
     """Import the user's own files; returns the module prefixes that ``build`` may use for them."""
     prefixes = []
@@ -149,7 +153,8 @@ def build(node: Any, group: str, *, plugins: tuple[str, ...] = (), **given: Any)
     values = {key: value for key, value in plain(node).items() if key != "_target_"}
     arguments = checked(target, values, group, given)
     try:
-        return target(**arguments, **given)
+        component = target(**arguments, **given)
+        return component.build() if group in BUILT and hasattr(component, "build") else component
     except (UserError, OSError, MemoryError):
         raise
     except Exception as problem:

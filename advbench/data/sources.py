@@ -1,19 +1,15 @@
-"""The data sets by name: what ``configs/data`` points at.
-
-Common to all: ``val``, ``split_seed``, ``mean``, ``std``, ``augment`` and ``extra_fraction`` of
-``advbench.data.base.Splits``, and ``extra``, the file that ``advbench.data.extra.read`` reads.
-"""
+"""The data sets by name: what ``configs/data`` points at."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
 
 from sklearn.datasets import load_digits
 
-from advbench.data import torchvision_sets as known
+from advbench.data import torchvision_sets as published
 from advbench.data.arrays import array_split
 from advbench.data.augment import Augment
 from advbench.data.base import Part, Source, Split, Splits, hold_out
@@ -22,12 +18,48 @@ from advbench.data.folder import FolderSource, ImageNetSource
 from advbench.data.npz import NpzSource
 from advbench.data.torchvision_sets import TorchvisionSource
 
-PLAIN = Augment()
-FLIP = Augment(flip=True)
-CROP = Augment(crop=4)
-CROP_FLIP = Augment(crop=4, flip=True)
-CROP_2_FLIP = Augment(crop=2, flip=True)
-INCEPTION_CROP = [0.08, 1.0]
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet(ABC):
+    """The parameters of a data set; ``build`` makes its splits of them.
+
+    A class has the name that configs and runs give it, such as ``cifar10``.
+    """
+
+    val: float = 0.1
+    """Held out of the training part: below 1 a fraction, from 1 on a number of samples."""
+    split_seed: int = 0
+    """Which samples those are; independent of the seed of an experiment."""
+    mean: list[float] | None = None
+    """Per channel, in pixel units of [0, 1]; None takes the known values, else measures them."""
+    std: list[float] | None = None
+    """Per channel, in pixel units of [0, 1]; None takes the known values, else measures them."""
+    augment: Augment = field(default_factory=Augment)
+    """Of training batches."""
+    extra: str | None = None
+    """FILE.npz of further training images (``advbench.data.extra.read``)."""
+    extra_fraction: float = 0.7
+    """Share of every training batch that they are."""
+
+    @abstractmethod
+    def source(self) -> Source:
+        """Where the images come from. Raises UserError for parameters out of range."""
+
+    def build(self) -> Splits:
+        """The training, validation and test part; each is read when it is first used.
+
+        Raises UserError for parameters out of range.
+        """
+        return Splits(
+            self.source(),
+            val=self.val,
+            split_seed=self.split_seed,
+            mean=self.mean,
+            std=self.std,
+            augment=self.augment,
+            extra=opener(self.extra),
+            extra_fraction=self.extra_fraction,
+        )
 
 
 class DigitsSource(Source):
@@ -45,7 +77,7 @@ class DigitsSource(Source):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return known.DIGIT_CLASSES
+        return published.DIGIT_CLASSES
 
     def open(self, part: Part) -> Split:
         pixels, labels = load_digits(return_X_y=True)
@@ -55,131 +87,130 @@ class DigitsSource(Source):
         return whole.subset(train if part == "train" else test)
 
 
-def _splits(
-    source: Source,
-    *,
-    val: float,
-    split_seed: int = 0,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    augment: Augment,
-    extra: str | None = None,
-    extra_fraction: float = 0.7,
-) -> Splits:
-    return Splits(
-        source,
-        val=val,
-        split_seed=split_seed,
-        mean=mean,
-        std=std,
-        augment=augment,
-        extra=opener(extra),
-        extra_fraction=extra_fraction,
-    )
-
-
-def _data_set(val: float, augment: Augment) -> Callable[[Callable[..., Source]], Any]:
-    """Of a function that opens a source, one that returns ``Splits``; with the parameters of both.
-
-    val, augment: the defaults of these two for this data set.
-    """
-    chosen = {"val": val, "augment": augment}
-    shared = [
-        parameter.replace(default=chosen.get(name, parameter.default))
-        for name, parameter in list(inspect.signature(_splits).parameters.items())[1:]
-    ]
-
-    def with_splits(open_source: Callable[..., Source]) -> Any:
-        own = inspect.signature(open_source)
-
-        @functools.wraps(open_source)
-        def data_set(**given: Any) -> Splits:
-            mine = {key: given.pop(key) for key in own.parameters if key in given}
-            return _splits(open_source(**mine), **{**chosen, **given})
-
-        # What a config may say, and of which type, is read from these.
-        data_set.__signature__ = own.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            parameters=[*own.parameters.values(), *shared], return_annotation=Splits
-        )
-        data_set.__annotations__ = {**_splits.__annotations__, **data_set.__annotations__}
-        del data_set.__annotations__["source"]
-        data_set.__annotations__["return"] = Splits
-        return data_set
-
-    return with_splits
-
-
-@_data_set(val=0.1, augment=PLAIN)
-def digits() -> Source:
+class digits(DataSet):
     """scikit-learn's digits: 1437 + 360 images (1, 8, 8), 10 classes; nothing to download."""
-    return DigitsSource()
+
+    def source(self) -> Source:
+        return DigitsSource()
 
 
-@_data_set(val=1000, augment=PLAIN)
-def mnist(*, root: str = "data", download: bool = False) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class PublishedSet(DataSet):
+    """A data set that torchvision reads and downloads."""
+
+    known: ClassVar[published.Known]
+    val: float = 1000
+    root: str = "data"
+    """The folder of the files."""
+    download: bool = False
+    """Fetch the files where they are missing."""
+
+    def source(self) -> Source:
+        return TorchvisionSource(self.known, self.root, self.download)
+
+
+class mnist(PublishedSet):
     """MNIST (LeCun et al. 1998): 60,000 + 10,000 images (1, 28, 28), 10 classes."""
-    return TorchvisionSource(known.MNIST, root, download)
+
+    known = published.MNIST
 
 
-@_data_set(val=1000, augment=CROP_2_FLIP)
-def fashion_mnist(*, root: str = "data", download: bool = False) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class fashion_mnist(PublishedSet):
     """Fashion-MNIST (Xiao et al. 2017): 60,000 + 10,000 images (1, 28, 28), 10 classes."""
-    return TorchvisionSource(known.FASHION_MNIST, root, download)
+
+    known = published.FASHION_MNIST
+    augment: Augment = field(default_factory=partial(Augment, crop=2, flip=True))
 
 
-@_data_set(val=1000, augment=CROP_FLIP)
-def cifar10(*, root: str = "data", download: bool = False) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class cifar10(PublishedSet):
     """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images (3, 32, 32), 10 classes."""
-    return TorchvisionSource(known.CIFAR10, root, download)
+
+    known = published.CIFAR10
+    augment: Augment = field(default_factory=partial(Augment, crop=4, flip=True))
 
 
-@_data_set(val=1000, augment=CROP_FLIP)
-def cifar100(*, root: str = "data", download: bool = False) -> Source:
+class cifar100(cifar10):
     """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images (3, 32, 32), 100 fine classes."""
-    return TorchvisionSource(known.CIFAR100, root, download)
+
+    known = published.CIFAR100
 
 
-@_data_set(val=1000, augment=CROP)
-def svhn(*, root: str = "data", download: bool = False) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class svhn(PublishedSet):
     """SVHN, cropped (Netzer et al. 2011): 73,257 + 26,032 images (3, 32, 32), 10 classes."""
-    return TorchvisionSource(known.SVHN, root, download)
+
+    known = published.SVHN
+    augment: Augment = field(default_factory=partial(Augment, crop=4))
 
 
-@_data_set(val=10000, augment=FLIP)
-def imagenet(
-    *,
-    root: str = "data/imagenet",
-    size: int = 224,
-    resize: int | None = 256,
-    crop_scale: list[float] | None = INCEPTION_CROP,
-    workers: int = 8,
-) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class FolderSet(DataSet):
+    """Images in folders, one per class; read while they are used."""
+
+    root: str
+    """The folder."""
+    size: int = 224
+    """Pixels, the side of the square that the model sees."""
+    resize: int | None = None
+    """Pixels, the shorter side before evaluation cuts out the centre; None is ``size``."""
+    crop_scale: list[float] | None = None
+    """Smallest and largest share of the area of a random training crop; None crops nothing."""
+    workers: int = 4
+    """Processes that read images, at most one per processor."""
+
+    def folder(self, kind: type[FolderSource], name: str | None) -> Source:
+        """The source of that kind; name: see ``FolderSource``."""
+        return kind(
+            self.root,
+            name=name,
+            size=self.size,
+            resize=self.resize,
+            crop_scale=self.crop_scale,
+            workers=self.workers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class imagefolder(FolderSet):
+    """Your own images: ROOT/train/CLASS/FILE, and ROOT/test or ROOT/val. Gray becomes RGB."""
+
+    name: str | None = None
+    """What results call it; None is the name of the folder."""
+
+    def source(self) -> Source:
+        return self.folder(FolderSource, self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class imagenet(FolderSet):
     """ImageNet, ILSVRC 2012 (Russakovsky et al. 2015): 1,281,167 + 50,000 images, 1000 classes.
 
     The published validation images are the test part; ``val`` is held out of the training images.
     """
-    return ImageNetSource(
-        root, name="imagenet", size=size, resize=resize, crop_scale=crop_scale, workers=workers
-    )
+
+    val: float = 10000
+    augment: Augment = field(default_factory=partial(Augment, flip=True))
+    root: str = "data/imagenet"
+    resize: int | None = 256
+    crop_scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])
+    workers: int = 8
+
+    def source(self) -> Source:
+        return self.folder(ImageNetSource, "imagenet")
 
 
-@_data_set(val=0.1, augment=PLAIN)
-def imagefolder(
-    *,
-    root: str,
-    name: str | None = None,
-    size: int = 224,
-    resize: int | None = None,
-    crop_scale: list[float] | None = None,
-    workers: int = 4,
-) -> Source:
-    """Your own images: ROOT/train/CLASS/FILE, and ROOT/test or ROOT/val. Gray becomes RGB."""
-    return FolderSource(
-        root, name=name, size=size, resize=resize, crop_scale=crop_scale, workers=workers
-    )
-
-
-@_data_set(val=0.1, augment=PLAIN)
-def npz(*, path: str, name: str | None = None, num_classes: int | None = None) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class npz(DataSet):
     """Your own arrays x_train, y_train, x_test, y_test, or one pair of them, in an .npz file."""
-    return NpzSource(path, name=name, num_classes=num_classes)
+
+    path: str
+    """The file."""
+    name: str | None = None
+    """What results call it; None is the name of the file."""
+    num_classes: int | None = None
+    """Number of classes, K; None is the largest label plus one."""
+
+    def source(self) -> Source:
+        return NpzSource(self.path, name=self.name, num_classes=self.num_classes)

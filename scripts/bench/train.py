@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advbench.attacks.threat import Threat
+from advbench.backbones.base import Backbone
 from advbench.backbones.convnet import convnet
 from advbench.backbones.resnet import resnet18
 from advbench.backbones.wide_resnet import wide_resnet
@@ -42,7 +43,7 @@ from advbench.training.learner import Learner
 from advbench.training.optimizers import SGD
 from advbench.training.settings import Settings
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, Callable[..., Backbone]] = {
     "convnet": convnet,
     "resnet18": resnet18,
     "wrn_28_10": partial(wide_resnet, depth=28, width=10),
@@ -118,7 +119,7 @@ class Bench:
 
     def model(self) -> Any:
         torch.manual_seed(0)
-        return MODELS[self.name](**SHAPE)
+        return MODELS[self.name](**SHAPE).build()
 
     def cast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)

@@ -225,12 +225,12 @@ def test_a_zoo_model_is_fine_tuned(place: Path, capsys: pytest.CaptureFixture[st
     entry = Entry("cifar10", "Linf", "Me2026Net")
     x = torch.rand(5, 3, 32, 32)
     shape = {"num_classes": 10, "input_shape": [3, 32, 32]}
-    classifier = robustbench.zoo(name="Me2026Net", **shape)
+    classifier = robustbench.zoo(name="Me2026Net", **shape).build()
     with torch.no_grad():
         assert torch.allclose(classifier.eval()(x), robustbench.load(entry)(x), atol=1e-6)
     assert isinstance(classifier.head, nn.Linear) and classifier.num_features == 384
     assert sum(isinstance(module, nn.ReLU) for module in classifier.modules()) == 1
-    few = robustbench.zoo(name="Me2026Net", num_classes=3, input_shape=[3, 32, 32])
+    few = robustbench.zoo(name="Me2026Net", num_classes=3, input_shape=[3, 32, 32]).build()
     assert few(x).shape == (5, 3)
     train = ["train", *DATA, "backbone=robustbench", "threat=linf_8", "recipe=standard"]
     train += ["trainer.epochs=1", "trainer.batch_size=8"]

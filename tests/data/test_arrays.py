@@ -73,7 +73,7 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
 def test_bad_arrays_are_refused_in_one_line(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    data = sources.npz(path=write_npz(tmp_path, **changes), val=2)
+    data = sources.npz(path=write_npz(tmp_path, **changes), val=2).build()
     assert len(data.train) == 6, "the training part is sound"
     with pytest.raises(UserError, match=message) as error:
         assert data.test
@@ -81,7 +81,7 @@ def test_bad_arrays_are_refused_in_one_line(
 
 
 def test_bad_training_arrays_are_found_before_a_model_is_built(tmp_path: Path) -> None:
-    data = sources.npz(path=write_npz(tmp_path, x_train=X[0, 0]), mean=[0.0], std=[1.0])
+    data = sources.npz(path=write_npz(tmp_path, x_train=X[0, 0]), mean=[0.0], std=[1.0]).build()
     with pytest.raises(UserError, match=r"x_train in .* has shape \(6, 3\)"):
         assert data.info
 
@@ -89,7 +89,7 @@ def test_bad_training_arrays_are_found_before_a_model_is_built(tmp_path: Path) -
 @pytest.mark.parametrize("kind", [np.uint8, np.float16, np.float32, np.float64, ">f4"])
 def test_npz_takes_uint8_and_floats(kind: Any, tmp_path: Path) -> None:
     x = X if kind is np.uint8 else UNIT.astype(kind)
-    test = sources.npz(path=write_npz(tmp_path, x_test=x, y_test=Y.astype(np.uint8))).test
+    test = sources.npz(path=write_npz(tmp_path, x_test=x, y_test=Y.astype(np.uint8))).build().test
     assert everything(test).dtype == torch.float32
     tolerance = 1e-3 if kind is np.float16 else 0
     assert (everything(test) - as_float(X)).abs().max() <= tolerance
@@ -98,18 +98,18 @@ def test_npz_takes_uint8_and_floats(kind: Any, tmp_path: Path) -> None:
 
 def test_rounding_beyond_the_range_is_clipped(tmp_path: Path) -> None:
     x = with_value(with_value(UNIT.astype(np.float64), 1 + 5e-7), 1 + 5e-7)
-    assert everything(sources.npz(path=write_npz(tmp_path, x_test=x)).test).max() == 1
+    assert everything(sources.npz(path=write_npz(tmp_path, x_test=x)).build().test).max() == 1
 
 
 def test_npz_takes_gray_without_channels(tmp_path: Path) -> None:
     path = write_npz(tmp_path, x_train=X[..., 0], x_test=X[..., 0])
-    data = sources.npz(path=path)
+    data = sources.npz(path=path).build()
     assert data.info.input_shape == (1, 5, 6)
     assert torch.equal(everything(data.test), as_float(X[..., 0]))
 
 
 def test_npz_for_evaluation_alone(tmp_path: Path) -> None:
-    data = sources.npz(path=write_npz(tmp_path, x_train=None, y_train=None), name="mine")
+    data = sources.npz(path=write_npz(tmp_path, x_train=None, y_train=None), name="mine").build()
     assert len(data.test) == 8
     info = data.info
     assert (info.name, info.num_classes, info.input_shape) == ("mine", 4, (3, 5, 6))
@@ -120,7 +120,7 @@ def test_npz_for_evaluation_alone(tmp_path: Path) -> None:
 
 
 def test_npz_for_training_alone(tmp_path: Path) -> None:
-    data = sources.npz(path=write_npz(tmp_path, x_test=None, y_test=None))
+    data = sources.npz(path=write_npz(tmp_path, x_test=None, y_test=None)).build()
     assert data.info.name == "npz:f" and len(data.train) == 7 and len(data.val) == 1
     with pytest.raises(UserError, match="has no x_test and no y_test"):
         assert data.test
@@ -131,20 +131,20 @@ def test_number_of_classes_is_asked_for_where_it_cannot_be_seen(tmp_path: Path) 
         path = write_npz(tmp_path, y_train=labels, y_test=labels)
         says = f"y_train in .* labels from {least} to {most}: .*data.num_classes=K"
         with pytest.raises(UserError, match=says) as error:
-            assert sources.npz(path=path).info
+            assert sources.npz(path=path).build().info
         one_line(error)
     path = write_npz(tmp_path, y_train=Y * 5, y_test=Y * 5)
     with pytest.raises(UserError, match=r"8 labels and one of them is 15: .*data.num_classes=K"):
-        assert sources.npz(path=path).info
+        assert sources.npz(path=path).build().info
     alone = write_npz(tmp_path, x_train=None, y_train=None, y_test=Y + 1)
-    assert sources.npz(path=alone).info.num_classes == 5, "a test set may miss a class"
+    assert sources.npz(path=alone).build().info.num_classes == 5, "a test set may miss a class"
     path = write_npz(tmp_path, y_train=Y + 5, y_test=Y + 5)
-    data = sources.npz(path=path, num_classes=10)
+    data = sources.npz(path=path, num_classes=10).build()
     assert data.info.num_classes == 10 and len(data.test) == 8
     with pytest.raises(UserError, match="has the label 8, and there are 6 classes"):
-        assert sources.npz(path=path, num_classes=6).train
+        assert sources.npz(path=path, num_classes=6).build().train
     with pytest.raises(UserError, match=r"data.num_classes=1"):
-        sources.npz(path=path, num_classes=1)
+        sources.npz(path=path, num_classes=1).build()
 
 
 def test_small_maps_of_many_channels_are_no_mistake() -> None:
@@ -173,17 +173,17 @@ def test_files_that_are_no_npz(content: bytes | None, message: str, tmp_path: Pa
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        sources.npz(path=str(path))
+        sources.npz(path=str(path)).build()
     one_line(error)
     with pytest.raises(UserError, match=r"cannot be read as .npz"):
-        sources.npz(path=str(tmp_path))
+        sources.npz(path=str(tmp_path)).build()
 
 
 def test_a_truncated_npz_is_refused(tmp_path: Path) -> None:
     path = Path(write_npz(tmp_path))
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match=r"cannot be read as .npz"):
-        sources.npz(path=str(path))
+        sources.npz(path=str(path)).build()
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -195,7 +195,7 @@ def test_a_flipped_byte_in_an_npz_is_found(save: Callable[..., None], tmp_path: 
         middle = file.getinfo("x_test.npy")
         data[middle.header_offset + 30 + middle.compress_size // 2 + 40] ^= 0xFF
     path.write_bytes(data)
-    splits = sources.npz(path=str(path))
+    splits = sources.npz(path=str(path)).build()
     assert splits.train
     with pytest.raises(UserError, match=r"x_test in .* is damaged") as error:
         assert splits.test

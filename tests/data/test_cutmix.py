@@ -122,13 +122,13 @@ def test_it_is_keyed_by_the_generator(
 
 
 def test_the_data_set_hands_back_shares_where_it_is_on() -> None:
-    plain = sources.digits()
+    plain = sources.digits().build()
     x, y = plain.train.fetch(torch.arange(32), "cpu")
     g = generator()
     before = g.get_state()
     same, classes, shares = plain.augmented(x, y, g)
     assert same is x and classes is y and shares is None and torch.equal(g.get_state(), before)
-    data = sources.digits(augment=Augment(crop=1, cutmix=1.0))
+    data = sources.digits(augment=Augment(crop=1, cutmix=1.0)).build()
     images, classes, shares = data.augmented(x, y, generator())
     assert shares is not None and shares.shape == (32, 10) and classes.shape == y.shape
     assert torch.equal(shares.argmax(1)[classes != y], classes[classes != y])

@@ -37,7 +37,7 @@ def test_a_missing_set_says_how_to_get_it(name: str, tmp_path: Path) -> None:
     root = tmp_path / "data"
     for part in ("train", "val", "test"):
         with pytest.raises(UserError) as error:
-            getattr(getattr(sources, name)(root=str(root)), part)
+            getattr(getattr(sources, name)(root=str(root)).build(), part)
         assert one_line(error) == (
             f"{name} is not under '{root}': add data.download=true, "
             f"or say where it is with data.root=DIR"
@@ -113,7 +113,7 @@ def test_a_failed_download_is_one_line(
 ) -> None:
     asked = serve(monkeypatch, answer)
     with pytest.raises(UserError, match=f"downloading {name} failed .*{reason}") as error:
-        assert getattr(sources, name)(root=str(tmp_path), download=True).train
+        assert getattr(sources, name)(root=str(tmp_path), download=True).build().train
     assert "by hand, from http" in one_line(error)
     assert asked
 

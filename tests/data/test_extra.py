@@ -49,7 +49,7 @@ def splits(folder: Path, fraction: float = 0.7, *, file: str | None = None, **mo
     np.savez(own, x_train=coded(ORIGINAL, 0), y_train=np.arange(ORIGINAL) % 3)
     if file is None:
         file = write(extra)
-    return sources.npz(path=str(own), val=VAL, extra=file, extra_fraction=fraction, **more)
+    return sources.npz(path=str(own), val=VAL, extra=file, extra_fraction=fraction, **more).build()
 
 
 def read(x: Tensor, y: Tensor) -> list[tuple[int, int]]:
@@ -150,7 +150,10 @@ def test_batches_depend_on_seed_and_position_alone(tmp_path: Path) -> None:
 
 
 def test_without_extra_data_an_epoch_is_a_permutation(tmp_path: Path) -> None:
-    for data in (splits(tmp_path, 0.0), sources.npz(path=str(tmp_path / "own.npz"), val=VAL)):
+    for data in (
+        splits(tmp_path, 0.0),
+        sources.npz(path=str(tmp_path / "own.npz"), val=VAL).build(),
+    ):
         assert data.extra is None and "extra" not in data.fingerprints()
         order = permutation(len(data.train), 9, 4)
         want = [read(*data.train.fetch(part, "cpu")) for part in order.split(BATCH)][:STEPS]
@@ -172,7 +175,7 @@ def test_a_fraction_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_the_file_is_opened_for_training_alone(tmp_path: Path) -> None:
     data = splits(tmp_path, file=str(tmp_path / "gone.npz"))
-    bare = sources.npz(path=str(tmp_path / "own.npz"), val=VAL)
+    bare = sources.npz(path=str(tmp_path / "own.npz"), val=VAL).build()
     assert data.info == bare.info and data.val.sha256() == bare.val.sha256()
     assert data.train.sha256() == bare.train.sha256()
     with pytest.raises(UserError, match=r"no file '.*gone.npz': name it with data.extra=FILE.npz"):
@@ -364,7 +367,7 @@ def train(folder, at=-1):
     trunk = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU())
     model = Classifier(trunk, num_features=32, num_classes=10, input_shape=(1, 8, 8),
                        mean=[0.3], std=[0.4])
-    data = sources.digits(extra=sys.argv[1], augment=Augment(crop=1, cutmix=0.8))
+    data = sources.digits(extra=sys.argv[1], augment=Augment(crop=1, cutmix=0.8)).build()
     Path(folder).mkdir(exist_ok=True)
     Trainer(epochs=3, batch_size=200, val_steps=1, save_every=0).fit(
         model, data, PGDAT(threat=THREAT, steps=1), Killing(at=at), SGD(), threat=THREAT, seed=0,

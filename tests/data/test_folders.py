@@ -24,12 +24,12 @@ from advbench.errors import UserError
 
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder '.*train': images are read from train/CLASS"):
-        sources.imagefolder(root=str(tmp_path))
+        sources.imagefolder(root=str(tmp_path)).build()
     with pytest.raises(UserError, match=r"imagenet is not under .*data.root=DIR.* python -c"):
-        sources.imagenet(root=str(tmp_path))
+        sources.imagenet(root=str(tmp_path)).build()
     made = make_imagefolder(tmp_path)
     with pytest.raises(UserError, match="has 4 class folders, not the 1000 of imagenet"):
-        assert sources.imagenet(root=str(tmp_path), val=2).train
+        assert sources.imagenet(root=str(tmp_path), val=2).build().train
     (tmp_path / "train" / ".cache").mkdir()
     assert build("imagefolder", made).info.classes == ("n0000", "n0001", "n0002", "n0003")
     (tmp_path / "train" / "empty").mkdir()
@@ -40,7 +40,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
         assert build("imagefolder", made).test
     (tmp_path / "flat" / "test").mkdir(parents=True)
     with pytest.raises(UserError, match="has no folders: sort the images into one folder per"):
-        assert sources.imagefolder(root=str(tmp_path / "flat")).test
+        assert sources.imagefolder(root=str(tmp_path / "flat")).build().test
 
 
 def test_labels_of_the_test_part_are_those_of_the_training_part(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_evaluation_resizes_the_shorter_side_and_cuts_out_the_centre(
     photos: dict[str, Any],
 ) -> None:
     photos["resize"] = 30  # the shorter side as it is: the centre can be written down
-    x = everything(sources.imagefolder(**photos).test)[0] * 255
+    x = everything(sources.imagefolder(**photos).build().test)[0] * 255
     assert x.shape == (3, 16, 16)
     assert x[0, :, 0].tolist() == [8 * row for row in range(7, 23)]
     assert x[1, 0, :].tolist() == [6 * column for column in range(12, 28)]
@@ -112,7 +112,7 @@ def test_evaluation_resizes_the_shorter_side_and_cuts_out_the_centre(
 @forks
 def test_training_crops_depend_on_the_seed_and_the_image_alone(photos: dict[str, Any]) -> None:
     def crops(order: Tensor, batch_size: int, seed: int | None, workers: int) -> Tensor:
-        data = sources.imagefolder(**{**photos, "workers": workers}, crop_scale=[0.1, 1.0])
+        data = sources.imagefolder(**{**photos, "workers": workers}, crop_scale=[0.1, 1.0]).build()
         x = torch.cat([x for x, _ in data.train.batches(order, batch_size, "cpu", seed)])
         return x[order.argsort()]
 
@@ -126,7 +126,7 @@ def test_training_crops_depend_on_the_seed_and_the_image_alone(photos: dict[str,
     whole = crops(order, 4, seed=None, workers=0)
     same = [torch.equal(a, b) for x in (other, whole) for a, b in zip(one, x, strict=True)]
     assert len(same) == 20 and not any(same)
-    data = sources.imagefolder(**photos, crop_scale=[0.1, 1.0])
+    data = sources.imagefolder(**photos, crop_scale=[0.1, 1.0]).build()
     assert torch.equal(whole, everything(data.train))
     # A subset draws what the whole draws, and each image its own.
     part = data.train.subset([7, 2])
@@ -139,7 +139,7 @@ def test_training_crops_depend_on_the_seed_and_the_image_alone(photos: dict[str,
 def test_workers_stay_for_the_next_pass_even_after_a_broken_off_one(
     photos: dict[str, Any],
 ) -> None:
-    split = sources.imagefolder(**{**photos, "workers": 1}).train
+    split = sources.imagefolder(**{**photos, "workers": 1}).build().train
     order = torch.arange(10)
     for x, _ in split.batches(order, 2, "cpu"):
         assert torch.equal(x, split.fetch(order[:2], "cpu")[0])
@@ -149,7 +149,7 @@ def test_workers_stay_for_the_next_pass_even_after_a_broken_off_one(
 
 
 def test_a_pass_that_was_overtaken_says_so(photos: dict[str, Any]) -> None:
-    split = sources.imagefolder(**photos).train
+    split = sources.imagefolder(**photos).build().train
     first = split.batches(torch.arange(10), 2, "cpu")
     next(first)
     next(split.batches(torch.arange(10), 2, "cpu"))
@@ -163,7 +163,7 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(photos: dict[str, Any
     path.write_bytes(path.read_bytes()[:60])
     order = torch.arange(3)
     for workers in (0, 1):
-        split = sources.imagefolder(**{**photos, "workers": workers}).test
+        split = sources.imagefolder(**{**photos, "workers": workers}).build().test
         messages = []
         for read in (
             lambda s=split: list(s.batches(order, 2, "cpu")),
@@ -181,7 +181,7 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(photos: dict[str, Any
 def test_more_than_eight_bits_are_refused_and_not_cut_off(photos: dict[str, Any]) -> None:
     path = Path(photos["root"]) / "test" / "b" / "1.png"
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path)
-    split = sources.imagefolder(**{**photos, "workers": 0}).test
+    split = sources.imagefolder(**{**photos, "workers": 0}).build().test
     with pytest.raises(UserError, match=r"1.png' has more than 8 bits per value: store 8-bit"):
         everything(split)
 
@@ -192,7 +192,7 @@ def test_fingerprint_of_a_folder_sees_paths_sizes_labels_and_geometry(
     root = Path(photos["root"])
 
     def fingerprint(**overrides: Any) -> str:
-        return sources.imagefolder(**{**photos, **overrides}).test.sha256()
+        return sources.imagefolder(**{**photos, **overrides}).build().test.sha256()
 
     seen = [fingerprint()]
     assert fingerprint(workers=1) == seen[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advbench.attacks.base import Clean
-from advbench.backbones.base import Classifier
+from advbench.backbones.base import Backbone, Classifier
 from advbench.backbones.convnet import convnet
 from advbench.backbones.external import timm, torchvision
 from advbench.backbones.lenet import lenet
@@ -45,7 +45,7 @@ PARTS: tuple[PartName, ...] = ("clean", "adversarial")
 
 def backbone(size: int = 8) -> Classifier:
     torch.manual_seed(0)
-    return convnet(num_classes=3, input_shape=[1, size, size], mean=[0.4], std=[0.3])
+    return convnet(num_classes=3, input_shape=[1, size, size], mean=[0.4], std=[0.3]).build()
 
 
 def images(n: int = 6, size: int = 8) -> Tensor:
@@ -114,7 +114,7 @@ def by_hand(model: Classifier, signals: list[Tensor], p: float, x: Tensor) -> Te
 
 # At the start
 
-BACKBONES: dict[str, tuple[Callable[..., Classifier], int, int]] = {
+BACKBONES: dict[str, tuple[Callable[..., Backbone], int, int]] = {
     # modulated convolutions, and batch norms
     "convnet": (convnet, 3, 4),
     "resnet18": (resnet18, 16, 20),
@@ -134,7 +134,7 @@ def test_at_the_start_it_is_its_backbone(name):
     assert len(BACKBONES) == 10
     make, convs, norms = BACKBONES[name]
     torch.manual_seed(0)
-    plain = make(num_classes=3, input_shape=[3, 16, 16])
+    plain = make(num_classes=3, input_shape=[3, 16, 16]).build()
     with torch.no_grad():
         for module in plain.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -362,7 +362,7 @@ RECIPES = {
 def test_it_trains_under_every_recipe(tmp_path, name, precision, bfloat16):
     assert len(RECIPES) == 3
     recipe, terms = RECIPES[name]
-    defense, model = AWNet(), AWNet().apply(convnet(num_classes=3, input_shape=[1, 4, 4]))
+    defense, model = AWNet(), AWNet().apply(convnet(num_classes=3, input_shape=[1, 4, 4]).build())
     before = copy.deepcopy(model.state_dict())
     trainer = Trainer(epochs=1, batch_size=51, val_steps=1, precision=precision)  # two steps
     fit(tmp_path, trainer, model=model, recipe=recipe, defense=defense)
@@ -378,7 +378,7 @@ def test_it_trains_under_every_recipe(tmp_path, name, precision, bfloat16):
     adversarial = {key for key in moved if ".adversarial." in key}
     expected = 0 if name == "standard" else 4 * len(mixed(model)) + len(mixed(model))
     assert len(adversarial) == expected
-    other = AWNet().apply(convnet(num_classes=3, input_shape=[1, 4, 4]))
+    other = AWNet().apply(convnet(num_classes=3, input_shape=[1, 4, 4]).build())
     load_weights(other, tmp_path / "last.safetensors")
     x = images(size=4)
     torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
@@ -559,7 +559,7 @@ MISTAKES = [
     (lambda: AWNet(switch="hrad"), r"defense\.switch=hrad.*did you mean 'hard'"),
     (lambda: AWNet(router_weight=-1.0), r"defense\.router_weight=-1 "),
     (lambda: AWNet(router_weight=math.nan), r"defense\.router_weight=nan"),
-    (lambda: lenet(num_classes=3, input_shape=[1, 16, 16]), "lacks one or the other"),
+    (lambda: lenet(num_classes=3, input_shape=[1, 16, 16]).build(), "lacks one or the other"),
     (lambda: small(conv3(), conv3()), "take backbone=convnet"),
     (lambda: small(conv3(), nn.BatchNorm2d(1), nn.Conv2d(1, 1, 5)), "take backbone=convnet"),
     (lambda: small(), "take backbone=convnet"),

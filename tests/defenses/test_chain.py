@@ -102,7 +102,7 @@ def step_of(model: Classifier, x: Tensor) -> Step:
 
 def backbone() -> Classifier:
     torch.manual_seed(0)
-    return convnet(num_classes=10, input_shape=[1, 8, 8])
+    return convnet(num_classes=10, input_shape=[1, 8, 8]).build()
 
 
 # Hooks

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,11 @@ from advbench.attacks.base import Clean as CleanImages
 from advbench.attacks.base import Oracle, Rows, started
 from advbench.attacks.pgd import PGD
 from advbench.attacks.threat import Threat
-from advbench.backbones.base import Classifier
+from advbench.backbones.base import Backbone, Classifier
 from advbench.backbones.convnet import convnet
 from advbench.backbones.lenet import lenet
 from advbench.backbones.mobilenet import mobilenet_v2
-from advbench.backbones.preact_resnet import preact_resnet
+from advbench.backbones.preact_resnet import preact_resnet18
 from advbench.backbones.resnet import resnet20
 from advbench.data.arrays import array_split
 from advbench.data.base import Info
@@ -52,20 +50,16 @@ from advbench.training.step import TrainingStep
 CLASSES, SHAPE, BATCH = 5, [3, 16, 16], 12
 THREAT = Threat("linf", "8/255")
 
-BACKBONES: dict[str, Callable[..., Classifier]] = {
+
+class thin(preact_resnet18):
+    stem, widths = 8, (8, 16, 32, 64)
+
+
+BACKBONES: dict[str, type[Backbone]] = {
     "convnet": convnet,
     "lenet": lenet,
     "resnet20": resnet20,
-    "preact_resnet18": partial(
-        preact_resnet,
-        "thin",
-        stem=8,
-        widths=(8, 16, 32, 64),
-        depth=2,
-        activation="relu",
-        mean=None,
-        std=None,
-    ),
+    "preact_resnet18": thin,
     "mobilenet_v2": mobilenet_v2,
 }
 DEFENSES: dict[str, Defense] = {
@@ -87,7 +81,7 @@ PAIRS = [pair for pair in itertools.product(DEFENSES, BACKBONES) if pair not in 
 
 def backbone(name: str) -> Classifier:
     torch.manual_seed(0)
-    return BACKBONES[name](num_classes=CLASSES, input_shape=SHAPE)
+    return BACKBONES[name](num_classes=CLASSES, input_shape=SHAPE).build()
 
 
 SMALL: dict[str, Recipe] = {
@@ -99,7 +93,7 @@ SMALL: dict[str, Recipe] = {
 
 
 def recipes() -> dict[str, Recipe]:
-    teacher = convnet(num_classes=CLASSES, input_shape=SHAPE).eval()
+    teacher = convnet(num_classes=CLASSES, input_shape=SHAPE).build().eval()
     return {
         "standard": Standard(THREAT),
         "pgd_at": PGDAT(THREAT, steps=1),
@@ -209,7 +203,7 @@ def test_it_refuses_what_it_cannot_defend(defense: str, net: str) -> None:
 def test_weights_come_back_and_traits_hold(defense: str, net: str, tmp_path: Path) -> None:
     instance, model = DEFENSES[defense], prepared(defense, net)
     save_weights(model, tmp_path / "w.safetensors")
-    other = instance.apply(BACKBONES[net](num_classes=CLASSES, input_shape=SHAPE))
+    other = instance.apply(BACKBONES[net](num_classes=CLASSES, input_shape=SHAPE).build())
     load_weights(other, tmp_path / "w.safetensors")
     other.eval()
     assert model_sha256(model) == model_sha256(other)

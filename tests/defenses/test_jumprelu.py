@@ -55,7 +55,7 @@ SITES = {"convnet": 4, "resnet20": 19, "mobilenet_v2": 35, "lenet": 4}
 def net(name: str = "convnet", seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
     shape = [1, 16, 16] if name == "lenet" else [3, 8, 8]
-    return NETS[name](num_classes=3, input_shape=shape)
+    return NETS[name](num_classes=3, input_shape=shape).build()
 
 
 def images(model: Any, n: int = 6, seed: int = 0) -> Tensor:
@@ -243,14 +243,14 @@ def test_a_users_own_net_is_split_first():
 
 
 def test_torchvision_nets_have_a_jump_per_call():
-    model = torchvision(name="resnet18", num_classes=3, input_shape=[3, 32, 32])
+    model = torchvision(name="resnet18", num_classes=3, input_shape=[3, 32, 32]).build()
     defense = JumpReLU(jump=0.05)
     assert count_modules(defense.apply(model), Jump) == 17
     assert list(count_calls(model, Jump, images(model, 2)).values()) == [1] * 17
 
 
 def test_a_net_without_relus_is_refused():
-    model = convnet(num_classes=3, input_shape=[3, 8, 8], activation="silu")
+    model = convnet(num_classes=3, input_shape=[3, 8, 8], activation="silu").build()
     with pytest.raises(UserError, match="no ReLU or ReLU6 module"):
         JumpReLU(jump=1).apply(model)
 

@@ -165,7 +165,7 @@ def test_the_mean_network_has_no_noise_and_leaves_the_model_alone():
 
 def test_many_draws_tend_to_the_mean_network():
     defense, n = MFDVSNN(features=4), 20_000
-    model = defense.apply(convnet(num_classes=10, input_shape=[1, 8, 8])).eval()
+    model = defense.apply(convnet(num_classes=10, input_shape=[1, 8, 8]).build()).eval()
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         mean = defense.surrogates(model)["mean"].model(x)[0]
@@ -237,7 +237,7 @@ def test_the_decay_is_of_the_classifier_alone():
 
 
 def test_surgery_replaces_a_linear_head():
-    model = MFDVSNN(draws=2).apply(convnet(num_classes=7, input_shape=[3, 8, 8]).eval())
+    model = MFDVSNN(draws=2).apply(convnet(num_classes=7, input_shape=[3, 8, 8]).build().eval())
     head = head_of(model)
     shapes = {name: tuple(p.shape) for name, p in head.named_parameters() if "weight" in name}
     assert shapes == {"mu.weight": (64, 64), "rho.weight": (64, 64), "classifier.weight": (7, 64)}

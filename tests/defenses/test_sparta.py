@@ -52,7 +52,7 @@ SITES = {"convnet": 4, "resnet20": 19, "mobilenet_v2": 35, "lenet": 4}
 def net(name: str = "convnet", **given: Any) -> Classifier:
     torch.manual_seed(0)
     shape = [1, 16, 16] if name == "lenet" else SHAPE
-    return NETS[name](**{"num_classes": 3, "input_shape": shape, **given})
+    return NETS[name](**{"num_classes": 3, "input_shape": shape, **given}).build()
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
@@ -218,7 +218,7 @@ def test_weights_come_back_from_a_file(tmp_path: Path, share):
     model = trained(Sparta(share=share).apply(net())).eval()
     save_weights(model, tmp_path / "w.safetensors")
     torch.manual_seed(5)
-    other = Sparta(share=share).apply(convnet(num_classes=3, input_shape=SHAPE)).eval()
+    other = Sparta(share=share).apply(convnet(num_classes=3, input_shape=SHAPE).build()).eval()
     load_weights(other, tmp_path / "w.safetensors")
     assert model_sha256(other) == model_sha256(model)
     assert len(list(other.parameters())) == len(list(model.parameters()))
@@ -328,7 +328,7 @@ def weights_of(model: Classifier) -> dict[str, Tensor]:
 
 def small(make: Any, **given: Any) -> Classifier:
     torch.manual_seed(3)
-    return make(num_classes=5, input_shape=[3, 16, 16], **given)
+    return make(num_classes=5, input_shape=[3, 16, 16], **given).build()
 
 
 @pytest.mark.parametrize(

@@ -467,7 +467,7 @@ def test_a_teacher_of_other_data_is_one_line(runs: Path, target: str):
     recipe = OmegaConf.create({"of": {"robust_teacher": "pgd_at", "standard_teacher": "standard"}})
     own = {"path": "digits.npz", "name": None} if target.endswith("npz") else {}
     data = OmegaConf.create({"_target_": target, **own})
-    info = sources.digits().info
+    info = sources.digits().build().info
     if (message := OTHER_DATA[target]) is None:
         assert _teachers(recipe, (), data, info).keys() == TEACHERS.keys()
         return

@@ -56,7 +56,7 @@ def answers(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_folded_copy_is_the_model_of_now(backbone, folds, synced):
     assert len(FOLDS) == 3
     torch.manual_seed(0)
-    model = backbone(**SIZE).double()
+    model = backbone(**SIZE).build().double()
     if synced:
         synchronise(model)
     x = images()[0].double()
@@ -81,15 +81,15 @@ def test_a_folded_copy_is_the_model_of_now(backbone, folds, synced):
 
 def test_what_cannot_be_folded_or_disagrees_is_left_alone():
     x, y = images()
-    assert attack_model(convnet(**SIZE), x, y) is not None
+    assert attack_model(convnet(**SIZE).build(), x, y) is not None
     plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
     assert attack_model(plain, x, y) is None
-    hooked = convnet(**SIZE)
+    hooked = convnet(**SIZE).build()
     for module in hooked.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda *_: None)
     assert attack_model(hooked, x, y) is None
-    model = convnet(**SIZE)
+    model = convnet(**SIZE).build()
     copy = AttackModel(model)
     assert copy.agrees(x, y)
     copy._pairs[0] = copy._pairs[0]._replace(norm=nn.BatchNorm2d(32))  # a wrong fold
@@ -101,7 +101,7 @@ def test_finding_out_whether_a_copy_agrees_draws_nothing():
     x, y = images()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    model = MFDVSNN().apply(convnet(**SIZE))
+    model = MFDVSNN().apply(convnet(**SIZE).build())
     assert attack_model(model, x, y) is not None, "its noise is drawn by its own module in both"
     assert not torch.equal(before, torch.get_rng_state()), "the net's weights were drawn"
     torch.manual_seed(5)

@@ -241,7 +241,7 @@ def collapsing(folder: Path, batches: int, epochs: int) -> tuple[Summary, list[s
         folder,
         Trainer(epochs=epochs, batch_size=32, val_steps=5),
         model=model,
-        data=digits(val=0.2),
+        data=digits(val=0.2).build(),
         recipe=Weakening(threat=threat, steps=3, batches=batches),
         optimizer=AdamW(lr=2e-3, weight_decay=0.0, schedule="constant"),
         threat=threat,

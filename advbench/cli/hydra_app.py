@@ -13,9 +13,6 @@ from typing import Any
 from advbench.cli import explain
 from advbench.errors import UserError, did_you_mean
 
-QUIET = ("-q", "--quiet")
-
-
 DIRECTORIES = ("hydra.run.dir=", "hydra.sweep.dir=")
 
 
@@ -24,7 +21,7 @@ def run(verb: str, rest: list[str]) -> int:
     import hydra
 
     from advbench import config
-    from advbench.cli.multirun import Task, refuse_experiment, refuse_search, with_presets
+    from advbench.cli.multirun import QUIET, Task, refuse_experiment, refuse_search, with_presets
     from advbench.cli.searchpath import own_first
 
     config.register()

@@ -39,6 +39,7 @@ PRESETS = ("hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=0")
 Seeded: the same command proposes the same settings, finds what is finished, and goes on.
 """
 MULTIRUN = ("-m", "--multirun")
+QUIET = ("-q", "--quiet")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Task:
             _limit_threads(hydra_cfg.launcher)
             if str(hydra_cfg.launcher.get("_target_")).endswith("JoblibLauncher"):
                 _take_gpu(self.word)
+        if self.multirun and not away and not set(QUIET) & set(self.command):
+            print(label, flush=True)  # the heading of what follows
         with _labelled(label) if away else nullcontext(), _alone():
             status, score, text = self._run(cfg)
         if text and not _to_a_file(hydra_cfg.launcher):

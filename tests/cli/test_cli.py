@@ -299,6 +299,8 @@ def test_every_experiment_composes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_retrofit_is_swept_and_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["eval", "-m", "run=good", "defense=jumprelu", "defense.jump=0,0.5,1.0", "n=30"]
     assert main([*command, "protocol=pgd", "protocol.steps=2", "hydra.sweep.dir=jumps"]) == 0
+    headings = [line for line in capsys.readouterr().out.splitlines() if "defense.jump=" in line]
+    assert headings == [f"[{i} defense.jump={jump}]" for i, jump in enumerate(("0", "0.5", "1.0"))]
     found = [Results.load(file) for file in sorted(Path("jumps").rglob("results.json"))]
     assert sorted(results.settings["defense.jump"] for results in found) == [0, 0.5, 1.0]
     assert len({results.clean.acc for results in found}) > 1

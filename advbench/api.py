@@ -28,6 +28,7 @@ from advbench.evaluation.evaluation import IMAGES
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.resources import Resources
 from advbench.experiments import models
+from advbench.experiments.adapter import adapted
 from advbench.experiments.subject import Candidate, TestData, evaluation_of, from_training_run
 from advbench.progress import Progress
 from advbench.runs import directory
@@ -194,6 +195,9 @@ def evaluate(
         device = next(model.parameters(), torch.empty(0)).device
         resources = Resources(device.type, 1, 1, batch_size, str(precision), compile)
         subject = _of_module(model, traits, name or "model")
+        if not isinstance(model, Classifier):
+            ready, notices = adapted(model, data.input_shape)
+            subject = replace(subject, model=ready, notices=tuple(notices))
         if defense is not None:  # which changes the model: the caller's stays as it is
             subject = replace(subject, model=copy.deepcopy(model))
     else:

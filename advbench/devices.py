@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -22,6 +23,15 @@ BF16_FLAGS = frozenset(("amx_bf16", "avx512_bf16", "bf16", "svebf16"))
 
 ALWAYS = 4
 """As many processes may share any CPU: slow, and good to try a command out."""
+
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate",
+    "alloc_failed",  # cuBLAS, cuDNN
+    "unable to find an engine to execute this computation",  # cuDNN, none of whose fits
+)
+"""What errors say that mean: no memory left."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -106,9 +116,46 @@ def emulates_bf16(device: torch.device) -> bool:
 def out_of_memory(problem: BaseException) -> bool:
     """Whether an error says that a device, or the machine, has no memory left."""
     text = str(problem).lower()
-    return isinstance(problem, torch.OutOfMemoryError) or any(
-        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate")
-    )
+    return isinstance(problem, torch.OutOfMemoryError) or any(words in text for words in NO_MEMORY)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Make float32 mean float32 inside: no TF32 on a GPU, no bfloat16 products on a CPU.
+
+    PyTorch has two sets of switches for it, and reading the older one raises where the user has set
+    the newer one (2.9 and later). The older ones are set all the same: libraries read them.
+    """
+    backends: Any = torch.backends
+    older = [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32")]
+    newer = [
+        (getattr(part, name), "fp32_precision")
+        for part, names in ((backends.cudnn, ("conv", "rnn")),
+                            (backends.mkldnn, ("conv", "rnn", "matmul")))
+        for name in names
+        if hasattr(getattr(part, name, None), "fp32_precision")
+    ]  # fmt: skip
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        newer.append((backends.cuda.matmul, "fp32_precision"))
+    before: list[tuple[Any, str, Any]] = []
+    for holder, name in (*older, *newer):
+        with suppress(RuntimeError):  # the user has set the newer one
+            before.append((holder, name, getattr(holder, name)))
+    precision = None
+    with suppress(RuntimeError):
+        precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for holder, name in older:
+            setattr(holder, name, False)
+        for holder, name in newer:
+            setattr(holder, name, "ieee")
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ from advbench.backbones.base import Classifier
 from advbench.data.augment import Augment
 from advbench.data.base import ArraySplit, Source, Split, Splits
 from advbench.defenses.base import Defense, Step
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.surgery import Kind

@@ -7,64 +7,174 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advbench.attacks import losses
+from advbench.attacks.base import attackable
+from advbench.attacks.random import KeyedRandom
 from advbench.defenses.base import Surrogate, Traits
 from advbench.devices import out_of_memory
 from advbench.errors import UserError, reason_of
 from advbench.evaluation.samples import Samples
 
-PROBE = 16  # images
+PROBE = 16
+"""Images that are looked at alone, and beside others."""
+
+OFF_GRID = 0.05
+"""Of the pixel range: noise that takes images off the grid of 8-bit values."""
+
+ROUNDING = 1e-3
+"""Of the spread of a row's logits: what another kernel may change. Noise is orders larger."""
+
+ULPS = 8
+"""Steps of float32 at the size of a row's logits, by which rounding may move them besides."""
 
 
 @torch.no_grad()
-def probe(model: nn.Module, samples: Samples, traits: Traits) -> int:
-    """Look at the model's answers on a few images; returns the number of classes.
+def probe(
+    model: nn.Module, samples: Samples, traits: Traits, batch_size: int = PROBE
+) -> tuple[int, list[str]]:
+    """Look at the model's answers on a few images before hours are spent on it.
 
-    Raises UserError if the model is in training mode or has weights that are not finite, can't take
-    the images, does not return (N, K) logits or writes into its input, and if its predictions are
-    stochastic, batch-dependent or probabilities and ``traits`` deny it.
+    Repeated passes, single images and the batch size of the search are compared, on images as they
+    are and off the grid of 8-bit values, relative to the spread of the logits within a row.
+
+    Args:
+        model: takes (N, C, H, W) in [0, 1], returns logits (N, K).
+        samples: that will be attacked.
+        traits: what is declared of the model.
+        batch_size: images that the search attacks side by side.
+
+    Returns:
+        The number of classes, and what a person should know, a line each.
+
+    Raises:
+        UserError: The model is in training mode, has weights that are not finite, can't take the
+            images, does not return (N, K) logits, writes into its input, or its predictions are
+            stochastic, batch-dependent or probabilities and ``traits`` deny it.
     """
-    if any(module.training for module in model.modules()):
-        raise UserError("the model is in training mode: call model.eval() before evaluating it")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"the model's weights are not finite: '{name}' holds NaN or infinity")
+    _check_state(model)
     clean = samples.fetch(samples.ids[:PROBE])
-    shape, x = tuple(clean.x.shape[1:]), clean.x.clone()
-    logits = _ask(model, clean.x)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(
-            f"the model must return logits of shape (N, K), K >= 2, for images {shape}, not {got}"
-        )
-    if not torch.equal(clean.x, x):
-        raise UserError("the model writes into its input: let forward work on a copy (x.clone())")
+    logits = _checked_logits(model, clean.x)
     classes, highest = logits.shape[1], int(samples.split.labels.max())
     if highest >= classes:
         raise UserError(
             f"the data has labels up to {highest} and the model has {classes} classes (0 to "
             f"{classes - 1}): choose the data that the model was trained for"
         )
-    if are_shares(logits) and traits.output == "logits":
+    if traits.output == "logits" and are_shares(logits):
         raise UserError(
             "the model returns probabilities, along which an attack soon has no gradient: return "
             "the logits, or say traits.output=probabilities"
         )
-    # Kernels round differently from call to call and shape to shape; noise is orders larger.
-    slack = 1e-3 * (1 + logits.abs().max())
-    if not traits.stochastic and (_ask(model, x) - logits).abs().max() > slack:
-        raise UserError(
-            "two forward passes of the same images differ, so the model is stochastic: a protocol "
-            "that judges by one prediction can't be trusted; remove the noise"
+    notes = []
+    if traits.output == "logits" and bool(((logits >= 0) & (logits <= 1)).all()):
+        notes.append(
+            "all outputs lie in [0, 1] and do not sum to 1, as independent sigmoids do: along them "
+            "an attack soon has no gradient; return what is before the sigmoid"
         )
-    if traits.stochastic:
-        return classes  # rows that differ say nothing then
-    alone = torch.cat([_ask(model, row) for row in x.split(1)])
-    if not traits.batch_dependent and (alone - logits).abs().max() > slack:
+    noise = KeyedRandom(0, "probe", clean.ids, torch.zeros_like(clean.ids)).uniform(clean.x)
+    off_grid = (clean.x + OFF_GRID * (2 * noise - 1)).clamp(0, 1)
+    repeats = [(x, _ask(model, x), _ask(model, x)) for x in (clean.x, off_grid)]
+    same = all(_agree(first, second) for _, first, second in repeats)
+    if traits.stochastic:  # rows that differ say nothing then
+        if same:
+            notes.append(
+                "the model is declared stochastic, and two forward passes of the same images agree"
+            )
+        return classes, notes
+    if not same:
         raise UserError(
-            "the model's output for an image depends on the other images of its batch: the robust "
-            "accuracy of a sample is not defined for it"
+            "two forward passes of the same images differ, so the model is stochastic: say "
+            "traits.stochastic=true, or remove the noise"
         )
-    return classes
+    if not traits.batch_dependent:
+        for x, logits, _ in repeats:
+            alone = torch.cat([_ask(model, row) for row in x.split(1)])
+            beside = _beside_others(model, samples, x, min(batch_size, len(samples)))
+            if not (_agree(logits, alone) and _agree(logits, beside)):
+                raise UserError(
+                    "the model's output for an image depends on the other images of its batch: say "
+                    "traits.batch_dependent=true traits.batch_size=NUMBER, the size of the batches "
+                    "that it is deployed with, or take the dependence out"
+                )
+    return classes, notes
+
+
+def _check_state(model: nn.Module) -> None:
+    """Raise UserError for modules in training mode, and for weights that are not numbers."""
+    training = [name for name, module in model.named_modules() if module.training]
+    if training and not model.training:
+        raise UserError(
+            f"the model's '{training[0]}' stays in training mode after eval(): put it into "
+            "evaluation mode, or mend its train()"
+        )
+    if training:
+        raise UserError("the model is in training mode: call model.eval() before evaluating it")
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"the model's weights are not finite: '{name}' holds NaN or infinity")
+    for name, tensor in model.named_buffers():  # infinity has its use there: attention masks
+        if tensor.is_floating_point() and torch.isnan(tensor).any():
+            raise UserError(f"the model's weights are not finite: '{name}' holds NaN")
+
+
+def _checked_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's logits (N, K) for the images; UserError for anything else."""
+    shape, x = tuple(images.shape[1:]), images.clone()
+    logits = _ask(model, x)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"the model must return logits of shape (N, K), K >= 2, for images {shape}, not {got}"
+        )
+    if not torch.equal(images, x):
+        raise UserError("the model writes into its input: let forward work on a copy (x.clone())")
+    refuse_not_finite(logits)
+    return logits.float()
+
+
+def refuse_not_finite(logits: Tensor) -> None:
+    """Raise UserError if logits (N, K) are NaN or infinite, which no argmax means anything of."""
+    odd = int((~logits.isfinite()).any(1).sum())
+    if odd:
+        masked = bool((logits == -torch.inf).all(0).any())
+        cure = (
+            "a class that is masked with -inf needs a large negative number, such as -1e4"
+            if masked
+            else "mend the model's forward (a logarithm of 0, a division by 0, an overflow)"
+        )
+        raise UserError(
+            f"the model's logits are not finite for {odd} of {len(logits)} clean images: {cure}"
+        )
+
+
+def _beside_others(model: nn.Module, samples: Samples, x: Tensor, size: int) -> Tensor:
+    """Logits of images (N, C, H, W) at the end of a batch of the size that the search uses."""
+    while size > len(x):
+        try:
+            others = samples.fetch(samples.ids[len(x) : size]).x
+            return model(torch.cat([others, x]))[len(others) :]
+        except RuntimeError as problem:
+            if not out_of_memory(problem):
+                raise UserError(
+                    f"the model can't take {size} images at once: {reason_of(problem):.300}"
+                ) from problem
+        size //= 2  # as the search will
+    return _ask(model, x)
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether logits (N, K) are the same up to rounding, beside the spread within their rows.
+
+    What all logits of a row have in common decides nothing, so it is taken off first.
+    """
+    sound = ours.isfinite().all(1)
+    if not torch.equal(sound, theirs.isfinite().all(1)):
+        return False
+    ours, theirs = ours[sound].double(), theirs[sound].double()
+    spread = ours.amax(1) - ours.amin(1)
+    ulp = torch.finfo(torch.float32).eps * ours.abs().amax(1)
+    gap = (ours - ours.mean(1, keepdim=True)) - (theirs - theirs.mean(1, keepdim=True))
+    return bool((gap.abs().amax(1) <= ROUNDING * spread + ULPS * ulp + 1e-6).all())
 
 
 def are_shares(outputs: Tensor) -> bool:
@@ -79,15 +189,48 @@ def learns(model: nn.Module) -> bool:
     return any(module.training and isinstance(module, kinds) for module in model.modules())
 
 
-def check_gradient(model: nn.Module, samples: Samples) -> None:
-    """Raise UserError if the model's output has no gradient in its input."""
-    x = samples.fetch(samples.ids[:1]).x.requires_grad_()
-    with torch.enable_grad():
-        if not _ask(model, x).requires_grad:
-            raise UserError(
-                "the model's output has no gradient in its input: remove torch.no_grad() or "
-                "detach() from its forward, or say traits.gradient=none"
-            )
+def check_gradient(model: nn.Module, samples: Samples) -> list[str]:
+    """Run one backward pass under the search's own conditions.
+
+    Returns:
+        What a person should know of the gradient, a line each.
+
+    Raises:
+        UserError: The model's output has no gradient in its input, or its backward pass fails.
+    """
+    clean = samples.fetch(samples.ids[:PROBE])
+    x = clean.x.clone().requires_grad_()
+    lost = (
+        "the model's output has no gradient in its input: remove torch.no_grad(), detach(), numpy "
+        "or uint8 steps from its forward, or say traits.gradient=none"
+    )
+    with attackable(model), torch.enable_grad():
+        logits = _ask(model, x)
+        if not logits.requires_grad:
+            raise UserError(lost)
+        dead = True
+        for loss in (losses.ce, losses.margin):
+            try:
+                (gradient,) = torch.autograd.grad(
+                    loss(logits.float(), clean.y).sum(), x, retain_graph=True, allow_unused=True
+                )
+            except Exception as problem:
+                if out_of_memory(problem):
+                    raise
+                raise UserError(
+                    f"the model's backward pass fails with its parameters frozen: "
+                    f"{reason_of(problem):.300}; use checkpoint(..., use_reentrant=False) where "
+                    "it is gradient checkpointing, or say traits.gradient=none"
+                ) from problem
+            if gradient is None:
+                raise UserError(lost)
+            dead = dead and not bool(gradient.any())
+    if dead:
+        return [
+            f"the gradient is zero on all {len(x)} images looked at: searches along it find "
+            "nothing, and what they leave says little"
+        ]
+    return []
 
 
 def probe_surrogate(name: str, surrogate: Surrogate, samples: Samples, classes: int) -> None:

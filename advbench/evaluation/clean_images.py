@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 from advbench.attacks.referee import Referee
@@ -19,9 +20,38 @@ VOTES = 10
 """Evaluations of a stochastic model, of which the majority decides."""
 
 
+FEW = 20
+"""Images of which a test says little."""
+
+
 def votes(job: Job) -> int:
     """Evaluations that decide one image."""
     return VOTES if job.traits.stochastic else 1
+
+
+def no_better_than_chance(clean: Records, job: Job) -> str | None:
+    """A line where the clean accuracy is what guessing gives; None where it is clearly better.
+
+    Guessing means one of the classes at random, or always the one that is most frequent. Better
+    means by an exact binomial test at 5 %, or, on a few images, any better at all.
+
+    Args:
+        clean: the records of the clean images.
+        job: what is evaluated.
+    """
+    n, correct = len(clean), int((~clean.broken).sum())
+    labels = job.samples.split.labels
+    counts = np.bincount(labels[torch.from_numpy(clean.sample)].numpy())
+    classes = int(labels.max()) + 1
+    chance = max(1 / classes, counts.max(initial=0) / max(n, 1))
+    lucky = float(binom.sf(correct - 1, n, chance))  # as many by guessing
+    if n == 0 or (correct > chance * n and (lucky < 0.05 or n < FEW)):
+        return None
+    return (
+        f"the clean accuracy, {100 * correct / n:.1f} %, is no better than guessing one of "
+        f"{classes} classes: are labels or classes in another order, images normalised twice, "
+        "weights not loaded?"
+    )
 
 
 def score_clean(job: Job, group: Group, wanted: Tensor, chunk: int) -> tuple[Records, float] | None:
@@ -50,8 +80,11 @@ def score_clean(job: Job, group: Group, wanted: Tensor, chunk: int) -> tuple[Rec
         if job.traits.batch_dependent or job.traits.stochastic:
             raise no_room(len(batch)) from problem
         return None
-    if not torch.isfinite(judged.margin).all():
-        raise UserError("the model's outputs on clean images are not finite")
+    if odd := int((~torch.isfinite(judged.margin)).sum()):
+        raise UserError(
+            f"the model's logits are not finite for {odd} of {len(batch)} clean images: mend the "
+            "model's forward (a logarithm of 0, a division by 0, an overflow)"
+        )
     order = batch.argsort()
     order = order[torch.isin(batch[order], wanted)]
     rows = order.to(clean.x.device)

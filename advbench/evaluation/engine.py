@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +13,10 @@ from advbench.attacks.expectation import Expectation
 from advbench.attacks.referee import CHUNK, Referee
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate
-from advbench.devices import keep_freed_memory, out_of_memory
+from advbench.devices import full_float32, keep_freed_memory, out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.batch_sizes import Shapes
-from advbench.evaluation.clean_images import score_clean, votes
+from advbench.evaluation.clean_images import no_better_than_chance, score_clean, votes
 from advbench.evaluation.fast_model import FastModel, Logits, copy_of_surrogate
 from advbench.evaluation.groups import NOISE_GROUP, Group, groups, no_room, seed_noise
 from advbench.evaluation.job import CLEAN, Job
@@ -69,10 +67,12 @@ class Engine:
                 "the attacks of other libraries draw by the batch: run them with trainer.devices=1"
             )
         others = [surrogate.model for surrogate in job.surrogates.values()]
-        with attackable(job.model, *others), _float32():
+        with attackable(job.model, *others), full_float32():
             if not self._score_clean(mine, store):
                 return False
             correct = still_correct(store, CLEAN, mine)
+            if job.rank == 0 and (warning := no_better_than_chance(store.records(CLEAN), job)):
+                job.progress.note(f"note: {warning}")
             prepared: dict[str, nn.Module] = {}
             for stage in stages:
                 pending = self._pending(store, stage.name, correct)
@@ -227,19 +227,6 @@ class Engine:
                 len(mine) - len(pending), correct=int((~known.broken).sum()), samples=len(known)
             )
         return True
-
-
-@contextmanager
-def _float32() -> Iterator[None]:
-    """No TF32 inside: float32 means float32, on a GPU too."""
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def broken_by(store: Store, stage: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from advbench.devices import full_float32
 from advbench.errors import UserError
 from advbench.evaluation.checks import check_gradient, probe, probe_surrogate
 from advbench.evaluation.deadline import Deadline
@@ -48,24 +49,37 @@ class Evaluation:
     """Hashes of the user's own files, by name."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What sets the evaluated thing apart from others, by key."""
+    notices: tuple[str, ...] = ()
+    """What a person should know of how the model was loaded, a line each."""
 
     def plan(self) -> Plan:
         """The plan. Hashes the model and the data, once.
 
         Raises UserError where model, data and protocol do not fit.
         """
+        with full_float32():
+            return self._plan()
+
+    def _plan(self) -> Plan:
         job = self.job
-        classes = probe(job.model, job.samples, job.traits)
+        classes, notes = probe(job.model, job.samples, job.traits, job.batch_size)
         subject = Subject(job.traits, classes, job.threat, job.seed, job.surrogates)
         stages = self.protocol.plan(subject)
         if any(stage.follows_model for stage in stages):
-            check_gradient(job.model, job.samples)
+            notes += check_gradient(job.model, job.samples)
         followed = {stage.victim for stage in stages if stage.attack.gradient}
         for name, surrogate in job.surrogates.items():
             if name in followed:
                 probe_surrogate(name, surrogate, job.samples, classes)
         reasons = tuple(self.protocol.reasons(subject, stages))
-        return Plan(self._identity(), reasons, stages, behaviour(job), has_tensors(job.model))
+        return Plan(
+            self._identity(),
+            reasons,
+            stages,
+            behaviour(job),
+            has_tensors(job.model),
+            notes=(*self.notices, *notes),
+        )
 
     def _identity(self) -> dict[str, Any]:
         job = self.job
@@ -137,6 +151,8 @@ class Evaluation:
             progress=progress,
             deadline=deadline,
         )
+        for note in plan.notes if group.rank == 0 else ():
+            job.progress.note(f"note: {note}")
         others = None if archive is None else Archive(archive, folder, plan)
         Engine(job, others).run(plan.stages, store)
         group.wait()

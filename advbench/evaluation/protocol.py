@@ -72,6 +72,8 @@ class Plan:
     """Logits of a few images, see ``advbench.evaluation.identity``."""
     tensors: bool = True
     """Whether the model has any; if not, its hash says little."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of the model before it is attacked; no part of plan.json."""
 
     def to_json(self) -> dict[str, Any]:
         content = {

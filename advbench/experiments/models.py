@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from advbench import config
 from advbench.backbones import robustbench
@@ -20,7 +17,9 @@ from advbench.backbones.external import without_weights
 from advbench.data.base import Info
 from advbench.defenses.base import Defense
 from advbench.errors import UserError, describe, did_you_mean
+from advbench.experiments.adapter import adapted, in_evaluation_mode, initialise_lazy
 from advbench.experiments.bounds import bounded
+from advbench.experiments.checkpoints import load_checkpoint, load_weights
 from advbench.runs.directory import CONFIG, TrainingRun
 
 
@@ -124,17 +123,29 @@ def from_run(
     return model.eval(), defense
 
 
-def from_factory(spec: str, weights: str | None) -> nn.Module:
-    """The user's own model, ``FILE.py:FACTORY``, or one of a zoo, in evaluation mode.
+def from_factory(
+    spec: str, weights: str | None, input_shape: Sequence[int], num_classes: int | None
+) -> tuple[nn.Module, list[str]]:
+    """The user's own model, ``FILE.py:FACTORY``, or one of a zoo, ready to be evaluated.
 
-    FACTORY is called without arguments and returns a module that takes (N, C, H, W) in [0, 1].
-    weights: safetensors, or a pickle of tensors alone; None keeps what the factory made.
-    Raises UserError for anything that does not fit.
+    Args:
+        spec: FACTORY is called without arguments and returns a module that takes (N, C, H, W) in
+            [0, 1].
+        weights: safetensors, or a pickle of tensors alone, see ``load_checkpoint``; None keeps
+            what the factory made.
+        input_shape: (C, H, W) of the data's images.
+        num_classes: of the data, where they are known.
+
+    Returns:
+        The model in evaluation mode, and what was done to have it, a line each.
+
+    Raises:
+        UserError: Something does not fit.
     """
     if robustbench.is_named(spec):
         if weights is not None:
             raise UserError(f"{spec} comes with its weights: leave weights={weights} out")
-        return robustbench.load(robustbench.Entry.of(spec))
+        return robustbench.load(robustbench.Entry.of(spec)), []
     path, colon, name = spec.rpartition(":")
     if not colon or not path.endswith(".py") or not name:
         raise UserError(f"model={spec} is not FILE.py:FACTORY, such as model=my_model.py:build")
@@ -148,10 +159,17 @@ def from_factory(spec: str, weights: str | None) -> nn.Module:
     except Exception as problem:
         raise UserError(f"{spec} failed: {describe(problem)}") from problem
     if not isinstance(model, nn.Module):
-        raise UserError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
+        cure = "; return program.module()" if hasattr(model, "graph_module") else ""
+        raise UserError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module{cure}")
+    notices = []
+    if initialise_lazy(model, input_shape):
+        notices.append("the model's lazy modules got their shapes from the data")
     if weights is not None:
-        load_weights(model, Path(weights))
-    return model.eval()
+        notices += load_checkpoint(model, weights)
+    else:
+        notices.append(f"no weights=FILE: the weights that {name}() made are judged")
+    model, more = adapted(in_evaluation_mode(model), input_shape, num_classes)
+    return model, [*notices, *more]
 
 
 def origin(spec: str) -> DictConfig | None:
@@ -165,55 +183,3 @@ def origin(spec: str) -> DictConfig | None:
     threat = config.shipped("threat", "linf_8")
     threat.norm, threat.eps = entry.threat.lower(), entry.budget
     return OmegaConf.create({"data": config.shipped("data", entry.data), "threat": threat})
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load weights strictly. Raises UserError that names the first keys that do not match."""
-    state = read_weights(path)
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unknown = [key for key in state if key not in own]
-    shapes = [
-        f"'{key}' is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(map(repr, keys[:3]))}{', ...' if len(keys) > 3 else ''}"
-        for what, keys in (("missing", missing), ("unknown", unknown))
-        if keys
-    ] + shapes[:1]
-    if problems:
-        raise UserError(f"the weights in '{path}' do not match the model; {'; '.join(problems)}")
-    model.load_state_dict(state, strict=True)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a pickle; nothing in the file is executed.
-
-    A checkpoint that wraps its tensors in ``state_dict`` or ``model``, and names that begin with
-    ``module.`` (as DataParallel leaves them), are understood.
-    """
-    if not path.is_file():
-        raise UserError(f"there are no weights at '{path}'")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as problem:
-        raise UserError(f"'{path}' is not a safetensors file: {problem}") from problem
-    except Exception as problem:
-        if any(word in str(problem) for word in ("GLOBAL", "Unsupported class")):
-            raise UserError(
-                f"'{path}' is refused: it holds more than tensors, and loading it would run code; "
-                "save model.state_dict() instead"
-            ) from problem
-        raise UserError(f"'{path}' is not a file of weights: {describe(problem)}") from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"'{path}' holds no state_dict: save model.state_dict()")
-    if content and all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return content

@@ -74,6 +74,8 @@ class Candidate:
     """Hashes of the user's own files, by name."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What sets it apart from others, by key."""
+    notices: tuple[str, ...] = ()
+    """What was done to load it, a line each."""
 
     def surrogates(
         self, transfer: Sequence[TrainingRun], data: TestData, plugins: tuple[str, ...]
@@ -164,9 +166,10 @@ def from_training_run(
     )
 
 
-def from_factory(spec: str, weights: str | None, traits: Traits) -> Candidate:
+def from_factory(spec: str, weights: str | None, traits: Traits, data: TestData) -> Candidate:
     """A model of the user's own, or of a zoo, with the traits that they declare."""
-    model = models.from_factory(spec, weights)
+    classes = None if data.splits is None else data.splits.info.num_classes
+    model, notices = models.from_factory(spec, weights, data.input_shape, classes)
     file, _, factory = spec.rpartition(":")
     code = {}
     if robustbench.is_named(spec):
@@ -178,7 +181,7 @@ def from_factory(spec: str, weights: str | None, traits: Traits) -> Candidate:
         settings["weights"] = Path(weights).name
     own = {key: v for key, v in asdict(traits).items() if v != getattr(Traits(), key)}
     settings |= {f"traits.{key}": value for key, value in own.items()}
-    return Candidate(name, model, traits, code=code, settings=settings)
+    return Candidate(name, model, traits, code=code, settings=settings, notices=tuple(notices))
 
 
 def candidate(
@@ -196,7 +199,7 @@ def candidate(
     retrofit = cfg.defense is not None and cfg.defense.get("_target_") is not None
     traits = _declared(cfg.traits)
     if run is None:
-        own = from_factory(cfg.model, cfg.weights, traits)
+        own = from_factory(cfg.model, cfg.weights, traits, data)
         given = {} if cfg.defense is None else flat("defense", cfg.defense)
         if not retrofit and any(value is not None for value in given.values()):
             raise UserError("a model of your own has no defense to set: give defense=NAME")
@@ -280,7 +283,13 @@ def evaluation_of(
         keep_images=adversarial,
     )
     return Evaluation(
-        name or subject.name, data.name, protocol, job, code=subject.code, settings=settings
+        name or subject.name,
+        data.name,
+        protocol,
+        job,
+        code=subject.code,
+        settings=settings,
+        notices=subject.notices,
     )
 
 

@@ -22,6 +22,7 @@ from advbench.defenses.base import Defense
 from advbench.devices import is_first
 from advbench.errors import UserError
 from advbench.experiments import models, outcome
+from advbench.experiments.checkpoints import read_weights
 from advbench.experiments.home import Home, kept_config, resumed
 from advbench.experiments.views import TrainingView
 from advbench.files import hashes, write_atomic
@@ -74,7 +75,7 @@ def train(
         if start.undefended and type(defense) is not Defense:
             base = start.weights
     if (source := getattr(defense, "weights", None)) is not None:
-        defense.adopt(model, models.read_weights(directory.find(source).weights))
+        defense.adopt(model, read_weights(directory.find(source).weights))
 
     kept = cfg
     if "choices" not in cfg:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from advbench.evaluation.engine import CLEAN
+from advbench.evaluation.job import CLEAN
 from advbench.evaluation.store import Records
 
 UNKNOWN = -1

@@ -31,7 +31,7 @@ from advbench.defenses.awnet import AWNet, MixBN, ModulatedConv, RoutedTrunk
 from advbench.defenses.base import Part, PartName, Step, Traits
 from advbench.errors import UserError
 from advbench.evaluation.fast_model import FastModel, FastModelOptions, ask, fast_copy
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.recipes.trades import TRADES

@@ -28,7 +28,7 @@ from advbench.defenses.sparta import Sparta, SpatialGate
 from advbench.errors import UserError
 from advbench.evaluation.adaptive import MSAProtocol
 from advbench.evaluation.protocol import Subject
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.runs.fingerprint import model_sha256
 from advbench.runs.results import Results

@@ -33,7 +33,7 @@ from advbench.defenses.sparta import Sparta
 from advbench.errors import UserError
 from advbench.evaluation.checks import probe
 from advbench.evaluation.samples import Samples, subset
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.recipes.awp import AWP
 from advbench.recipes.base import Recipe
 from advbench.recipes.fgsm_rs import FGSMRS

@@ -24,7 +24,7 @@ from advbench.data.base import ArraySplit, Splits
 from advbench.defenses.base import Defense, Part, Step, Traits
 from advbench.defenses.hpm import CONTEXT_SEED, HPM, HPMHead, head_of
 from advbench.errors import UserError
-from advbench.experiments.models import load_weights, read_weights
+from advbench.experiments.checkpoints import load_weights, read_weights
 from advbench.recipes.standard import Standard
 from advbench.training.checkpoint import save_weights
 from advbench.training.optimizers import SGD

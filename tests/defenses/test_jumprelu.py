@@ -34,7 +34,7 @@ from advbench.data.base import ArraySplit, Source, Split, Splits
 from advbench.defenses.base import Traits
 from advbench.defenses.jumprelu import GRID, Jump, JumpReLU, jump_of
 from advbench.errors import UserError
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard

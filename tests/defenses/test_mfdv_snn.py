@@ -18,7 +18,7 @@ from advbench.config import build, options, shipped
 from advbench.defenses.base import Part, PartName, Step, Traits
 from advbench.defenses.mfdv_snn import MFDVSNN, RHO_MIN, VarianceHead
 from advbench.errors import UserError
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
 from advbench.recipes.trades import TRADES

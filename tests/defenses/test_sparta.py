@@ -33,7 +33,7 @@ from advbench.defenses.sparta import (
     SpatialGate,
 )
 from advbench.errors import UserError
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard

@@ -359,7 +359,7 @@ fit(Path(sys.argv[2]), trainer, model=net(plain=True), recipe=recipe)
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
-    from advbench.experiments.models import load_weights
+    from advbench.experiments.checkpoints import load_weights
 
     ends = []
     for devices in (1, 2):

@@ -11,7 +11,7 @@ from small import (
 from torch import nn
 
 from advbench.errors import UserError
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.training.checkpoint import (
     remove_leftovers,
     save_weights,

@@ -34,7 +34,7 @@ from advbench.config import options
 from advbench.data.base import ArraySplit
 from advbench.defenses.base import Defense, Step
 from advbench.errors import UserError
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.progress import NullProgress
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard

@@ -81,7 +81,10 @@ def plain(value: Any, seen: frozenset[int] = frozenset()) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     kind = type(value)
     if dataclasses.is_dataclass(value):
-        return [kind.__qualname__, plain(vars(value), seen)]
+        named = {
+            field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)
+        }
+        return [kind.__qualname__, plain({**named, **getattr(value, "__dict__", {})}, seen)]
     return [kind.__qualname__, _ADDRESS.sub("", repr(value))]
 
 

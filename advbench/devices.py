@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,14 @@ def full_float32() -> Iterator[None]:
     ]  # fmt: skip
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         newer.append((backends.cuda.matmul, "fp32_precision"))
-    before: list[tuple[Any, str, Any]] = []
-    for holder, name in (*older, *newer):
+    before: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+    # In the order of restoring: each older switch writes into newer ones too.
+    for holder, name in older:
         with suppress(RuntimeError):  # the user has set the newer one
-            before.append((holder, name, getattr(holder, name)))
-    precision = None
+            before.append((setattr, (holder, name, getattr(holder, name))))
     with suppress(RuntimeError):
-        precision = torch.get_float32_matmul_precision()
+        before.append((torch.set_float32_matmul_precision, (torch.get_float32_matmul_precision(),)))
+    before += [(setattr, (holder, name, getattr(holder, name))) for holder, name in newer]
     try:
         torch.set_float32_matmul_precision("highest")
         for holder, name in older:
@@ -152,10 +153,8 @@ def full_float32() -> Iterator[None]:
             setattr(holder, name, "ieee")
         yield
     finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        for holder, name, value in before:
-            setattr(holder, name, value)
+        for restore, arguments in before:
+            restore(*arguments)
 
 
 def keep_freed_memory() -> None:

@@ -16,11 +16,20 @@ backends = torch.backends
 parts = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul]
 newer = hasattr(backends.cuda.matmul, "fp32_precision")
 state = lambda: [part.fp32_precision for part in parts] if newer else None
-outside = state()
+
+
+def precision():
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "refused"
+
+
+outside, said = state(), precision()
 with full_float32():
     assert not newer or state() == ["ieee"] * 3, state()
     assert not backends.cuda.matmul.allow_tf32 and not backends.cudnn.allow_tf32
-assert state() == outside
+assert state() == outside and precision() == said, (state(), precision())
 for text in ("CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDNN_STATUS_ALLOC_FAILED",
              "GET was unable to find an engine to execute this computation"):
     assert out_of_memory(RuntimeError(text))

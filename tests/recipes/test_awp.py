@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from components import BATCH, DATA, DEFENSES, backbone, recipes
 from omegaconf import OmegaConf
+from problems import LINF, linear, record
 from processes import run_script
 from small import THREAT, assert_same_result, fit, net, read_weights, state
-from test_defenses import BATCH, DATA, DEFENSES, backbone, recipes
-from test_recipes import LINF, linear, record
 from torch import Tensor, nn
 from torch.nn import functional as F
 

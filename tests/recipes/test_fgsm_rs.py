@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_recipes import L2, LINF, attack_direction, linear, record
+from problems import L2, LINF, attack_direction, linear, record
 from torch.nn import functional as F
 
 from advbench.attacks.threat import Threat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_recipes import LINF, attack_direction, linear, record
+from problems import LINF, attack_direction, linear, record
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from problems import attack_direction, linear
 from small import THREAT, assert_same_result, fit, net
-from test_recipes import attack_direction, linear
 from torch import Tensor, nn
 
 from advbench.attacks.threat import Threat

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from problems import L2, LINF, attack_direction, linear, record
 from torch import Tensor, nn
 
 from advbench.attacks.threat import Threat
@@ -22,7 +23,7 @@ from advbench.backbones.base import Classifier
 from advbench.cli.main import main
 from advbench.config import options
 from advbench.data import sources
-from advbench.defenses.base import Defense, Part, Step
+from advbench.defenses.base import Defense
 from advbench.errors import UserError
 from advbench.experiments.train import _teachers
 from advbench.recipes.awp import AWP
@@ -37,23 +38,6 @@ from advbench.recipes.trades import NOISE, TRADES, divergence
 from advbench.runs.results import Results
 from advbench.training.step import TrainingStep
 
-LINF = Threat("linf", 0.1)
-L2 = Threat("l2", 0.5)
-
-
-def linear(weight: Tensor) -> Classifier:
-    """Images (1, 1, D), logits ``weight @ x`` for ``weight`` (K, D)."""
-    classes, pixels = weight.shape
-    head = nn.Linear(pixels, classes, bias=False)
-    head.weight.data = weight
-    return Classifier(
-        nn.Flatten(),
-        num_features=pixels,
-        num_classes=classes,
-        input_shape=(1, 1, pixels),
-        head=head,
-    )
-
 
 @pytest.fixture
 def problem() -> tuple[Classifier, Tensor, Tensor]:
@@ -61,19 +45,6 @@ def problem() -> tuple[Classifier, Tensor, Tensor]:
     weight = torch.randn(2, 6, generator=generator)
     x = 0.3 + 0.4 * torch.rand(8, 1, 1, 6, generator=generator)
     return linear(weight), x, torch.arange(8) % 2
-
-
-def record(model: Classifier, y: Tensor, **parts: Tensor) -> Step:
-    seen = {
-        name: Part(x, model.features(x), model.head(model.features(x))) for name, x in parts.items()
-    }
-    return Step(y, seen.get("clean"), seen.get("adversarial"), epoch=0, step=0)
-
-
-def attack_direction(model: Classifier, y: Tensor) -> Tensor:
-    """Where the loss of two classes rises: (N, 1, 1, D)."""
-    weight = next(model.head.parameters()).detach()
-    return (weight[1 - y] - weight[y]).view(len(y), 1, 1, -1)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

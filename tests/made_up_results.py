@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import evaluations
+import numpy as np
 
+from advbench.evaluation.store import Records, Store, clear_journal
 from advbench.report.collection import Entry
 from advbench.runs.results import Results
 
@@ -69,3 +71,41 @@ def seeds(*numbers: int | None, **changes: Any) -> list[Results]:
 # --- formats ------------------------------------------------------------------------------------
 
 NASTY = "[red]a|b_*<b>&\\input{x}$%#~^\"'` \x1b[31m\r\n\ud800 =1+1 é→[/red]"
+
+
+STAGES = ("clean", "apgd-ce", "square")
+
+
+def evaluated(
+    folder: Path, fell: Sequence[int], ids: Sequence[int] | None = None, **more: Any
+) -> Path:
+    """An evaluation with records. fell: index of the stage in which each image was lost, or -1."""
+    where, n = np.asarray(fell), len(fell)
+    sample = np.arange(n) if ids is None else np.asarray(ids)
+    more["data"] = {"n": n, **more.get("data", {})}
+    lost = {name: int((where == stage).sum()) for stage, name in enumerate(STAGES) if stage}
+    if more.get("stages") == ():
+        lost = {}
+    put(folder, **{**evaluations.found(n, int((where != 0).sum()), lost), **more})
+    store = Store(folder)
+    for stage, name in enumerate(STAGES):
+        there = (where < 0) | (where >= stage)  # a later stage sees the survivors
+        broken = (where == stage)[there]
+        zeros = np.zeros(len(broken))
+        store.append(
+            name,
+            Records(
+                **{
+                    key: np.asarray(value, Records.DTYPES[key])
+                    for key, value in {
+                        "sample": sample[there], "broken": broken, "label": zeros, "margin": zeros,
+                        "distance": zeros, "wrong": zeros, "alone": broken, "forwards": zeros,
+                        "backwards": zeros,
+                    }.items()
+                }
+            ),
+            0.0,
+        )  # fmt: skip
+    store.finish(list(STAGES))
+    clear_journal(folder)
+    return folder

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import evaluations
-import numpy as np
 import pytest
-from made_up_results import AUTOATTACK, NASTY, PGD, put, results
+from made_up_results import AUTOATTACK, NASTY, PGD, evaluated, results
 from scipy import optimize, stats
 
 from advbench.cli.main import main
 from advbench.errors import UserError
-from advbench.evaluation.store import Records, Store, clear_journal
 from advbench.report import compare
 
 # --- the statistics of pairs --------------------------------------------------------------------
@@ -109,43 +105,6 @@ def test_words_and_interval_of_a_comparison_agree() -> None:
 
 
 # --- two evaluations, image by image ------------------------------------------------------------
-
-STAGES = ("clean", "apgd-ce", "square")
-
-
-def evaluated(
-    folder: Path, fell: Sequence[int], ids: Sequence[int] | None = None, **more: Any
-) -> Path:
-    """An evaluation with records. fell: index of the stage in which each image was lost, or -1."""
-    where, n = np.asarray(fell), len(fell)
-    sample = np.arange(n) if ids is None else np.asarray(ids)
-    more["data"] = {"n": n, **more.get("data", {})}
-    lost = {name: int((where == stage).sum()) for stage, name in enumerate(STAGES) if stage}
-    if more.get("stages") == ():
-        lost = {}
-    put(folder, **{**evaluations.found(n, int((where != 0).sum()), lost), **more})
-    store = Store(folder)
-    for stage, name in enumerate(STAGES):
-        there = (where < 0) | (where >= stage)  # a later stage sees the survivors
-        broken = (where == stage)[there]
-        zeros = np.zeros(len(broken))
-        store.append(
-            name,
-            Records(
-                **{
-                    key: np.asarray(value, Records.DTYPES[key])
-                    for key, value in {
-                        "sample": sample[there], "broken": broken, "label": zeros, "margin": zeros,
-                        "distance": zeros, "wrong": zeros, "alone": broken, "forwards": zeros,
-                        "backwards": zeros,
-                    }.items()
-                }
-            ),
-            0.0,
-        )  # fmt: skip
-    store.finish(list(STAGES))
-    clear_journal(folder)
-    return folder
 
 
 A = [-1] * 150 + [0] * 10 + [1] * 30 + [2] * 10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_compare import evaluated
+from made_up_results import evaluated
 
 from advbench.cli.main import main
 from advbench.errors import UserError

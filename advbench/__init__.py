@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from advbench.evaluation.protocol import Protocol
     from advbench.progress import NullProgress, Progress
     from advbench.recipes.base import Recipe
-    from advbench.runs.results import Accuracy, Results
+    from advbench.runs.accuracy import Accuracy
+    from advbench.runs.results import Results
 
 __all__ = [
     "Accuracy",

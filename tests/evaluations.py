@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from advbench import config
 from advbench.evaluation.samples import subset
 from advbench.evaluation.store import Records, Store, clear_journal
-from advbench.runs.results import Accuracy, Results, StageResult, Unfinished
+from advbench.runs.accuracy import Accuracy
+from advbench.runs.results import Results, StageResult, Unfinished
 
 N, WRONG, LOST = 40, 2, 10
 """Images of digits; those misclassified at once, and those lost to each of two stages."""

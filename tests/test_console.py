@@ -25,7 +25,8 @@ from advbench.console import Bar, Meter, Screen
 from advbench.errors import UserError
 from advbench.experiments import outcome
 from advbench.experiments.views import EvaluationView, TrainingView
-from advbench.runs.results import Accuracy, Results, StageResult, Unfinished
+from advbench.runs.accuracy import Accuracy
+from advbench.runs.results import Results, StageResult, Unfinished
 from advbench.text import duration, number
 from advbench.training.summary import Summary
 

@@ -216,7 +216,7 @@ def test_every_key_of_a_result_is_explained(
 
 def test_what_is_said_about_intervals() -> None:
     """'About 20 points wide with n = 100, about 2 with n = 10000.'"""
-    from advbench.runs.results import wilson
+    from advbench.runs.accuracy import wilson
 
     for n, width in ((100, 0.2), (10_000, 0.02)):
         low, high = wilson(n // 2, n)

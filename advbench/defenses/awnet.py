@@ -1,8 +1,7 @@
 """AW-Net: a net whose filters vary with the image (Wei, Zhao, Li, arXiv 2306.03430).
 
 Notation: s_l the regulation signals of convolution l, (N, C_l) in (0, 2); p (N,) how adversarial an
-image looks, in (0, 1), and t its logit. The sizes, the form of the signals and what p does are our
-reading of the abstract.
+image looks, in (0, 1), t its logit. Sizes, the signals' form and the use of p are our reading.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.store import Records, Store
 from advbench.runs import provenance
-from advbench.runs.results import Accuracy, Data, Results, StageResult, Unfinished
+from advbench.runs.accuracy import Accuracy
+from advbench.runs.results import Data, Results, StageResult, Unfinished
 
 
 def summarise(

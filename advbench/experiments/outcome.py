@@ -12,7 +12,8 @@ from rich.text import Text
 
 from advbench.attacks.threat import Threat
 from advbench.console import Screen
-from advbench.runs.results import MEASURES, Accuracy, Results, StageResult, wilson
+from advbench.runs.accuracy import Accuracy, wilson
+from advbench.runs.results import MEASURES, Results, StageResult
 from advbench.text import duration, percent
 from advbench.training.summary import Summary
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from advbench import config
 from advbench.errors import UserError
+from advbench.runs.accuracy import Accuracy, wilson
 from advbench.runs.directory import CONFIG
-from advbench.runs.results import RESULTS, Accuracy, Results, Unfinished, wilson
+from advbench.runs.results import RESULTS, Results, Unfinished
 from advbench.text import printable, threat_name
 
 if TYPE_CHECKING:  # a table does not need them, and importing torch takes seconds

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from advbench.errors import UserError
 from advbench.report.collection import NAMES, UNKNOWN, Entry, Group, find, varying
 from advbench.report.conditions import Wording, differences, text_of
-from advbench.runs.results import Z95
+from advbench.runs.accuracy import Z95
 from advbench.text import printable
 
 if TYPE_CHECKING:  # records are read with torch, which takes seconds to import

@@ -14,7 +14,7 @@ from advbench.errors import UserError
 from advbench.report.collection import SEED, Entry, find, varying
 from advbench.report.compare import comparable, evidence_of
 from advbench.report.conditions import text_of
-from advbench.runs.results import Z95
+from advbench.runs.accuracy import Z95
 from advbench.text import count, percent, printable
 
 if TYPE_CHECKING:

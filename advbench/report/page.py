@@ -24,14 +24,14 @@ from advbench import config
 from advbench.errors import UserError
 from advbench.files import write_text
 from advbench.report import collection, gallery, group_figures, run_figures, svg
-from advbench.report.collection import Entry, Group, Mean
-from advbench.report.conditions import Wording, is_weak, protocol_of, text_of
-from advbench.report.leaderboard import (
-    READING_CLEAN,
-    READING_SEEDS,
-    READING_UNFINISHED,
-    READING_WEAK,
-    rank,
+from advbench.report.collection import Entry
+from advbench.report.conditions import protocol_of, text_of
+from advbench.report.page_leaderboard import (
+    LABELS,
+    interval_text,
+    leaderboard_rows,
+    model_of,
+    percent_text,
 )
 from advbench.report.run_figures import Plate
 from advbench.report.style import style
@@ -44,19 +44,6 @@ MOST_FIGURES = 20
 
 BUDGET = 3_500_000
 """Bytes of figures and images in a page."""
-
-COLUMNS = (
-    ("model", "Model", "text"),
-    ("clean", "Clean", "number"),
-    ("robust", "Robust", "number"),
-    (None, "0 to 100 %", None),
-    ("verdict", "Verdict", "text"),
-    ("seconds", "Time", "number"),
-)
-"""Of the leaderboard: key, heading, and how to sort."""
-
-FACETS = ("data", "threat", "protocol", "defense")
-LABELS = ("reliable", "inconclusive", "unreliable")
 
 
 def write(paths: Sequence[Path], target: Path) -> None:
@@ -86,7 +73,7 @@ def page(entries: Sequence[Entry]) -> str:
             bare += not drawn
             known = varied[entry], anchors[entry]
             runs.append(_run(entry, *known, library, trainings, figures if drawn else None))
-    models = len({repr(_model(entry)) for entry in entries})
+    models = len({repr(model_of(entry)) for entry in entries})
     css, script = _asset("page.css"), _asset("page.js")
     policy = (
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -107,7 +94,7 @@ def page(entries: Sequence[Entry]) -> str:
             shared=shared,
             runs=runs,
             bare=bare,
-            **_leaderboard(ranked),
+            **leaderboard_rows(ranked),
         )
     )
 
@@ -124,8 +111,8 @@ def templates() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        percent=_percent,
-        interval=_interval,
+        percent=percent_text,
+        interval=interval_text,
         duration=duration,
         text=text_of,
         named=_named,
@@ -175,81 +162,11 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _model(entry: Entry) -> Any:
-    """What makes evaluations those of one model: its hash, or else all that is known of it."""
-    known = entry.results.provenance.get("model_sha256")
-    return known or (entry.results.run, sorted(entry.results.settings.items()))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _interval(mean: Mean) -> str:
-    return "\u2013".join(map(_percent, mean.ci95 or ()))
-
-
 def _named(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(str(k).replace("_", " "), text_of(v)) for k, v in values.items() if v is not None]
 
 
 # --- the leaderboard ----------------------------------------------------------------------------
-
-
-def _leaderboard(ranked: Sequence[Sequence[Entry]]) -> dict[str, Any]:
-    """A body for what may be compared, a row for each model, and the filters."""
-    wording = Wording([Group((same[0],)) for same in ranked])
-    bodies, everything = [], []
-    for same in ranked:
-        varied = collection.varying(same)
-        best = sorted(collection.groups(same), key=rank)
-        everything += best
-        bodies.append(
-            {
-                "words": wording.of(same[0]),
-                "images": count(same[0].n, "image"),
-                "varied": varied,
-                "rows": [_row(group, varied) for group in best],
-            }
-        )
-    judged = any(group.verdict for group in everything)
-    values = {key: sorted({_facets(group.first)[key] for group in everything}) for key in FACETS}
-    notes = {
-        READING_WEAK: any(is_weak(same[0].conditions["protocol"]) for same in ranked),
-        READING_UNFINISHED: any(group.unfinished for group in everything),
-        READING_CLEAN: any(not (group.robust or group.unfinished) for group in everything),
-        READING_SEEDS: any(len(group.entries) > 1 for group in everything),
-    }
-    return {
-        "bodies": bodies,
-        "rows": len(everything),
-        "judged": judged,
-        "columns": [column for column in COLUMNS if judged or column[0] != "verdict"],
-        "filters": [(k, k.capitalize(), values[k]) for k in FACETS if len(values[k]) > 1],
-        "notes": [note for note, applies in notes.items() if applies],
-    }
-
-
-def _facets(entry: Entry) -> dict[str, str]:
-    values = (entry.data, entry.threat_name, entry.protocol, entry.defense)
-    return dict(zip(FACETS, values, strict=True))
-
-
-def _row(group: Group, varied: Sequence[str]) -> dict[str, Any]:
-    settings, facets = group.first.results.settings, _facets(group.first)
-    values = [f"{k} {text_of(v)}" for k, v in settings.items() if k in varied]
-    means = {"clean": group.clean, "robust": group.robust}
-    said = [
-        f"{name} {_percent(mean.acc)} %, {_interval(mean) or 'at most'}"
-        for name, mean in means.items()
-        if mean is not None
-    ]
-    return {
-        "group": group,
-        "facets": facets,
-        "words": " ".join([group.first.results.run, *values, *facets.values()]).lower(),
-        "said": "; ".join(said),
-    }
 
 
 # --- one evaluation -----------------------------------------------------------------------------
@@ -280,7 +197,7 @@ def _run(
         facts += [(MEASURES.get(k, k), f"{100 * v:.1f} %") for k, v in results.measures.items()]
     if results.missing:
         facts.append(("Missing", f"time was up before the end of {', '.join(results.missing)}"))
-    share = "-" if results.robust.acc is None else f"{_percent(results.robust.acc)} %"
+    share = "-" if results.robust.acc is None else f"{percent_text(results.robust.acc)} %"
     return {
         "entry": entry,
         "varied": varied,

@@ -30,7 +30,8 @@ from advbench.report.style import (
     short,
     whiskers,
 )
-from advbench.runs.results import Accuracy, Results, StageResult
+from advbench.runs.accuracy import Accuracy
+from advbench.runs.results import Results, StageResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,6 @@ checks that its numbers agree with each other, so a file that contradicts itself
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, field
 from functools import cache
@@ -15,10 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import (
-    ConfigDict,
     Field,
-    GetPydanticSchema,
-    InstanceOf,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -28,6 +24,22 @@ from typing_extensions import NotRequired, TypedDict
 
 from advbench.errors import UserError, reason_of
 from advbench.files import write_json
+from advbench.runs.accuracy import (
+    CLOSED,
+    MOST,
+    OPEN,
+    SLACK,
+    Accuracy,
+    Count,
+    Flag,
+    Known,
+    Plain,
+    Real,
+    Setting,
+    Share,
+    Text,
+    Whole,
+)
 
 SCHEMA = "advbench.results/2"
 BEFORE = "advbench.results/1"
@@ -35,88 +47,8 @@ BEFORE = "advbench.results/1"
 RESULTS = "results.json"
 CLEAN = "clean"
 
-Z95 = 1.959963984540054
-"""The normal distribution's 97.5 % quantile."""
-
-MOST = 2**63
-"""Every number of a result is smaller."""
-
-SLACK = 1e-6
-"""Rounding of a stored share; one sample of 500,000 is more."""
 
 FINISHED = "stages are listed as missing, and all samples are decided"
-
-CLOSED = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True, extra="forbid")
-OPEN = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True, extra="allow")
-
-Text = InstanceOf[str]
-Whole = Annotated[int, Field(strict=True, gt=-MOST, lt=MOST)]
-Count = Annotated[int, Field(strict=True, ge=0, lt=MOST)]
-Real = Annotated[float, Field(strict=True, ge=0, lt=MOST)]
-Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-Known = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(Share | None))]
-"""A share or None; to a type checker anything, since callers know which evaluations finished."""
-Flag = Annotated[bool, Field(strict=True)]
-Plain = Flag | Whole | Annotated[float, Field(strict=True)] | Text | None
-Setting = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(Plain))]
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion (Wilson 1927).
-
-    Args:
-        successes: At most n; not whole for a mean over seeds.
-        n: Trials.
-
-    Returns:
-        Lower and upper end in [0, 1]; (0, 1) for n = 0.
-    """
-    if n == 0:
-        return 0.0, 1.0
-    z = Z95
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # The ends are exact there, where rounding would leave a trace.
-    low = 0.0 if successes == 0 else centre - half
-    return low, 1.0 if successes == n else centre + half
-
-
-@dataclass(frozen=True, config=CLOSED)
-class Accuracy:
-    """A share of correct samples with its interval.
-
-    Raises ValueError for a share outside [0, 1] or outside its interval.
-    """
-
-    acc: Known = None
-    """Share of all samples, in [0, 1]; null where nothing was measured."""
-    ci95: tuple[Share, Share] | None = None
-    """Wilson's 95 % interval; null where ``acc`` is null, or is no more than a bound so far."""
-
-    @model_validator(mode="after")
-    def _agree(self) -> Accuracy:
-        if self.ci95 is None:
-            return self
-        low, high = self.ci95
-        if self.acc is None or not low - SLACK <= self.acc <= high + SLACK:
-            share = "nothing" if self.acc is None else f"{100 * self.acc:.1f} %"
-            raise ValueError(f"{share} is not in [{100 * low:.1f}, {100 * high:.1f}]")
-        return self
-
-    @classmethod
-    def of(cls, correct: int, n: int) -> Accuracy:
-        """The accuracy of ``correct`` samples of ``n``; empty for n = 0."""
-        return cls(correct / n, wilson(correct, n)) if n else cls()
-
-    def __str__(self) -> str:
-        if self.acc is None:
-            return "-"
-        share = f"{100 * self.acc:.1f} %"
-        if self.ci95 is None:
-            return share
-        low, high = self.ci95
-        return f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 @dataclass(frozen=True, config=CLOSED)

@@ -37,7 +37,8 @@ from advbench.attacks.threat import Threat
 from advbench.evaluation.samples import subset
 from advbench.experiments.subject import TestData, candidate
 from advbench.runs import directory
-from advbench.runs.results import Accuracy, Results
+from advbench.runs.accuracy import Accuracy
+from advbench.runs.results import Results
 
 BATCH = 100
 

@@ -18,7 +18,7 @@ from advbench.attacks.threat import Threat
 from advbench.devices import processors
 from advbench.files import write_text
 from advbench.report.collection import Mean
-from advbench.runs.results import Accuracy
+from advbench.runs.accuracy import Accuracy
 
 MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """Of AutoAttack's standard suite."""

@@ -25,7 +25,8 @@ from advbench.cli.main import main
 from advbench.errors import UserError
 from advbench.experiments import models
 from advbench.report.model_info import model_info
-from advbench.runs.results import Accuracy, Results
+from advbench.runs.accuracy import Accuracy
+from advbench.runs.results import Results
 
 STAND_IN = {
     "__init__.py": "raise ImportError('as it comes from PyPI')\n",

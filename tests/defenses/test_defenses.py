@@ -31,7 +31,7 @@ from advbench.defenses.base import Traits
 from advbench.errors import UserError
 from advbench.evaluation.checks import probe
 from advbench.evaluation.samples import Samples, subset
-from advbench.experiments.models import load_weights
+from advbench.experiments.checkpoints import load_weights
 from advbench.recipes.standard import Standard
 from advbench.runs.fingerprint import model_sha256
 from advbench.training.checkpoint import save_weights

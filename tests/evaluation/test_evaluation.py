@@ -36,7 +36,8 @@ from advbench.evaluation.protocols import (
 from advbench.evaluation.samples import Samples, subset
 from advbench.evaluation.store import Store, read_samples
 from advbench.progress import NullProgress
-from advbench.runs.results import Results, wilson
+from advbench.runs.accuracy import wilson
+from advbench.runs.results import Results
 
 SHAPE = (1, 4, 4)
 

@@ -18,7 +18,8 @@ from advbench.errors import UserError
 from advbench.report import formats, leaderboard
 from advbench.report.collection import Mean, find, groups, varying
 from advbench.report.conditions import protocol_of, text_of
-from advbench.runs.results import Accuracy, Results, wilson
+from advbench.runs.accuracy import Accuracy, wilson
+from advbench.runs.results import Results
 
 # --- groups over seeds --------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from advbench.report.collection import Entry, Group
 from advbench.report.evidence import UNKNOWN, Evidence
 from advbench.report.gallery import BRIGHTER, DARKER, Gallery, Picture
 from advbench.report.style import CLEAN, style
-from advbench.runs.results import Accuracy
+from advbench.runs.accuracy import Accuracy
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from evaluations import LOST, WRONG, N, curve, results
 from pydantic import TypeAdapter
 
 from advbench.errors import UserError
-from advbench.runs.results import BEFORE, SCHEMA, Accuracy, Results, Unfinished
+from advbench.runs.accuracy import Accuracy
+from advbench.runs.results import BEFORE, SCHEMA, Results, Unfinished
 
 OPEN_END = results(missing=("second",))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class WithoutReturn(Around):
 class StaysTraining(Around):
     def train(self, mode: bool = True):
         super().train(mode)
-        self.net[1].train()
+        next(m for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)).train()
         return self
 
 
@@ -102,7 +103,7 @@ def noisy(z: Tensor) -> Tensor:
     return z + 0.3 * torch.randn_like(z)
 
 
-AS_PLAIN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+AS_PLAIN: dict[str, tuple[Callable[[], Any], str]] = {
     "tuple": (lambda: Around(after=lambda z: (z, torch.zeros(len(z), 7))), "returns tuple"),
     "list": (lambda: Around(after=lambda z: [z]), "returns list"),
     "dict": (lambda: Around(after=lambda z: {"loss": z.sum(), "logits": z}), "returns dict"),

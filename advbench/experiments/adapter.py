@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from advbench.errors import UserError
 
@@ -124,7 +124,7 @@ def initialise_lazy(model: nn.Module, input_shape: Sequence[int]) -> bool:
 
 def _is_lazy(model: nn.Module) -> bool:
     tensors = (*model.parameters(), *model.buffers())
-    return any(isinstance(tensor, UninitializedTensorMixin) for tensor in tensors)
+    return any(is_lazy(tensor) for tensor in tensors)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module | None:

@@ -75,11 +75,14 @@ def is_named(spec: str | None) -> bool:
     return spec is not None and spec.startswith(PREFIX)
 
 
-def load(entry: Entry, folder: str = FOLDER, pretrained: bool = True) -> nn.Module:
+def load(
+    entry: Entry, folder: str = FOLDER, pretrained: bool = True, download: bool = True
+) -> nn.Module:
     """A model of the zoo, in evaluation mode.
 
     folder: where weights are, as ``DATA/THREAT/NAME.pt``.
     pretrained: False builds it with fresh weights and fetches nothing.
+    download: whether weights that are not in the folder may be fetched.
     Raises UserError without robustbench, for an unknown name, and where the weights can't be had.
     """
     model_zoo, enums, utils = _package()
@@ -89,6 +92,11 @@ def load(entry: Entry, folder: str = FOLDER, pretrained: bool = True) -> nn.Modu
         hint = did_you_mean(entry.name, known)
         raise UserError(f"RobustBench has no '{entry.name}' in {entry.data}/{entry.threat}{hint}")
     file = Path(folder) / entry.data / entry.threat / f"{entry.name}.pt"
+    if pretrained and not download and not file.is_file():
+        raise UserError(
+            f"the weights of '{entry.name}' are not at '{file}': fetch them with data={entry.data} "
+            "data.download=true n=1 once, or put the file there by hand"
+        )
     try:
         with redirect_stdout(sys.stderr):  # it prints
             if not pretrained:

@@ -124,7 +124,11 @@ def from_run(
 
 
 def from_factory(
-    spec: str, weights: str | None, input_shape: Sequence[int], num_classes: int | None
+    spec: str,
+    weights: str | None,
+    input_shape: Sequence[int],
+    num_classes: int | None,
+    download: bool = False,
 ) -> tuple[nn.Module, list[str]]:
     """The user's own model, ``FILE.py:FACTORY``, or one of a zoo, ready to be evaluated.
 
@@ -135,6 +139,7 @@ def from_factory(
             what the factory made.
         input_shape: (C, H, W) of the data's images.
         num_classes: of the data, where they are known.
+        download: whether a zoo's weights may be fetched.
 
     Returns:
         The model in evaluation mode, and what was done to have it, a line each.
@@ -145,7 +150,7 @@ def from_factory(
     if robustbench.is_named(spec):
         if weights is not None:
             raise UserError(f"{spec} comes with its weights: leave weights={weights} out")
-        return robustbench.load(robustbench.Entry.of(spec)), []
+        return robustbench.load(robustbench.Entry.of(spec), download=download), []
     path, colon, name = spec.rpartition(":")
     if not colon or not path.endswith(".py") or not name:
         raise UserError(f"model={spec} is not FILE.py:FACTORY, such as model=my_model.py:build")

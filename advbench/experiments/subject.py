@@ -166,10 +166,15 @@ def from_training_run(
     )
 
 
-def from_factory(spec: str, weights: str | None, traits: Traits, data: TestData) -> Candidate:
-    """A model of the user's own, or of a zoo, with the traits that they declare."""
+def from_factory(
+    spec: str, weights: str | None, traits: Traits, data: TestData, download: bool = False
+) -> Candidate:
+    """A model of the user's own, or of a zoo, with the traits that they declare.
+
+    download: whether a zoo's weights may be fetched.
+    """
     classes = None if data.splits is None else data.splits.info.num_classes
-    model, notices = models.from_factory(spec, weights, data.input_shape, classes)
+    model, notices = models.from_factory(spec, weights, data.input_shape, classes, download)
     file, _, factory = spec.rpartition(":")
     code = {}
     if robustbench.is_named(spec):
@@ -199,7 +204,8 @@ def candidate(
     retrofit = cfg.defense is not None and cfg.defense.get("_target_") is not None
     traits = _declared(cfg.traits)
     if run is None:
-        own = from_factory(cfg.model, cfg.weights, traits, data)
+        fetch = bool((cfg.data or {}).get("download"))
+        own = from_factory(cfg.model, cfg.weights, traits, data, fetch)
         given = {} if cfg.defense is None else flat("defense", cfg.defense)
         if not retrofit and any(value is not None for value in given.values()):
             raise UserError("a model of your own has no defense to set: give defense=NAME")

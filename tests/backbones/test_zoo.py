@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import evaluations
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,6 @@ from advbench.cli.main import main
 from advbench.errors import UserError
 from advbench.experiments import models
 from advbench.report.model_info import model_info
-from advbench.runs.accuracy import Accuracy
 from advbench.runs.results import Results
 
 STAND_IN = {
@@ -201,8 +201,8 @@ def test_a_zoo_model_is_evaluated_as_it_is(seen: Path, capsys: pytest.CaptureFix
 def test_mistakes_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model, more, told in (
         ("cifar10/Linf/Me2026Nett", [], "has no 'Me2026Nett' in cifar10/Linf; did you mean 'Me"),
-        ("cifar10/L2/Me2026Net", [], "can't be had (no network): try again, or put the file at "
-         "'models/cifar10/L2/Me2026Net.pt' by hand"),
+        ("cifar10/L2/Me2026Net", [], "are not at 'models/cifar10/L2/Me2026Net.pt': fetch them with "
+         "data=cifar10 data.download=true n=1 once, or put the file there"),
         ("cifar10/Linf/Me2026Net", ["weights=w.pt"], "comes with its weights: leave weights=w.pt"),
         ("cifar10", ["hydra.run.dir=x"], "has no 'cifar10' in cifar10/Linf"),
     ):  # fmt: skip
@@ -271,9 +271,12 @@ def test_a_real_model() -> None:
 def results(seen: Path) -> Results:
     """A result of CIFAR-10 that is worth an entry."""
     found = Results.load(seen / "results.json")
-    found = replace(found, protocol={**found.protocol, "name": "autoattack"})
-    found = replace(found, data={**found.data, "name": "cifar10", "n": 1000})
-    return replace(found, clean=Accuracy.of(897, 1000), robust=Accuracy.of(595, 1000))
+    return replace(
+        found,
+        protocol={**found.protocol, "name": "autoattack"},
+        data={**found.data, "name": "cifar10", "n": 1000},
+        **evaluations.found(1000, 897, {"apgd-ce": 302}),
+    )
 
 
 FIELDS = [
@@ -292,11 +295,11 @@ def test_an_entry_has_the_fields_of_robustbench(results: Results) -> None:
     assert "n = 1000" in info["footnote"] and "[56.43, 62.50]" in info["footnote"]
     judged = replace(results, verdict={"label": "unreliable", "indicators": []})
     assert model_info(judged)["unreliable"] is True
-    wider = replace(results, protocol={"name": "msa", "version": 1})
+    wider = replace(results, protocol={"name": "msa", "version": "1"})
     assert model_info(wider)["external"] == "59.50" and model_info(wider)["autoattack_acc"] == ""
     l2 = replace(results, threat={"norm": "l2", "eps": 0.5})
     assert model_info(l2)["eps"] == "0.5"
-    noisy = replace(results, measures={"wra": 0.7, "mean_draw": 0.6, "worst_draw": 0.5})
+    noisy = replace(results, measures={"wra": 0.746, "mean_draw": 0.6, "worst_draw": 0.5})
     assert model_info(noisy)["number_forward_passes"] == ""
     suite = {"name": "autoattack", "version": "1", "suite": "rand", "engine": "fast"}
     assert "autoattack 1, suite rand, n =" in model_info(replace(noisy, protocol=suite))["footnote"]
@@ -306,11 +309,14 @@ def test_an_entry_has_the_fields_of_robustbench(results: Results) -> None:
 
 def test_what_has_no_place_there(results: Results) -> None:
     for changes, told in (
-        ({"missing": ("fab-t",)}, "unfinished"),
+        (evaluations.found(1000, 897, {"fab-t": 302}, ["fab-t"]), "unfinished"),
         ({"threat": {"norm": "l1", "eps": 12.0}}, "no leaderboard for l1"),
-        ({"protocol": {"name": "pgd", "version": 1}}, "weaker than what RobustBench reports"),
+        ({"protocol": {"name": "pgd", "version": "1"}}, "weaker than what RobustBench reports"),
         ({"protocol": {"name": "autoattack", "version": "1", "suite": "rand"}}, "this one is not"),
-        ({"protocol": {"name": "autoattack", "attacks": ["square"]}}, "leaves out members"),
+        (
+            {"protocol": {"name": "autoattack", "version": "1", "attacks": ["square"]}},
+            "leaves out members",
+        ),
     ):
         with pytest.raises(UserError, match=told):
             model_info(replace(results, **changes))

@@ -39,10 +39,14 @@ class Fit:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load the weights of a run, whose names are the model's.
 
+    A buffer that is no part of the model's state, such as a jump that was given as a number, keeps
+    its value, also where the run holds one that was chosen.
+
     Raises:
         UserError: The file can't be read, or names or shapes differ; the first are named.
     """
-    state = read_weights(path)
+    given = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    state = {name: tensor for name, tensor in read_weights(path).items() if name not in given}
     problems = _differences(model.state_dict(), state)
     if problems:
         raise _no_match(path, problems)

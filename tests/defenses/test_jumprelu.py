@@ -28,6 +28,7 @@ from advbench.backbones.external import torchvision
 from advbench.backbones.lenet import lenet
 from advbench.backbones.mobilenet import mobilenet_v2
 from advbench.backbones.resnet import resnet20
+from advbench.cli.main import main
 from advbench.config import build, options, plain, shipped
 from advbench.data.augment import Augment
 from advbench.data.base import ArraySplit, Source, Split, Splits
@@ -35,10 +36,13 @@ from advbench.defenses.base import Traits
 from advbench.defenses.jumprelu import GRID, Jump, JumpReLU, jump_of
 from advbench.errors import UserError
 from advbench.experiments.checkpoints import load_weights
+from advbench.experiments.models import from_run
 from advbench.recipes.base import Recipe
 from advbench.recipes.pgd_at import PGDAT
 from advbench.recipes.standard import Standard
+from advbench.runs.directory import find
 from advbench.runs.fingerprint import model_sha256
+from advbench.runs.results import Results
 from advbench.surgery import count_calls
 from advbench.training import loop
 from advbench.training.checkpoint import save_weights
@@ -396,6 +400,20 @@ def test_a_number_is_not_changed_by_the_data():
     model = defense.apply(sized()).eval()
     defense.finish(model, labelled(sized()))
     assert jump_of(model) == pytest.approx(0.7)
+
+
+def test_a_number_takes_the_place_of_the_jump_that_a_run_chose(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["recipe=standard", "trainer.epochs=1", "trainer.val_steps=1", "-q"]
+    assert main(["train", "defense=jumprelu", "hydra.run.dir=chosen", *small]) == 0
+    look = ["eval", "run=chosen", "defense.jump=30", "protocol=clean", "n=100", "-q"]
+    assert main([*look, "hydra.run.dir=given"]) == 0
+    results = Results.load(Path("given/results.json"))
+    assert results.settings["defense.jump"] == 30 and results.clean.acc < 0.3
+    model, _ = from_run(find("chosen"))
+    held = load_file("chosen/model.safetensors")
+    assert jump_of(model) == max(float(v) for k, v in held.items() if k.endswith(".jump"))
+    assert 0 < jump_of(model) < 30
 
 
 def test_auto_needs_validation_data():

@@ -1,4 +1,4 @@
-"""advbench: train adversarial defenses, and measure honestly how robust they are.
+"""advbench: train adversarial defenses and measure how robust they are.
 
 model = advbench.load("outputs/train/RUN")
 results = advbench.evaluate(model, x, y, threat="linf_8", protocol="autoattack")

@@ -36,10 +36,11 @@ PAGES = {
     "tutorial": 12,
     "your-own-model": 7,
     "python": 2,
-    "adding": 6,
+    "structure": 1,
+    "adding": 9,
     "reading-a-result": 4,
     "reproducing-a-paper": 13,
-    "troubleshooting": 11,
+    "troubleshooting": 12,
     "how-it-attacks": 5,
     "../README": 30,
 }

@@ -1,6 +1,6 @@
-"""The command line: ``advbench VERB ...``.
+"""The command line: ``advbench SUBCOMMAND ...``.
 
-``train`` and ``eval`` are Hydra applications on the packaged configs; the other verbs are plain.
+``train`` and ``eval`` are Hydra applications on the packaged configs; the others are plain.
 A user's mistake is one line on stderr and exit code 2.
 """
 
@@ -17,19 +17,19 @@ from importlib.metadata import version
 from advbench.cli import explain, hydra_app
 from advbench.errors import UserError, did_you_mean
 
-HELP = """advbench - train adversarial defenses, and measure honestly how robust they are
+HELP = """advbench - train adversarial defenses and measure how robust they are
 
-usage: advbench VERB ...
+usage: advbench SUBCOMMAND ...
 
-  advbench doctor                       what is installed, and whether attacks are right here
+  advbench doctor                       what is installed, and a test of the attacks
   advbench train                        train on the embedded digits with PGD adversarial training
   advbench eval                         attack the newest training run with AutoAttack
-  advbench list [GROUP]                 what there is: data, backbones, defenses, recipes, ...
-  advbench list runs [PATH ...]         which runs there are, and what goes on with each
+  advbench list [GROUP]                 all options: data, backbones, defenses, recipes, ...
+  advbench list runs [PATH ...]         all runs, and the command that resumes each
   advbench report outputs               tables of all results; --html FILE for a page
-  advbench report --compare A B         two evaluations, image by image
-  advbench copy GROUP/NAME DIR          a shipped config, to change and use with --config-dir DIR
-  advbench export outputs/eval/RUN      a RobustBench entry, with what is left to fill in
+  advbench report --compare A B         compare two evaluations image by image
+  advbench copy GROUP/NAME DIR          copy a shipped config, to change it and use --config-dir DIR
+  advbench export outputs/eval/RUN      a RobustBench entry, and the fields left to fill in
 
 Settings follow as KEY=VALUE, in any order:
 
@@ -41,8 +41,8 @@ Settings follow as KEY=VALUE, in any order:
   advbench eval model=my_model.py:build weights=my.pt data=npz data.path=test.npz threat=linf_8
   advbench eval model=robustbench:cifar10/Linf/NAME data.download=true
 
-  advbench VERB --help                  every setting of that verb, with its value
-  advbench train -q ...                 the outcome alone, in one line (eval too)
+  advbench SUBCOMMAND --help            every setting of the subcommand, with its value
+  advbench train -q ...                 print the outcome only, in one line (eval too)
   advbench -sc install=bash             how to install completion (or zsh, fish)
   advbench --version
 """

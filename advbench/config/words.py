@@ -9,7 +9,7 @@ from typing import Any
 
 
 def command(verb: str, settings: Mapping[str, Any]) -> str:
-    """``advbench SUBCOMMAND KEY=VALUE ...``, less what is None or empty. A path is what it is as text."""
+    """``advbench SUBCOMMAND KEY=VALUE ...``, without values that are None or empty."""
     said = {key: value for key, value in settings.items() if value not in (None, [], "")}
     return " ".join(["advbench", verb, *(word(key, value) for key, value in said.items())])
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from advbench.config.roles import Role
 from advbench.errors import UserError, did_you_mean
 from advbench.text import threat_name
 
@@ -39,9 +40,9 @@ class Threat:
         UserError: for an unknown norm, and for a linf radius above 1.
     """
 
-    norm: str
+    norm: str = field(metadata={"role": Role.OUTCOME | Role.EVALUATION})
     """``linf``, ``l2`` or ``l1``."""
-    eps: float | str
+    eps: float | str = field(metadata={"role": Role.OUTCOME | Role.EVALUATION})
     """The radius in pixel units of [0, 1]; a fraction such as ``8/255`` is read as a number."""
 
     def __post_init__(self) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from advbench.config.roles import Role
 from advbench.errors import UserError
 
 
@@ -68,13 +69,13 @@ class Backbone(ABC):
     A class has the name that configs and runs give it, such as ``resnet18``.
     """
 
-    num_classes: int
+    num_classes: int = field(metadata={"role": Role.OUTCOME | Role.FROM_DATA})
     """Number of classes, K. From the data."""
-    input_shape: list[int]
+    input_shape: list[int] = field(metadata={"role": Role.OUTCOME | Role.FROM_DATA})
     """(C, H, W) of the images. From the data."""
-    mean: list[float] | None = None
+    mean: list[float] | None = field(default=None, metadata={"role": Role.OUTCOME | Role.FROM_DATA})
     """Per channel, in pixel units of [0, 1]; None is no normalisation. From the data."""
-    std: list[float] | None = None
+    std: list[float] | None = field(default=None, metadata={"role": Role.OUTCOME | Role.FROM_DATA})
     """Per channel, in pixel units of [0, 1]; None is no normalisation. From the data."""
 
     @abstractmethod

@@ -116,7 +116,8 @@ def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
     from omegaconf import DictConfig
 
     from advbench.cli.multirun import overrides
-    from advbench.config import GROUPS, SCHEMAS
+    from advbench.config import GROUPS, SCHEMAS, roles
+    from advbench.config.roles import Role
 
     keys = [field.name for field in dataclasses.fields(SCHEMAS[verb])]
     for added in sorted({str(key) for key in cfg} - {*keys}):  # with +KEY=VALUE
@@ -135,7 +136,8 @@ def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
         override.startswith("hydra.run.dir=") for override in hydra_cfg.overrides.hydra
     ):
         raise UserError("hydra.run.dir is for one run; with -m say where with hydra.sweep.dir=DIR")
-    heeded = {"resume", "plugins", "strict", "model", "weights", "budget", "logger"}
+    again = Role.SITTING | Role.LOGGING | Role.NAMES_FILE  # files run code, so they are said again
+    heeded = {*roles.having(again, roles.of(SCHEMAS[verb]))}
     ignored = {name for name in named if name.partition(".")[0] not in heeded}
     if cfg.resume is not None and ignored:
         raise UserError(

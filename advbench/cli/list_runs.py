@@ -86,13 +86,12 @@ def _apart(runs: Iterable[Run]) -> list[Run]:
 
 
 def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of a run's config by full key, less what says where things are."""
+    """The plain values of a run's config by full key."""
     found: dict[str, Any] = {"seed": cfg.get("seed")}
     for group, node in cfg.items():
         if isinstance(node, Mapping) and group != "choices":
-            around = directory.AROUND.get(group, ())
-            plain = {k: v for k, v in node.items() if k not in ("_target_", *around)}
-            found |= {f"{group}.{k}": v for k, v in plain.items() if not isinstance(v, dict | list)}
+            plain = {k: v for k, v in node.items() if not isinstance(v, dict | list)}
+            found |= {f"{group}.{k}": v for k, v in plain.items() if k != "_target_"}
     return found
 
 

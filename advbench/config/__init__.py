@@ -9,6 +9,7 @@ from advbench.config.instantiate import (
     load_plugins,
     target_of,
 )
+from advbench.config.keys import roles_of
 from advbench.config.library import options, shipped
 from advbench.config.nodes import inherit, plain, read, spelled_out
 from advbench.config.schema import GROUPS, INSIDE, SCHEMAS, EvalConfig, TrainConfig, register
@@ -30,6 +31,7 @@ __all__ = [
     "plain",
     "read",
     "register",
+    "roles_of",
     "shipped",
     "spelled_out",
     "target_of",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+
+from advbench.config.roles import Role
 
 GROUPS = {
     "data": "advbench.data.",
@@ -29,69 +31,89 @@ INSIDE = {"defense": "members", "recipe": "of"}
 """The parameter by which a component holds others of its group: the chain's, and awp's."""
 
 
-FROM_THE_RUN = {
-    "data": "data=npz data.path=FILE.npz",
-    "threat": "threat=linf_8, or threat.norm=l2 threat.eps=0.5",
-}
-"""Groups that ``eval`` takes from the run that it evaluates, and what to say without one."""
-
-
 @dataclass
 class TrainConfig:
-    """Top level of ``advbench train``.
-
-    seed: of everything random in the training.  init_from: a run whose weights to start from.
-    resume: an interrupted run to go on with.  plugins: files of the user's own components.
-    """
+    """Top level of ``advbench train``."""
 
     seed: int = 0
-    init_from: str | None = None
-    resume: str | None = None
-    plugins: list[str] = field(default_factory=list)
+    """Seed of everything random in the training."""
+    init_from: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.NAMES_RUN})
+    """A run whose weights to start from."""
+    resume: str | None = field(default=None, metadata={"role": Role.SITTING})
+    """An interrupted training to resume."""
+    plugins: list[str] = field(default_factory=list, metadata={"role": Role.NAMES_FILE})
+    """Files of your own components, on the command line only."""
     data: Any = None
+    """The images, and what part of them is held out."""
     backbone: Any = None
+    """The network."""
     defense: Any = None
+    """What is put on the network."""
     recipe: Any = None
+    """The loss, and the adversarial images in it."""
     optimizer: Any = None
+    """The optimizer and the schedule of its learning rate."""
     threat: Any = None
+    """The norm and the budget of the adversarial images."""
     trainer: Any = None
-    logger: Any = None
+    """Epochs, batch size, devices and precision."""
+    logger: Any = field(default=None, metadata={"role": Role.LOGGING})
+    """Where the metrics go besides the run's own files."""
 
 
 @dataclass
 class EvalConfig:
-    """Top level of ``advbench eval``.
-
-    run: a training run; the newest finished one if neither ``run`` nor ``model`` is given.
-    model: FILE.py:FACTORY of the user's own, with its ``weights``.  n: size of the subset of the
-    test split.  adversarial: keep the adversarial images.  strict: exit with code 3 if the verdict
-    is unreliable.  transfer: runs whose images may break the model too.
-    traits: what an attacker must know of a ``model`` of the user's own.  resume: an interrupted
-    evaluation to go on with.  budget: stop after that time, such as 10min, and go on when the
-    command is repeated.
-    """
+    """Top level of ``advbench eval``."""
 
     seed: int = 0
-    run: str | None = None
-    model: str | None = None
-    weights: str | None = None
+    """Seed of the attacks."""
+    run: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.NAMES_RUN})
+    """A training run; the newest finished one if neither run nor model is given."""
+    model: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.NAMES_FILE})
+    """A model of your own, FILE.py:FACTORY, or robustbench:DATA/THREAT/NAME."""
+    weights: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.NAMES_FILE})
+    """The weights of model: safetensors, or a state_dict saved by torch.save."""
     n: int | None = None
+    """Size of a fixed pseudo-random subset of the test split; null is all of it."""
     adversarial: bool = False
-    strict: bool = False
-    budget: str | None = None
-    resume: str | None = None
-    transfer: list[str] = field(default_factory=list)
-    plugins: list[str] = field(default_factory=list)
+    """Keep the adversarial images."""
+    strict: bool = field(default=False, metadata={"role": Role.SITTING})
+    """Exit with code 3 if the verdict is unreliable."""
+    budget: str | None = field(default=None, metadata={"role": Role.SITTING})
+    """Stop after that time, such as 10min; the same command goes on."""
+    resume: str | None = field(default=None, metadata={"role": Role.SITTING})
+    """An interrupted evaluation to resume."""
+    transfer: list[str] = field(
+        default_factory=list, metadata={"role": Role.OUTCOME | Role.NAMES_RUN}
+    )
+    """Runs on the same data, whose adversarial images are tried on the model too."""
+    plugins: list[str] = field(default_factory=list, metadata={"role": Role.NAMES_FILE})
+    """Files of your own components, on the command line only."""
     traits: Any = None
-    data: Any = None
+    """What an attacker must know of a model of your own."""
+    data: Any = field(default=None, metadata={"without_run": "data=npz data.path=FILE.npz"})
+    """The test images; those of the run if nothing is given."""
     defense: Any = None
-    threat: Any = None
+    """A defense to put on the model; the run's own if nothing is given."""
+    threat: Any = field(
+        default=None,
+        metadata={"without_run": "threat=linf_8, or threat.norm=l2 threat.eps=0.5"},
+    )
+    """The norm and the budget of the attacks; those of the run if nothing is given."""
     protocol: Any = None
+    """The attacks."""
     trainer: Any = None
+    """The devices, and how the model runs on them."""
 
 
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 """The top level of each verb."""
+
+
+FROM_THE_RUN = {
+    f.name: f.metadata["without_run"] for f in fields(EvalConfig) if "without_run" in f.metadata
+}
+"""Groups that ``eval`` takes from the run that it evaluates, and what to say without one."""
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from sklearn.datasets import load_digits
 
+from advbench.config.roles import Role
 from advbench.data import torchvision_sets as published
 from advbench.data.arrays import array_split
 from advbench.data.augment import Augment
@@ -36,7 +37,7 @@ class DataSet(ABC):
     """Per channel, in pixel units of [0, 1]; None takes the known values, else measures them."""
     augment: Augment = field(default_factory=Augment)
     """Of training batches."""
-    extra: str | None = None
+    extra: str | None = field(default=None, metadata={"role": Role.NAMES_FILE})
     """FILE.npz of further training images (``advbench.data.extra.read``)."""
     extra_fraction: float = 0.7
     """Share of every training batch that they are."""
@@ -100,9 +101,9 @@ class PublishedSet(DataSet):
 
     known: ClassVar[published.Known]
     val: float = 1000
-    root: str = "data"
+    root: str = field(default="data", metadata={"role": Role.PLACE | Role.EVALUATION})
     """The folder of the files."""
-    download: bool = False
+    download: bool = field(default=False, metadata={"role": Role.PLACE | Role.EVALUATION})
     """Fetch the files where they are missing."""
 
     def source(self) -> Source:
@@ -149,7 +150,7 @@ class svhn(PublishedSet):
 class FolderSet(DataSet):
     """Images in folders, one per class; read while they are used."""
 
-    root: str
+    root: str = field(metadata={"role": Role.OUTCOME | Role.PLACE | Role.EVALUATION})
     """The folder."""
     size: int = 224
     """Pixels, the side of the square that the model sees."""
@@ -157,7 +158,7 @@ class FolderSet(DataSet):
     """Pixels, the shorter side before evaluation cuts out the centre; None is ``size``."""
     crop_scale: list[float] | None = None
     """Smallest and largest share of the area of a random training crop; None crops nothing."""
-    workers: int = 4
+    workers: int = field(default=4, metadata={"role": Role.RESOURCE})
     """Processes that read images, at most one per processor."""
 
     def folder(self, kind: type[FolderSource], name: str | None) -> Source:
@@ -176,7 +177,7 @@ class FolderSet(DataSet):
 class imagefolder(FolderSet):
     """Your own images: ROOT/train/CLASS/FILE, and ROOT/test or ROOT/val. Gray becomes RGB."""
 
-    name: str | None = None
+    name: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.PLACE})
     """What results call it; None is the name of the folder."""
 
     def source(self) -> Source:
@@ -205,9 +206,9 @@ class imagenet(FolderSet):
 class npz(DataSet):
     """Your own arrays x_train, y_train, x_test, y_test, or one pair of them, in an .npz file."""
 
-    path: str
+    path: str = field(metadata={"role": Role.PLACE | Role.EVALUATION})
     """The file."""
-    name: str | None = None
+    name: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.PLACE})
     """What results call it; None is the name of the file."""
     num_classes: int | None = None
     """Number of classes, K; None is the largest label plus one."""

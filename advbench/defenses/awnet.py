@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from advbench.backbones.base import Classifier
 from advbench.backbones.layers import conv, named
+from advbench.config.roles import Role
 from advbench.defenses.base import Defense, PartName, Step, Surrogate, Traits
 from advbench.devices import in_company
 from advbench.errors import UserError, did_you_mean
@@ -251,7 +252,7 @@ class AWNet(Defense):
         UserError: for values out of range.
     """
 
-    switch: str = "soft"
+    switch: str = field(default="soft", metadata={"role": Role.OUTCOME | Role.EVALUATION})
     """``soft`` or ``hard``, see ``RoutedTrunk``."""
     router_weight: float = 0.1
     """Weight of the binary cross-entropy of p over all rows of all parts, at least 0."""

@@ -159,7 +159,7 @@ class Defense:
         ...     def apply(self, model):
         ...         replace_modules(model, torch.nn.ReLU, lambda old, name: torch.nn.SiLU())
         ...         return model
-        >>> model = Smooth().apply(convnet(num_classes=10, input_shape=[1, 8, 8]))
+        >>> model = Smooth().apply(convnet(num_classes=10, input_shape=[1, 8, 8]).build())
         >>> model(torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 10])
         >>> Smooth().traits(model) == Traits()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, distributed, fx, nn
 from torch.nn import functional as F
 
 from advbench.backbones.base import Classifier
+from advbench.config.roles import Role
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense, Part, Step, Surrogate, Traits
 from advbench.devices import in_company
@@ -189,13 +190,13 @@ class HPM(Defense):
     momentum: float = 0.99
     """Momentum of the prototypes, in [0, 1]: D_k <- momentum D_k + (1 - momentum) mean of h over
     the rows of class k, after each step."""
-    mix: float = 0.5
+    mix: float = field(default=0.5, metadata={"role": Role.OUTCOME | Role.EVALUATION})
     """lambda, in [0, 1]; with 1 the prototypes of the batch are not used."""
-    tau: float = 1.0
+    tau: float = field(default=1.0, metadata={"role": Role.OUTCOME | Role.EVALUATION})
     """Temperature of the router's softmax, above 0."""
     fc_weight: float = 1.0
     """Weight of the linear head's own cross-entropy, at least 0; it keeps the router good."""
-    inference: str = "batch"
+    inference: str = field(default="batch", metadata={"role": Role.OUTCOME | Role.EVALUATION})
     """``batch``: prototypes from the test batch; ``context``: from a stored clean batch and the
     sample itself, a function of one sample, such as one would deploy."""
     eval_batch: int = 100

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advbench.config.roles import Role
 from advbench.data.base import Split, Splits
 from advbench.defenses.base import Defense, PartName, Surrogate, Traits
 from advbench.errors import UserError
@@ -77,7 +78,7 @@ class JumpReLU(Defense):
         UserError: for values out of range.
     """
 
-    jump: float | str = "auto"
+    jump: float | str = field(default="auto", metadata={"role": Role.OUTCOME | Role.EVALUATION})
     """A number, at least 0 (0 is ReLU), or ``auto``: the largest of ``grid`` that costs at most
     ``max_drop`` points of clean validation accuracy, chosen by ``finish``; 0 if none does."""
     max_drop: float = 1.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier
+from advbench.config.roles import Role
 from advbench.defenses.base import Defense, Step, Surrogate, Traits
 from advbench.errors import UserError
 from advbench.surgery import twin
@@ -91,7 +92,7 @@ class MFDVSNN(Defense):
     """The largest log variance, above -10. Without it the term has no lower bound."""
     classifier_decay: float = 5e-4
     """Weight of the term 0.5 |C|^2, at least 0; it adds to the optimizer's weight decay."""
-    draws: int = 1
+    draws: int = field(default=1, metadata={"role": Role.OUTCOME | Role.EVALUATION})
     """Evaluations whose mean softmax is the answer in evaluation mode, at least 1."""
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier
+from advbench.config.roles import Role
 from advbench.defenses.base import Defense, Surrogate
 from advbench.errors import UserError, did_you_mean
 from advbench.surgery import check_sites, input_shapes, probe_images, replace_modules, twin
@@ -150,7 +151,7 @@ class Sparta(Defense):
     away from ReLU."""
     form: str = "gate"
     """``gate``; or ``relu``, the control with as many parameters, a ``FilteredReLU``."""
-    weights: str | None = None
+    weights: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.NAMES_FILE})
     """The run whose phi ``adopt`` takes; the caller reads it."""
     freeze: bool = False
     """phi is not trained."""

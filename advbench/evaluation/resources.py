@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from lightning_fabric import Fabric
 
+from advbench.config.roles import Role
 from advbench.devices import asking_for
 from advbench.errors import UserError
 from advbench.evaluation.fast_model import FastModelOptions
@@ -55,12 +56,12 @@ class Resources:
     Raises UserError for values out of range, and for a device that is not there.
     """
 
-    accelerator: str = "auto"
-    devices: int | str = 1
-    num_nodes: int = 1
-    batch_size: int | str = "auto"
-    precision: str = "32"
-    compile: str | None = None
+    accelerator: str = field(default="auto", metadata={"role": Role.RESOURCE})
+    devices: int | str = field(default=1, metadata={"role": Role.RESOURCE})
+    num_nodes: int = field(default=1, metadata={"role": Role.RESOURCE})
+    batch_size: int | str = field(default="auto", metadata={"role": Role.OUTCOME | Role.RESOURCE})
+    precision: str = field(default="32", metadata={"role": Role.RESOURCE})
+    compile: str | None = field(default=None, metadata={"role": Role.RESOURCE})
 
     def __post_init__(self) -> None:
         known = ("auto", "cpu", "cuda", "mps")

@@ -53,7 +53,7 @@ def evaluate(
         raise UserError("strict=true needs a verdict, and no protocol computes one yet: omit it")
     with directory.occupied(folder) if group.rank == 0 else nullcontext():
         if group.rank == 0:
-            directory.keep_config(folder, kept, compare=False)  # the plan decides what is the same
+            directory.keep_config(folder, kept)
             screen.log = folder / "log.txt"
             if finished is not None and is_home(folder, plan):
                 screen.line(f"finished already: {folder}")

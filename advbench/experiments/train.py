@@ -27,7 +27,7 @@ from advbench.experiments.home import Home, kept_config, resumed
 from advbench.experiments.views import TrainingView
 from advbench.files import hashes, write_atomic
 from advbench.report import curves
-from advbench.runs import directory
+from advbench.runs import directory, settings
 from advbench.runs.fingerprint import model_sha256
 from advbench.training import tracking
 from advbench.training.summary import Summary
@@ -82,7 +82,7 @@ def train(
         kept = kept_config(cfg, choices)
         kept.backbone, kept.defense, kept.recipe = backbone_node, defense_node, recipe_node
     identity = {
-        "config": directory.deciding(config.plain(kept)),
+        "config": settings.deciding(config.plain(kept)),
         "data": splits.fingerprints(),
         "start": model_sha256(model),
         "teachers": {name: model_sha256(teacher) for name, teacher in teachers.items()},
@@ -94,7 +94,7 @@ def train(
     first = is_first()  # Fabric is asked later
     with directory.occupied(folder) if first else nullcontext():
         if first:
-            directory.keep_config(folder, kept, compare=True)
+            directory.keep_config(folder, kept, settings.deciding)
             if base is not None and not (folder / directory.BASE).exists():
                 write_atomic(folder / directory.BASE, lambda path: shutil.copyfile(base, path))
             screen.log = folder / "log.txt"

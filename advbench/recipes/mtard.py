@@ -14,6 +14,7 @@ from advbench.attacks.base import Clean, Oracle, Rows, started
 from advbench.attacks.pgd import PGD
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat
+from advbench.config.roles import Role
 from advbench.defenses.base import Part, PartName, Step
 from advbench.devices import in_company
 from advbench.errors import UserError
@@ -80,10 +81,10 @@ class MTARD(AdversarialRecipe):
         UserError: for values out of range, for l1 threats, and where a teacher is missing.
     """
 
-    robust_teacher: Any = None
+    robust_teacher: Any = field(default=None, metadata={"role": Role.OUTCOME | Role.NAMES_RUN})
     """The teacher on adversarial images, a model from images in [0, 1] to logits (N, K); it is put
     into evaluation mode and frozen. A run's name stands for its model until the caller loads it."""
-    standard_teacher: Any = None
+    standard_teacher: Any = field(default=None, metadata={"role": Role.OUTCOME | Role.NAMES_RUN})
     """The teacher on clean images; otherwise as the robust one."""
     steps: int = 10
     """Steps of the search, at least 1."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advbench import config
+from advbench.config.roles import Role
 from advbench.errors import UserError
 from advbench.runs.accuracy import Accuracy, wilson
 from advbench.runs.directory import CONFIG
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # a table does not need them, and importing torch takes secon
 
 NAMES = ("defense", "backbone", "recipe", "model")
 """Settings that name a model; ``model`` is that of one of the user's own."""
-INSIDE = {"defense": "defense.members", "recipe": "recipe.of"}
+INSIDE = {group: f"{group}.{key}" for group, key in config.INSIDE.items()}
 """Settings that name what a component holds."""
 SEED = "seed"
 UNKNOWN = "-"
@@ -131,24 +132,24 @@ class Entry:
         """Whether a training has the settings that the results name: of two of one name it may be
         the other. What the evaluation chose of the defense counts as little as runs it began from.
         """
-        from advbench import config
         from advbench.runs import settings
 
         try:
             trained = config.read(run / CONFIG)
-            own = settings.settings_of(trained, trained.defense)
+            own = settings.with_roles(trained, trained.defense)
         except (UserError, AttributeError, KeyError, TypeError, ValueError):
             return False  # something else lives there
         told, defense = self.results.settings, self.config.get("defense")
         given = defense if isinstance(defense, Mapping) else {}
         chosen = {"defense" if k == "_target_" else k for k, v in given.items() if v is not None}
 
-        def open_to(key: str) -> bool:
+        def open_to(key: str, role: Role) -> bool:
             word = key.rpartition(".")[2]  # other runs were looked up from elsewhere
-            return word in settings.RUNS or (key.startswith("defense") and word in chosen)
+            return bool(role & Role.NAMES_RUN) or (key.startswith("defense") and word in chosen)
 
         return {"backbone", "recipe", SEED} <= told.keys() and all(
-            told.get(key, value) == value or open_to(key) for key, value in own.items()
+            told.get(key, value) == value or open_to(key, role)
+            for key, (value, role) in own.items()
         )
 
     @cached_property

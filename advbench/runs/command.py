@@ -11,15 +11,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from advbench import config
+from advbench.config import roles
+from advbench.config.roles import Role
 from advbench.config.words import setting
 from advbench.errors import UserError
 from advbench.runs import directory
-
-_FROM_DATA = ("num_classes", "input_shape", "mean", "std")
-"""What a training writes into its backbone."""
-
-_OF_A_SITTING = ("budget", "resume", "strict")
-"""What one sitting was told, and the run is not made of."""
 
 
 def command(kept: Mapping[str, Any]) -> str:
@@ -41,8 +37,8 @@ def command(kept: Mapping[str, Any]) -> str:
         if not isinstance(node, Mapping) or not isinstance(chosen, str):
             continue
         shipped = _shipped(group, chosen)
-        if group == "backbone":
-            node = {k: v for k, v in node.items() if k not in _FROM_DATA or shipped.get(k)}
+        written = roles.having(Role.FROM_DATA, config.roles_of(node, group))
+        node = {k: v for k, v in node.items() if k not in written or shipped.get(k)}
         if chosen != usual[group]:
             words.append(setting(group, chosen))
         if shipped:
@@ -50,7 +46,8 @@ def command(kept: Mapping[str, Any]) -> str:
         else:
             own.append(f"{group}/{chosen}.yaml")
             words += [setting(f"{group}.{k}", v) for k, v in node.items() if k != "_target_"]
-    top = {k: v for k, v in kept.items() if k not in (*config.GROUPS, *_OF_A_SITTING, "choices")}
+    sitting = roles.having(Role.SITTING, roles.of(config.SCHEMAS[verb]))
+    top = {k: v for k, v in kept.items() if k not in (*config.GROUPS, *sitting, "choices")}
     words += _differences("", top, usual)
     where = ["--config-dir", f"DIR with {' and '.join(own)}"] if own else []
     return shlex.join(["advbench", verb, *where, *words])

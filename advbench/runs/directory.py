@@ -9,7 +9,7 @@ on where it was interrupted, and a finished run is not run again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +30,6 @@ BASE = "base.safetensors"
 """In a run that put its defense on a finished undefended model: that model's weights."""
 SUMMARY = "summary.json"
 """Exists exactly if a training run is finished; it is written last."""
-
-AROUND = {
-    "data": ("path", "root", "download", "extra", "workers"),
-    "trainer": ("accelerator", "save_every"),
-    "choices": ("experiment",),
-}
-"""Keys of a training's config that say where and how it runs, and not to what outcome."""
 
 WITHOUT_WORK = {".lock", "log.txt", "plan.json", BASE, "epoch.pt", CONFIG}
 """Files that a run has before it has done anything."""
@@ -180,36 +173,26 @@ def occupied(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def deciding(kept: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the outcome of a training, of its plain config.
-
-    Left out is where files are whose content is hashed beside it, who hears of the run, and the
-    name of the experiment, since what that chooses is there. Images that are read while they are
-    used are known by their names and sizes alone, so their place stays.
-    """
-    values = {key: value for key, value in kept.items() if key not in ("logger", "plugins")}
-    for group, keys in AROUND.items():
-        if isinstance(node := kept.get(group), Mapping):
-            stays = ("path", "root") if "workers" in node else ()
-            values[group] = {k: v for k, v in node.items() if k in stays or k not in keys}
-    return values
-
-
-def keep_config(folder: Path, cfg: DictConfig, compare: bool) -> None:
+def keep_config(
+    folder: Path,
+    cfg: DictConfig,
+    deciding: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> None:
     """Write config.yaml where there is none.
 
-    compare: of a training: raise UserError if there is one that decides otherwise. Raises it for a
-    directory of something else, and for that of a training where an evaluation is to be kept, which
-    compares its plan instead.
+    deciding: of a training: what decides its outcome, of a plain config
+    (``advbench.runs.settings.deciding``); None for an evaluation, which compares its plan instead.
+    Raises UserError for the directory of a training that decides otherwise, of something else, and
+    of a training where an evaluation is to be kept.
     """
     path = folder / CONFIG
-    if path.exists() and not compare:
+    if path.exists() and deciding is None:
         if kind_in(folder) == "train":
             raise UserError(
                 f"'{folder}' holds a training run; give hydra.run.dir=DIR with a new DIR"
             )
         return
-    if path.exists():
+    if path.exists() and deciding is not None:
         known, wanted = (deciding(config.plain(one)) for one in (config.read(path), cfg))
         differs = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
         if differs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from advbench import config
 from advbench.attacks.threat import pixels
+from advbench.config import roles
+from advbench.config.roles import Role
 from advbench.errors import UserError
 from advbench.files import short_hash
 from advbench.runs import directory
@@ -20,20 +23,29 @@ BY_RUN = r"(-s\d+)?(-[0-9a-f]{8})?$"
 begin."""
 
 
-OF_THE_TRAINER = (
-    "batch_size", "precision", "clip_grad", "ema", "val_steps", "devices", "sync_batchnorm"
-)  # fmt: skip
-"""What changes the outcome of a training: which weights are kept is part of it."""
+DECIDING = Role.OUTCOME | Role.SITTING
+"""Roles of the keys that a training is known by. ``resume`` is null in all of them."""
 
 
-PLACES = {f"data.{key}" for key in ("path", "root", "download", "name")}
+def deciding(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the outcome of a training, of its plain config.
+
+    Left out is where files are whose content is hashed beside it, who hears of the run, and the
+    name of the experiment, since what that chooses is there. Images that are read while they are
+    used are known by their names and sizes alone, so their place stays.
+    """
+    values = _having(DECIDING, kept, roles.of(config.TrainConfig))
+    for group in config.GROUPS:
+        if isinstance(node := values.get(group), Mapping):
+            values[group] = _having(DECIDING, node, config.roles_of(node, group))
+    if isinstance(choices := values.get("choices"), Mapping):
+        values["choices"] = {group: v for group, v in choices.items() if group != "experiment"}
+    return values
 
 
-RUNS = {"init_from", "robust_teacher", "standard_teacher"}
-
-
-PATHS = {"extra", "weights"}
-"""Last words of keys whose values are runs, and of those whose values are files."""
+def _having(role: Role, values: Mapping[str, Any], declared: Mapping[str, Role]) -> dict[str, Any]:
+    """The values whose keys have one of the roles."""
+    return {k: v for k, v in values.items() if declared.get(k, Role.OUTCOME) & role}
 
 
 def settings_of(trained: DictConfig, defense: Any) -> dict[str, Any]:
@@ -41,32 +53,46 @@ def settings_of(trained: DictConfig, defense: Any) -> dict[str, Any]:
 
     Where things lie and on what machine they run is left out.
     """
+    return {key: value for key, (value, _) in with_roles(trained, defense).items()}
+
+
+def with_roles(trained: DictConfig, defense: Any) -> dict[str, tuple[Any, Role]]:
+    """The same, each with the roles of its key."""
     groups = ("backbone", "defense", "recipe", "optimizer")
-    names = {key: trained.choices.get(key, "own") for key in groups}
     threat = trained.get("threat")
-    settings = {
-        **names,
+    plain = {
+        **{key: trained.choices.get(key, "own") for key in groups},
         "training.data": _data_name(trained),
         "training.threat": None
         if threat is None
         else threat_name(threat.norm, pixels(threat.eps, "threat.eps")),
         "seed": trained.seed,
-        "init_from": trained.get("init_from"),
-        "epochs": trained.trainer.get("epochs"),
-        **{f"trainer.{key}": trained.trainer.get(key) for key in OF_THE_TRAINER},
-        **{key: v for key, v in flat("data", trained.data).items() if key not in PLACES},
-        **flat("backbone", trained.backbone),
-        **flat("optimizer", trained.optimizer),
-        **flat("recipe", trained.recipe),
-        **flat("defense", defense),
     }
-    for key, value in settings.items():
-        word = key.rpartition(".")[2]
-        if value is not None and word in RUNS | PATHS:
-            settings[key] = without_seed(value)
-            if word in RUNS:
-                settings[key] += _kind(value)
+    settings = {
+        **{key: (value, Role.OUTCOME) for key, value in plain.items()},
+        "init_from": (trained.get("init_from"), roles.of(config.TrainConfig)["init_from"]),
+        **_of_the_trainer(trained.trainer),
+        **{k: v for k, v in _leaves("data", trained.data, "data").items() if not v[1] & Role.PLACE},
+        **_leaves("backbone", trained.backbone, "backbone"),
+        **_leaves("optimizer", trained.optimizer, "optimizer"),
+        **_leaves("recipe", trained.recipe, "recipe"),
+        **_leaves("defense", defense, "defense"),
+    }
+    for key, (value, role) in settings.items():
+        if value is not None and role & (Role.NAMES_RUN | Role.NAMES_FILE):
+            kind = _kind(value) if role & Role.NAMES_RUN else ""
+            settings[key] = (without_seed(value) + kind, role)
     return settings
+
+
+def _of_the_trainer(node: DictConfig) -> dict[str, tuple[Any, Role]]:
+    """What changes the outcome of a training on any machine: which weights are kept too."""
+    declared = config.roles_of(node, "trainer").items()
+    known = {k: role for k, role in declared if role & Role.OUTCOME and not role & Role.RESOURCE}
+    return {
+        "epochs" if key == "epochs" else f"trainer.{key}": (node.get(key), role)
+        for key, role in known.items()
+    }
 
 
 def without_seed(run: str) -> str:
@@ -94,16 +120,28 @@ def _data_name(trained: DictConfig) -> str:
 
 def flat(group: str, node: Any) -> dict[str, Any]:
     """The plain values of a group's node, by full key; those of a node inside it by theirs."""
-    found: dict[str, Any] = {}
-    for key, value in config.plain(node).items():
+    return {key: value for key, (value, _) in _leaves(group, node, group).items()}
+
+
+def _leaves(prefix: str, node: Any, group: str | None) -> dict[str, tuple[Any, Role]]:
+    """The same, each with its roles.
+
+    prefix: of the keys.  group: of the node; None for a mapping that is no component.
+    """
+    found: dict[str, tuple[Any, Role]] = {}
+    values = config.plain(node)
+    declared = {} if group is None else config.roles_of(values, group)
+    for key, value in values.items():
+        full, role = f"{prefix}.{key}", declared.get(key, Role.OUTCOME)
         if key in config.INSIDE.values():
             inside = value or [] if isinstance(value, list | None) else [value]
             names = [member["_target_"].rpartition(".")[2].lower() for member in inside]
-            found[f"{group}.{key}"] = "+".join(names)
+            found[full] = ("+".join(names), role)
             for name, member in zip(names, inside, strict=True):
-                found |= flat(f"{group}.{name}", OmegaConf.create(member))
+                found |= _leaves(f"{prefix}.{name}", OmegaConf.create(member), group)
         elif isinstance(value, dict):
-            found |= flat(f"{group}.{key}", OmegaConf.create(value))
+            inner = _leaves(full, OmegaConf.create(value), None)
+            found |= {name: (part, role) for name, (part, _) in inner.items()}
         elif key != "_target_":
-            found[f"{group}.{key}"] = str(value) if isinstance(value, list) else value
+            found[full] = (str(value) if isinstance(value, list) else value, role)
     return found

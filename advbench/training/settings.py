@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from advbench.config.roles import Role
 from advbench.data.base import Splits
 from advbench.devices import emulates_bf16
 from advbench.errors import UserError, did_you_mean
@@ -32,16 +33,16 @@ class Settings:
     waits for the next permutation."""
     devices: int | str = 1
     """Of lightning-fabric: a number, ``auto``, or a list such as ``0,1``."""
-    accelerator: str = "auto"
+    accelerator: str = field(default="auto", metadata={"role": Role.RESOURCE})
     """Of lightning-fabric: ``auto``, ``cpu``, ``cuda``, ..."""
-    strategy: str = "auto"
+    strategy: str = field(default="auto", metadata={"role": Role.OUTCOME | Role.RESOURCE})
     """Of lightning-fabric: ``auto``, ``ddp``, ..."""
-    num_nodes: int = 1
+    num_nodes: int = field(default=1, metadata={"role": Role.OUTCOME | Role.RESOURCE})
     """Of lightning-fabric: machines, started by a launcher."""
     precision: str = "32-true"
     """``32-true``, or ``bf16-mixed``, which a device without bfloat16 instructions refuses;
     validation is always in float32."""
-    save_every: float = 60.0
+    save_every: float = field(default=60.0, metadata={"role": Role.RESOURCE})
     """Seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end saves
     ``epoch.pt``."""
     sync_batchnorm: bool = False
@@ -55,11 +56,11 @@ class Settings:
     (``advbench.training.averaging``); None is off."""
     val_steps: int = 10
     """PGD steps of the robust validation accuracy."""
-    compile: str | None = None
+    compile: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.RESOURCE})
     """None, or a mode of ``torch.compile`` for the model's trunk and head, in training and in its
     attack: default, reduce-overhead or max-autotune. It takes minutes at the start; where it
     fails, the log says so and training goes on without."""
-    deterministic: bool = False
+    deterministic: bool = field(default=False, metadata={"role": Role.OUTCOME | Role.RESOURCE})
     """On a GPU, the same bits in every run, at some cost; a CPU gives them anyway."""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from advbench.cli import hydra_app, options
 from advbench.cli.main import main
 from advbench.config.words import setting
 from advbench.defenses.jumprelu import jump_of
-from advbench.runs import directory
 from advbench.runs.results import Results
 
 
@@ -155,29 +153,6 @@ def test_a_training_is_the_same_wherever_its_data_are(
     assert config.read(folder / "config.yaml") == kept
     assert main([*command, "data.path=other.npz"]) == 0
     assert len(list(place.glob("outputs/train/npz-*-s14-*"))) == 2
-
-
-def test_what_decides_nothing_is_known() -> None:
-    """Of the shipped data and trainers, key by key: all others belong to the run's name."""
-    ignored: dict[str, set[str]] = {}
-    for name in config.options("data"):
-        ignored[name] = _ignored("data", config.plain(config.shipped("data", name)))
-    ignored["trainer"] = _ignored("trainer", config.plain(config.shipped("trainer", "default")))
-    assert ignored.pop("run")  # of eval
-    published = {"root", "download", "extra"}
-    assert ignored == {
-        "trainer": {"accelerator", "save_every"}, "digits": {"extra"}, "npz": {"path", "extra"},
-        "imagefolder": {"workers", "extra"}, "imagenet": {"workers", "extra"},
-        **dict.fromkeys(("cifar10", "cifar100", "fashion_mnist", "mnist", "svhn"), published),
-    }  # fmt: skip
-    assert directory.deciding({"data": {}, "seed": 1, "logger": {}, "plugins": ["a.py"]}) == {
-        "data": {}, "seed": 1,
-    }  # fmt: skip
-
-
-def _ignored(group: str, node: dict[str, Any]) -> set[str]:
-    same = directory.deciding({group: node})
-    return {key for key in node if directory.deciding({group: {**node, key: "another"}}) == same}
 
 
 def test_an_edited_model_is_another_model(place: Path) -> None:

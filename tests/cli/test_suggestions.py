@@ -91,8 +91,8 @@ def test_runs_of_a_sweep_are_told_apart_and_the_stage_is_the_current_one(tmp_pat
         (folder / "log.txt").write_text("".join(f"{stamp}{line}\n" for line in lines))
     one, other = sorted(list_runs.find([tmp_path]), key=lambda run: run.folder)
     assert one.where == "in stage apgd-t, 2 of 4"
-    assert one.what.endswith("seed=1 trainer.batch_size=10")
-    assert other.what.endswith("seed=2 trainer.batch_size=20")
+    assert one.what.endswith("seed=1 data.path=1 trainer.batch_size=10")
+    assert other.what.endswith("seed=2 data.path=2 trainer.batch_size=20")
     shutil.rmtree(other.folder)
     (alone,) = list_runs.find([tmp_path])
     assert "seed" not in alone.what

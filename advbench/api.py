@@ -209,7 +209,10 @@ def evaluate(
         subject = from_training_run(run)
     if defense is not None:
         wanted: Defense = _built(defense, "defense", Defense)
-        settings = {f"defense.{key}": value for key, value in asdict(wanted).items()}
+        settings = {
+            f"defense.{key}": str(value) if isinstance(value, list | tuple) else value
+            for key, value in asdict(wanted).items()
+        }
         subject = subject.defended(wanted, settings, data, device)
     evaluation = evaluation_of(
         subject,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from advbench.attacks import losses
-from advbench.attacks.base import attackable
+from advbench.attacks.base import Clean, attackable
 from advbench.attacks.random import KeyedRandom
 from advbench.defenses.base import Surrogate, Traits
 from advbench.devices import out_of_memory
@@ -198,25 +198,41 @@ def check_gradient(model: nn.Module, samples: Samples) -> list[str]:
     Raises:
         UserError: The model's output has no gradient in its input, or its backward pass fails.
     """
-    clean = samples.fetch(samples.ids[:PROBE])
-    x = clean.x.clone().requires_grad_()
+    size = PROBE
+    while True:  # with fewer images where memory ends, as the search does
+        clean = samples.fetch(samples.ids[:size])
+        try:
+            dead = _has_dead_gradient(model, clean)
+            break
+        except UserError as refusal:
+            if size == 1 or refusal.__cause__ is None or not out_of_memory(refusal.__cause__):
+                raise
+        size //= 2
+    if not dead:
+        return []
+    return [
+        f"the gradient is zero on all {len(clean.x)} images looked at: searches along it find "
+        "nothing, and what they leave says little"
+    ]
+
+
+def _has_dead_gradient(model: nn.Module, clean: Clean) -> bool:
+    """Whether the gradients of cross-entropy and margin are zero in every pixel of the images."""
     lost = (
         "the model's output has no gradient in its input: remove torch.no_grad(), detach(), numpy "
         "or uint8 steps from its forward, or say traits.gradient=none"
     )
+    x, dead = clean.x.clone().requires_grad_(), True
     with attackable(model), torch.enable_grad():
         logits = _ask(model, x)
         if not logits.requires_grad:
             raise UserError(lost)
-        dead = True
         for loss in (losses.ce, losses.margin):
             try:
                 (gradient,) = torch.autograd.grad(
                     loss(logits.float(), clean.y).sum(), x, retain_graph=True, allow_unused=True
                 )
             except Exception as problem:
-                if out_of_memory(problem):
-                    raise
                 raise UserError(
                     f"the model's backward pass fails with its parameters frozen: "
                     f"{reason_of(problem):.300}; use checkpoint(..., use_reentrant=False) where "
@@ -225,12 +241,7 @@ def check_gradient(model: nn.Module, samples: Samples) -> list[str]:
             if gradient is None:
                 raise UserError(lost)
             dead = dead and not bool(gradient.any())
-    if dead:
-        return [
-            f"the gradient is zero on all {len(x)} images looked at: searches along it find "
-            "nothing, and what they leave says little"
-        ]
-    return []
+    return dead
 
 
 def probe_surrogate(name: str, surrogate: Surrogate, samples: Samples, classes: int) -> None:

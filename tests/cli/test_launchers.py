@@ -16,12 +16,12 @@ from typing import Any
 
 import cloudpickle
 import pytest
+from omegaconf import OmegaConf
 from processes import Process, main_of
 
 from advbench.cli import multirun
 from advbench.cli.main import main
 from advbench.errors import UserError
-from advbench.report.group_figures import sweeps
 
 PAGE = Path(__file__).parents[2] / "docs" / "running-on-slurm-and-ray.md"
 FAST = ["recipe=standard", "trainer.epochs=1", "trainer.val_steps=1"]
@@ -255,7 +255,9 @@ def hydra_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def becomes(number: int, *overrides: str, launcher: str = "x.JoblibLauncher") -> None:
         launched = {"_target_": launcher, "cpus_per_task": None}
         cfg = SimpleNamespace(
-            job={"num": number}, overrides=SimpleNamespace(task=list(overrides)), launcher=launched
+            job={"num": number},
+            overrides=SimpleNamespace(task=OmegaConf.create(list(overrides))),
+            launcher=launched,
         )
         monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: cfg))
 
@@ -349,7 +351,7 @@ def test_processes_share_out_the_gpus(here: Path, monkeypatch: pytest.MonkeyPatc
     taken, locks = [], []
     for _ in range(3):
         held: list[Any] = []
-        monkeypatch.setattr(sweeps, "_HELD", held)
+        monkeypatch.setattr(multirun, "_HELD", held)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
         multirun._take_gpu(here)
         multirun._take_gpu(here)  # a second job of the process stays where it is

@@ -124,7 +124,7 @@ def test_weights_come_back_and_traits_hold(defense: str, net: str, tmp_path: Pat
 
     traits = instance.traits(model)
     samples = Samples(DATA.test, subset(60, None), torch.device("cpu"))
-    assert probe(model, samples, traits) == CLASSES  # refuses undeclared noise and dependence
+    assert probe(model, samples, traits)[0] == CLASSES  # refuses undeclared noise and dependence
     assert traits.stochastic == (not torch.equal(model(x), model(x)))
     if not traits.stochastic:
         alone = torch.cat([model(row) for row in x.split(1)])

@@ -46,7 +46,8 @@ def errors(found: Tensor, truth: Tensor) -> Tensor:
 def test_backbones_are_packed_and_unchanged(name: str) -> None:
     factory, convolutions, sums, relus = CASES[name]
     torch.manual_seed(0)
-    model = factory(num_classes=5, input_shape=[3, 16, 16], mean=[0.4] * 3, std=[0.3] * 3).eval()
+    backbone = factory(num_classes=5, input_shape=[3, 16, 16], mean=[0.4] * 3, std=[0.3] * 3)
+    model = backbone.build().eval()
     clean = Clean(torch.arange(8), images(8), torch.arange(8) % 5)
     fast = fast_copy(model, FastModelOptions(), clean)
     assert isinstance(fast, FastModel) and isinstance(fast.model, fx.GraphModule)

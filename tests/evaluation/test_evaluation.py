@@ -180,7 +180,7 @@ def test_a_folder_with_another_evaluation_is_refused(tmp_path: Path) -> None:
     case = evaluation(PGDProtocol(steps=3))
     case.execute(tmp_path, case.plan())
     other = evaluation(PGDProtocol(steps=4))
-    with pytest.raises(UserError, match=r"another evaluation \(it differs in: protocol\)"):
+    with pytest.raises(UserError, match=r"another evaluation \(it differs in: protocol, stages\)"):
         other.execute(tmp_path, other.plan())
 
 
@@ -450,7 +450,7 @@ def test_models_that_cannot_be_evaluated_are_refused() -> None:
     refused(linear(), "can't take the data's images", x=torch.rand(8, 3, 9, 9))
     refused(nn.Flatten(0).eval(), r"logits of shape \(N, K\)")
     refused(nn.Sequential(linear().train(False), nn.Dropout(0.5)), "training mode")
-    refused(Around(linear(), lambda model, x: model(x) + torch.rand(1)), "stochastic")
+    refused(Around(linear(), lambda model, x: model(x) * torch.rand(1)), "stochastic")
     refused(Around(linear(), lambda model, x: model(x - x.mean(0))), "other images of its batch")
     refused(Around(linear(), lambda model, x: model(x).detach()), "has no gradient")
     refused(Around(linear(), lambda model, x: model(x.mul_(0.5))), "writes into its input")

@@ -21,11 +21,13 @@ def run(verb: str, rest: list[str]) -> int:
     import hydra
 
     from advbench import config
+    from advbench.cli import keys_help
     from advbench.cli.multirun import QUIET, Task, refuse_experiment, refuse_search, with_presets
-    from advbench.cli.searchpath import own_first
+    from advbench.cli.searchpath import OwnFirst, own_first
 
     config.register()
     own_first(rest)
+    keys_help.register(verb, OwnFirst.folder)
     given = sys.argv
     quiet = any(word in QUIET for word in rest)
     words = [word for word in rest if word not in QUIET]  # not a word of Hydra's

@@ -55,7 +55,7 @@ class TrainConfig:
     """The optimizer and the schedule of its learning rate."""
     threat: Any = None
     """The norm and the budget of the adversarial images."""
-    trainer: Any = None
+    trainer: Any = field(default=None, metadata={"home": "advbench.training."})
     """Epochs, batch size, devices and precision."""
     logger: Any = field(default=None, metadata={"role": Role.LOGGING})
     """Where the metrics go besides the run's own files."""
@@ -102,7 +102,7 @@ class EvalConfig:
     """The norm and the budget of the attacks; those of the run if nothing is given."""
     protocol: Any = None
     """The attacks."""
-    trainer: Any = None
+    trainer: Any = field(default=None, metadata={"home": "advbench.evaluation."})
     """The devices, and how the model runs on them."""
 
 

@@ -203,7 +203,7 @@ def evaluate(
     else:
         assert run is not None
         if traits is not None:
-            raise UserError("traits are declared for a module; a run's defense knows its own")
+            raise UserError("traits are declared for a module; a run's defense declares its own")
         resources = Resources("auto", 1, 1, batch_size, str(precision), compile)
         device = resources.device
         subject = from_training_run(run)

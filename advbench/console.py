@@ -65,8 +65,8 @@ class Unbreakable:
             discard(self._stream)
             with suppress(AttributeError, OSError, ValueError):
                 print(
-                    f"advbench: can't print any more ({reason_of(problem)}); the work goes on, and "
-                    "log.txt has everything",
+                    f"advbench: can't print any more ({reason_of(problem)}); the work continues, "
+                    "and log.txt has everything",
                     file=sys.stderr,
                 )
 
@@ -107,7 +107,7 @@ class Screen:
         self.note(text)
 
     def note(self, text: str) -> None:
-        """One line, in the log alone. Where that can't be written, the work goes on without."""
+        """One line, in the log alone. If the log can't be written, the work continues."""
         if self.log is not None:
             stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
             with suppress(OSError), self.log.open("a", encoding="utf-8") as file:

@@ -38,7 +38,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 @contextmanager
 def asking_for(accelerator: str, devices: int | str, num_nodes: int = 1) -> Iterator[None]:
-    """Raises UserError where lightning-fabric says inside that these devices can't be had.
+    """Raises UserError where lightning-fabric says inside that these devices are not available.
 
     Before that for what it would do without a word: to wait for other machines that nobody started,
     and to start more processes on a CPU than it has processors.
@@ -51,7 +51,7 @@ def asking_for(accelerator: str, devices: int | str, num_nodes: int = 1) -> Iter
         reason = " ".join(str(problem).split())
         raise UserError(
             f"trainer.accelerator={accelerator} with trainer.devices={devices} "
-            f"cannot be had here: {reason:.200}"
+            f"is not available here: {reason:.200}"
         ) from problem
 
 
@@ -68,7 +68,9 @@ def _check_alone(accelerator: str, devices: int | str, num_nodes: int) -> None:
         return
     most = max(ALWAYS, os.cpu_count() or 1)
     if not 1 <= int(devices) <= most:
-        raise UserError(f"trainer.devices={devices} on a CPU is a number of processes: 1 to {most}")
+        raise UserError(
+            f"trainer.devices={devices} on a CPU must be a number of processes, 1 to {most}"
+        )
 
 
 def in_company() -> bool:

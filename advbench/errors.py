@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong and what to type instead.
+    """A mistake of the user: one line that says what is wrong and what to type instead.
 
     The command line prints the message without a traceback and exits with code 2.
     """

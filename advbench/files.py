@@ -74,7 +74,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         if (full := no_room(problem, path)) is not None:
             raise full from problem
         if isinstance(problem, OSError) and problem.filename == str(temporary):
-            problem.filename = str(path)  # the temporary one is nobody's concern
+            problem.filename = str(path)  # not the temporary one
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ def test_what_fabric_refuses_is_said_in_one_line() -> None:
     with pytest.raises(UserError) as caught, asking_for("cuda", "0,7"):
         raise RuntimeError("no such\n  device " + 300 * "x")
     assert str(caught.value).startswith(
-        "trainer.accelerator=cuda with trainer.devices=0,7 cannot be had here: no such device xx"
+        "trainer.accelerator=cuda with trainer.devices=0,7 is not available here: no such device xx"
     )
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 280
 
@@ -38,7 +38,7 @@ def test_other_errors_pass() -> None:
 
 
 def test_an_evaluation_asks_for_devices() -> None:
-    with pytest.raises(UserError, match=r"trainer\.devices=many cannot be had here: \S+"):
+    with pytest.raises(UserError, match=r"trainer\.devices=many is not available here: \S+"):
         Resources(accelerator="cpu", devices="many").launch()
 
 

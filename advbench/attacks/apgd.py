@@ -212,7 +212,7 @@ class APGD(Attack):
     def _checkpoint_l1(self, rows: APGDRows, check: Tensor, threat: Threat) -> Tensor:
         """Sparsity follows the best point's support; 2021, alg. 1.
 
-        Ours: a search that has stopped improving at its smallest step goes on with fewer pixels.
+        Ours: a search that has stopped improving at its smallest step continues with fewer pixels.
         Equal steps on a support that has several pixels are a fixed point of the paper's rule, even
         on a linear model, whose optimum is a single pixel.
         """

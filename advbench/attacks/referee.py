@@ -1,4 +1,4 @@
-"""The referee: no attack marks its own work."""
+"""The referee: it alone decides which points are adversarial."""
 
 from __future__ import annotations
 

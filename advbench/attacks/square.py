@@ -165,7 +165,7 @@ class Square(Attack):
 
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
         assert isinstance(rows, SquareRows)
-        # Misclassified is above zero, hence above the best of a search that goes on.
+        # Misclassified is above zero, hence above the best of a search that continues.
         better = (answer.loss > rows.loss_best).nonzero().squeeze(1)
         rows.loss_best[better] = answer.loss[better]
         rows.point_best[better] = rows.point[better]

@@ -74,9 +74,9 @@ class Backbone(ABC):
     input_shape: list[int] = field(metadata={"role": Role.OUTCOME | Role.FROM_DATA})
     """(C, H, W) of the images. From the data."""
     mean: list[float] | None = field(default=None, metadata={"role": Role.OUTCOME | Role.FROM_DATA})
-    """Per channel, in pixel units of [0, 1]; None is no normalisation. From the data."""
+    """Per channel, in pixel units of [0, 1]; None means no normalisation. From the data."""
     std: list[float] | None = field(default=None, metadata={"role": Role.OUTCOME | Role.FROM_DATA})
-    """Per channel, in pixel units of [0, 1]; None is no normalisation. From the data."""
+    """Per channel, in pixel units of [0, 1]; None means no normalisation. From the data."""
 
     @abstractmethod
     def build(self) -> Classifier:

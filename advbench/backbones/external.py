@@ -200,7 +200,7 @@ class timm(ExternalBackbone):
             hint = did_you_mean(name, difflib.get_close_matches(name, names))
             raise UserError(f"timm has no model '{name}'{hint or '; see timm.list_models()'}")
         if self.pretrained and not library.is_model_pretrained(name):
-            raise UserError(f"timm has no weights for '{name}'; say backbone.pretrained=false")
+            raise UserError(f"timm has no weights for '{name}'; set backbone.pretrained=false")
         config = library.get_pretrained_cfg(name)
         if config is not None and (self.pretrained or (mean is None and std is None)):
             mean, std = list(config.mean), list(config.std)

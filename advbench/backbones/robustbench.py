@@ -83,7 +83,8 @@ def load(
     folder: where weights are, as ``DATA/THREAT/NAME.pt``.
     pretrained: False builds it with fresh weights and fetches nothing.
     download: whether weights that are not in the folder may be fetched.
-    Raises UserError without robustbench, for an unknown name, and where the weights can't be had.
+    Raises UserError without robustbench, for an unknown name, and if the weights can't be
+    downloaded.
     """
     model_zoo, enums, utils = _package()
     data, threat = enums.BenchmarkDataset(entry.data), enums.ThreatModel(entry.threat)
@@ -106,7 +107,7 @@ def load(
             )
     except Exception as error:
         raise UserError(
-            f"the weights of '{entry.name}' can't be had ({reason_of(error):.160}): try "
+            f"the weights of '{entry.name}' can't be downloaded ({reason_of(error):.160}): try "
             f"again, or put the file at '{file}' by hand"
         ) from error
     return model.eval()
@@ -170,7 +171,7 @@ class zoo(ExternalBackbone):
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
         last = linears[-1] if linears else None
         whole = UserError(
-            f"{self.title} is no trunk with one linear layer at its end, so it can't be trained "
+            f"{self.title} does not end in one linear layer, so it can't be trained "
             f"here; to evaluate it as it is: advbench eval "
             f"model={PREFIX}{self.dataset}/{self.threat_model}/{self.name}"
         )

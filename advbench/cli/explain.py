@@ -90,7 +90,7 @@ def _being_read(problem: BaseException) -> str:
 
 
 def _no_such_group(problem: ConfigCompositionException) -> str | None:
-    """The group of ours that this verb has not."""
+    """The group of ours that this subcommand does not have."""
     found = re.match(r"Could not override '(\w+)'\. No match in the defaults list", str(problem))
     return found[1] if found and found[1] in GROUPS else None
 
@@ -104,7 +104,7 @@ def _of_the_other_verb(group: str) -> str:
 def _of_values(problem: ValueError) -> str | None:
     """What OmegaConf and Hydra leave to Python's own error."""
     if str(problem).startswith("Config group override"):
-        return "that is no option: give GROUP=NAME, or leave it out (see: advbench list)"
+        return "that is not an option: give GROUP=NAME, or leave it out (see: advbench list)"
     trace = problem.__traceback__
     while trace is not None and str(problem).startswith("invalid literal for int()"):
         code = trace.tb_frame.f_code

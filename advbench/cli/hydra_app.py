@@ -17,7 +17,7 @@ DIRECTORIES = ("hydra.run.dir=", "hydra.sweep.dir=")
 
 
 def run(verb: str, rest: list[str]) -> int:
-    """Hand the verb's settings to Hydra, which calls the task once per job."""
+    """Hand the subcommand's settings to Hydra, which calls the task once per job."""
     import hydra
 
     from advbench import config
@@ -178,7 +178,7 @@ def _noted(screen: Any) -> Any:
 
 
 def complete(arguments: list[str], verbs: list[str]) -> int:
-    """Shell completion: ours for the verb, Hydra's for the settings."""
+    """Shell completion: ours for the subcommand, Hydra's for the settings."""
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
     verb = words[1] if len(words) > 1 else ""

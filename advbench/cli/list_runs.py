@@ -36,7 +36,7 @@ class Run:
 
     kind: train or eval.  state: finished, at work, failed, interrupted or damaged.  where: how far
     it came, or what is wrong.  robust: its robust accuracy in words.  changed: when it last was.
-    resume: what goes on with it; empty where there is nothing to do.  settings: its config's
+    resume: the command that resumes it; empty where nothing is left to do.  settings: its config's
     values, by full key.
     """
 
@@ -121,7 +121,7 @@ def _damaged(folder: Path, kind: str, why: str) -> Run:
 
 
 def show(paths: Sequence[Path]) -> None:
-    """Print a table of the runs, and what goes on with those that did not finish.
+    """Print a table of the runs, and the commands that resume those that did not finish.
 
     A terminal that is too narrow for it gets three lines for each run, so that no name is folded.
     """

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _written(_dispatch(arguments))
     except KeyboardInterrupt:
-        _say("\ninterrupted; the same command goes on from here")
+        _say("\ninterrupted; repeat the command to resume")
         return 130
     except BrokenPipeError:
         return _written(141)
@@ -82,7 +82,7 @@ def _written(status: int) -> int:
 
 
 def _say(text: str) -> None:
-    """A line on the standard error, if anybody can be told."""
+    """A line on the standard error, if it can be written."""
     with suppress(AttributeError, OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 

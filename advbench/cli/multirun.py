@@ -36,7 +36,7 @@ SEARCH = "hydra/sweeper="
 PRESETS = ("hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=0")
 """Of a search by Optuna, whose plugin minimises. (A config of ours may not have its option's name.)
 
-Seeded: the same command proposes the same settings, finds what is finished, and goes on.
+Seeded: the same command proposes the same settings, finds what is finished, and resumes.
 """
 MULTIRUN = ("-m", "--multirun")
 QUIET = ("-q", "--quiet")
@@ -113,7 +113,7 @@ class Task:
         """Exit code, score, and what there is to say to the user."""
         try:
             return *self.job(cfg), ""
-        except Exception as problem:  # of one job: a sweep goes on with the next
+        except Exception as problem:  # of one job: a sweep continues with the next
             message = explain.of(problem)
             if message is not None:
                 return 2, None, f"advbench: {message}" if _speaks(message) else ""
@@ -138,7 +138,7 @@ class Task:
             name, text = type(problem).__name__, " ".join(str(problem).split())
             reason = f"{name}: {text:.300}" if text else name
             print(
-                f"advbench: the sweep ended early; the same command goes on ({reason})",
+                f"advbench: the sweep ended early; repeat the command to resume ({reason})",
                 file=sys.stderr,
             )
             return status or 1

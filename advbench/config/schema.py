@@ -80,7 +80,7 @@ class EvalConfig:
     strict: bool = field(default=False, metadata={"role": Role.SITTING})
     """Exit with code 3 if the verdict is unreliable."""
     budget: str | None = field(default=None, metadata={"role": Role.SITTING})
-    """Stop after that time, such as 10min; the same command goes on."""
+    """Stop after that time, such as 10min; repeat the command to resume."""
     resume: str | None = field(default=None, metadata={"role": Role.SITTING})
     """An interrupted evaluation to resume."""
     transfer: list[str] = field(
@@ -107,7 +107,7 @@ class EvalConfig:
 
 
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
-"""The top level of each verb."""
+"""The top level of each subcommand."""
 
 
 FROM_THE_RUN = {

@@ -43,7 +43,9 @@ class Augment:
                     f"0 switches it off"
                 )
         if not 0 <= self.cutmix <= 1:
-            raise UserError(f"data.augment.cutmix={self.cutmix:g} is no probability: give 0 to 1")
+            raise UserError(
+                f"data.augment.cutmix={self.cutmix:g} is not a probability: give 0 to 1"
+            )
 
     @classmethod
     def of(cls, value: Augment | Mapping[str, Any]) -> Augment:

@@ -244,7 +244,7 @@ class Splits:
     val: below 1 the fraction, from 1 on the number of training samples that are held out.
     split_seed: which ones; independent of the seed of an experiment.
     mean, std: per channel; None takes the known values of a known set, else those of ``train``,
-        else (evaluation data alone) 0 and 1, which is no normalisation.
+        else (evaluation data alone) 0 and 1, which means no normalisation.
     extra: opens further training images that fit such an ``Info`` (``advbench.data.extra``); called
         when ``extra`` is first touched.
     extra_fraction: which share of every training batch they are; 0 leaves them away.

@@ -29,7 +29,7 @@ class Jump(nn.Module):
         jump: a number, at least 0; a buffer.
         chosen: the jump is chosen on data, and so belongs to the state. Otherwise it is a
             parameter of the defense, and weights from a file leave it alone.
-        cap: 6 in the place of a ReLU6; None is no cap.
+        cap: 6 in the place of a ReLU6; None means no cap.
 
     Attributes:
         slope: whose gradient goes backwards, through the same values: ``own``; ``relu``, 1[z > 0];

@@ -113,7 +113,7 @@ class MSAProtocol(Protocol):
 
 @dataclass(frozen=True)
 class AdaptiveProtocol(MSAProtocol):
-    """What a hostile reviewer would run: the Mixed Surrogate Attack and then what it left out.
+    """What a strict reviewer would run: the Mixed Surrogate Attack and then what it left out.
 
     The number after the stages of ``msa`` is msa's. Then come, on the real model and on every
     surrogate, the margin loss from several starts with twice the steps, which also shows whether

@@ -63,7 +63,7 @@ def probe(
     if traits.output == "logits" and are_shares(logits):
         raise UserError(
             "the model returns probabilities, along which an attack soon has no gradient: return "
-            "the logits, or say traits.output=probabilities"
+            "the logits, or set traits.output=probabilities"
         )
     notes = []
     if traits.output == "logits" and bool(((logits >= 0) & (logits <= 1)).all()):
@@ -94,7 +94,7 @@ def probe(
                 raise UserError(
                     "the model's output for an image depends on the other images of its batch: say "
                     "traits.batch_dependent=true traits.batch_size=NUMBER, the size of the batches "
-                    "that it is deployed with, or take the dependence out"
+                    "that it is deployed with, or remove the dependence"
                 )
     return classes, notes
 
@@ -105,7 +105,7 @@ def _check_state(model: nn.Module) -> None:
     if training and not model.training:
         raise UserError(
             f"the model's '{training[0]}' stays in training mode after eval(): put it into "
-            "evaluation mode, or mend its train()"
+            "evaluation mode, or correct its train()"
         )
     if training:
         raise UserError("the model is in training mode: call model.eval() before evaluating it")
@@ -140,7 +140,7 @@ def refuse_not_finite(logits: Tensor) -> None:
         cure = (
             "a class that is masked with -inf needs a large negative number, such as -1e4"
             if masked
-            else "mend the model's forward (a logarithm of 0, a division by 0, an overflow)"
+            else "correct the model's forward pass (a logarithm of 0, a division by 0, an overflow)"
         )
         raise UserError(
             f"the model's logits are not finite for {odd} of {len(logits)} clean images: {cure}"
@@ -220,7 +220,7 @@ def _has_dead_gradient(model: nn.Module, clean: Clean) -> bool:
     """Whether the gradients of cross-entropy and margin are zero in every pixel of the images."""
     lost = (
         "the model's output has no gradient in its input: remove torch.no_grad(), detach(), numpy "
-        "or uint8 steps from its forward, or say traits.gradient=none"
+        "or uint8 steps from its forward, or set traits.gradient=none"
     )
     x, dead = clean.x.clone().requires_grad_(), True
     with attackable(model), torch.enable_grad():
@@ -236,7 +236,7 @@ def _has_dead_gradient(model: nn.Module, clean: Clean) -> bool:
                 raise UserError(
                     f"the model's backward pass fails with its parameters frozen: "
                     f"{reason_of(problem):.300}; use checkpoint(..., use_reentrant=False) where "
-                    "it is gradient checkpointing, or say traits.gradient=none"
+                    "it is gradient checkpointing, or set traits.gradient=none"
                 ) from problem
             if gradient is None:
                 raise UserError(lost)

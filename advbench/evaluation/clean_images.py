@@ -82,8 +82,8 @@ def score_clean(job: Job, group: Group, wanted: Tensor, chunk: int) -> tuple[Rec
         return None
     if odd := int((~torch.isfinite(judged.margin)).sum()):
         raise UserError(
-            f"the model's logits are not finite for {odd} of {len(batch)} clean images: mend the "
-            "model's forward (a logarithm of 0, a division by 0, an overflow)"
+            f"the model's logits are not finite for {odd} of {len(batch)} clean images: correct "
+            "the model's forward pass (a logarithm of 0, a division by 0, an overflow)"
         )
     order = batch.argsort()
     order = order[torch.isin(batch[order], wanted)]

@@ -188,7 +188,7 @@ class Engine:
 
     def _back_off(self) -> None:
         self.shapes.shrink()
-        self.job.progress.note(f"out of memory: going on with batches of {self.shapes.largest}")
+        self.job.progress.note(f"out of memory: continuing with batches of {self.shapes.largest}")
 
     def _pending(self, store: Store, stage: str, attacked: Tensor) -> Tensor:
         """The samples that have no record of the stage, here or in the archive."""

@@ -157,7 +157,7 @@ class Evaluation:
         Engine(job, others).run(plan.stages, store)
         group.wait()
         store.read_journal()
-        group.wait()  # nobody clears the journal while another one reads it
+        group.wait()  # no process clears the journal while another reads it
         results = summarise(
             job,
             plan.identity,
@@ -215,7 +215,7 @@ def is_home(folder: Path, plan: Plan) -> bool:
 def claim(folder: Path, plan: Plan) -> list[str]:
     """Make ``folder`` the home of this plan; returns what the user should know of it.
 
-    An evaluation that was begun by other code is resumed: the plan then says which code found which
+    An evaluation that other code started is resumed: the plan then says which code found which
     stages. Raises UserError if the folder is another evaluation's.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def claim(folder: Path, plan: Plan) -> list[str]:
         )
     if "behaviour" not in known:
         notes.append(
-            "this evaluation was begun before logits were kept: that the model's code outside of "
+            "this evaluation was started before logits were kept: that the model's code outside of "
             "its module is the same was not checked"
         )
     ours = wanted["identity"]["versions"]
@@ -247,7 +247,7 @@ def claim(folder: Path, plan: Plan) -> list[str]:
         finished = [name for name in (CLEAN, *known_names(known)) if len(store.records(name))]
         known["resumed"] = [*resumed, {"versions": ours, "begun_before": finished}]
         write_json(path, known)
-        notes.append(f"begun by other code (advbench {other}), resumed by this: see {PLAN}")
+        notes.append(f"started by other code (advbench {other}), resumed by this: see {PLAN}")
     return notes
 
 

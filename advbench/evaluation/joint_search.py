@@ -143,7 +143,7 @@ class JointSearch:
             "backwards": backwards,
         }
         records = Records(**{name: part[order].cpu().numpy() for name, part in columns.items()})
-        # What broke among others is no proof by itself.
+        # What broke among others is not a proof by itself.
         images = (
             bench.images[order][bench.alone[order]].cpu().numpy() if self.job.keep_images else None
         )

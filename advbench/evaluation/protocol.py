@@ -73,7 +73,7 @@ class Plan:
     tensors: bool = True
     """Whether the model has any; if not, its hash says little."""
     notes: tuple[str, ...] = ()
-    """What a person should know of the model before it is attacked; no part of plan.json."""
+    """What a person should know of the model before it is attacked; not part of plan.json."""
 
     def to_json(self) -> dict[str, Any]:
         content = {

@@ -189,7 +189,7 @@ class AutoAttackProtocol(Protocol):
     reference is the authors' own code. With fewer than four classes, where its DLR losses are not
     defined, fast takes the margin; there are never more targets than wrong classes.
     attacks: some of them instead of the suite's, in their order, with the parameters that they have
-    in the suite. What they leave is no result of AutoAttack.
+    in the suite. Their result is not a result of AutoAttack.
     """
 
     name: ClassVar[str] = "autoattack"

@@ -103,7 +103,7 @@ class Resources:
     def launch(self) -> ProcessGroup:
         """Start the other processes, which run this same command, and meet them.
 
-        Raises UserError for devices that can't be had.
+        Raises UserError for devices that are not available.
         """
         if str(self.devices) == "1" and self.num_nodes == 1 and "WORLD_SIZE" not in os.environ:
             return ProcessGroup(self.device)

@@ -2,7 +2,7 @@
 
 In pseudo-code:
 
-    repeat until nobody waits and no slot is taken:
+    repeat until no sample waits and no row is taken:
         fill free slots with waiting samples; the attack starts them
         query the model at every slot's point; what looks like a success goes to the referee
         the attack advances; the referee judges the points where a search ends
@@ -37,7 +37,7 @@ from advbench.evaluation.store import Records, Store
 
 NO_GRADIENT = (
     "the model's gradient is NaN or infinite for whole images, so an attack along it would find "
-    "nothing and its robust accuracy would mean nothing: mend the model's backward"
+    "nothing and its robust accuracy would mean nothing: correct the model's backward pass"
 )
 SHOW_SECONDS = 0.2
 COMMIT_SECONDS = 2.0
@@ -191,7 +191,7 @@ class Search:
         if self.samples.device.type == "cuda":
             torch.cuda.empty_cache()
         self.job.progress.note(
-            f"out of memory: going on with {self.shapes.largest} samples side by side "
+            f"out of memory: continuing with {self.shapes.largest} samples side by side "
             f"(trainer.batch_size={self.shapes.largest})"
         )
 

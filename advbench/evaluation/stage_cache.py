@@ -82,7 +82,7 @@ class Archive:
                 return self._finished[folder].get(stage, nothing)
             store = Store(folder)  # read anew: another process may be at work there
         except (UserError, OSError, ValueError, KeyError):
-            return nothing  # damaged: nothing to be had
+            return nothing  # damaged: nothing to reuse
         return store.records(stage), store.seconds(stage)
 
 
@@ -97,7 +97,7 @@ def _plans(archive: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             plan = read_json(path)
             _ = plan["identity"]["data"], [stage["name"] for stage in plan["stages"]]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # somebody else's, or damaged: nothing to be had
+            continue  # somebody else's, or damaged: nothing to reuse
         yield path.parent, plan
 
 

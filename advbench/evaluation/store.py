@@ -111,7 +111,7 @@ class Store:
                 rank, number = map(int, path.stem.split("-"))
             except (ValueError, KeyError, OSError, BadZipFile):
                 raise UserError(
-                    f"'{path}' is damaged: remove it, and its samples are attacked again"
+                    f"'{path}' is damaged: remove it to attack its samples again"
                 ) from None
             if rank == self.rank:
                 self._written = max(self._written, number + 1)
@@ -173,9 +173,7 @@ class Store:
                     if (file.metadata() or {}).get("stage") == stage:
                         yield {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except SafetensorError:
-                raise UserError(
-                    f"'{path}' is damaged: remove it, and its searches begin again"
-                ) from None
+                raise UserError(f"'{path}' is damaged: remove it to restart its searches") from None
 
     def in_progress(self, stage: str) -> tuple[int, int, int]:
         """Samples of a stage that were begun and have no record; their forwards and backwards."""

@@ -39,7 +39,7 @@ class Fit:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load the weights of a run, whose names are the model's.
 
-    A buffer that is no part of the model's state, such as a jump that was given as a number, keeps
+    A buffer that is not part of the model's state, such as a jump that was given as a number, keeps
     its value, also where the run holds one that was chosen.
 
     Raises:
@@ -70,7 +70,7 @@ def load_checkpoint(model: nn.Module, spec: str) -> list[str]:
 
     Weights that match as they are win. Else they may lie inside other dictionaries (``state_dict``,
     ``model``, ``net``, ...), and their names may differ by one prefix (``module.``, ``_orig_mod.``,
-    ``model.``, ...), with or without tensors beside them that are no part of the model.
+    ``model.``, ...), with or without tensors beside them that are not part of the model.
 
     Args:
         model: the model, built.

@@ -34,7 +34,7 @@ def evaluate(
     plugins: tuple[str, ...],
     screen: Screen,
 ) -> Results:
-    """Evaluate what the config says, or go on with it. Returns the results."""
+    """Evaluate what the config says, or resume it. Returns the results."""
     budget = None if cfg.budget is None else seconds(cfg.budget)
     home, cfg = _resumed(cfg, home)
     run = _training_run(cfg)
@@ -96,7 +96,7 @@ def _resumed(cfg: DictConfig, home: Home) -> tuple[Home, DictConfig]:
     home, cfg = resumed(cfg.resume, "eval")
     if (asked.model, asked.weights) != (cfg.model, cfg.weights):
         again = directory.going_on(home.folder, cfg)
-        raise UserError(f"model=FILE.py runs code, so it is said again: {again}")
+        raise UserError(f"model=FILE.py runs code, so name it again: {again}")
     return home, cfg
 
 

@@ -82,8 +82,8 @@ def begun_from(
         return model, defense
     if not run.undefended:
         raise UserError(
-            f"init_from={run.folder} has another defense: begin from a run with the same, or with "
-            "none"
+            f"init_from={run.folder} has another defense: start from a run with the "
+            "same defense, or with none"
         )
     defense = config.build_defense(defense_node, plugins)
     with without_weights():

@@ -98,7 +98,7 @@ def _left(results: Results, stage: StageResult) -> str:
 def _unfinished(results: Results) -> str:
     first, *others = results.missing
     more = f" and {len(others)} more stage{'s' * (len(others) > 1)}" if others else ""
-    return f"time was up before the end of {first}{more}: the same command goes on"
+    return f"time was up before the end of {first}{more}: repeat the command to resume"
 
 
 def _stages(results: Results) -> Table:

@@ -212,7 +212,7 @@ def candidate(
     else:
         if traits != Traits():
             raise UserError(
-                "traits are declared for model=FILE.py:FACTORY; a run's defense knows its own"
+                "traits are declared for model=FILE.py:FACTORY; a run's defense declares its own"
             )
         # A retrofit comes on top of the run's own defense, as that was.
         node = None if retrofit else config.inherit(cfg.defense, run.config, "defense")
@@ -261,9 +261,7 @@ def evaluation_of(
         UserError: where the parts do not fit.
     """
     if transfer and not isinstance(protocol, AdaptiveProtocol):
-        raise UserError(
-            f"protocol={protocol.title} has no use for transfer: take protocol=adaptive"
-        )
+        raise UserError(f"protocol={protocol.title} does not use transfer: use protocol=adaptive")
     input_shape = getattr(subject.model, "input_shape", None)
     if input_shape is not None and tuple(data.input_shape) != tuple(input_shape):
         raise UserError(

@@ -47,7 +47,7 @@ def train(
     plugins: tuple[str, ...],
     screen: Screen,
 ) -> Path:
-    """Train what the config says, or go on with it. Returns the run's directory."""
+    """Train what the config says, or resume it. Returns the run's directory."""
     asked = cfg
     if cfg.resume is not None:
         home, cfg = resumed(cfg.resume, "train")
@@ -166,7 +166,7 @@ def _teachers(
         )
         if knows != has:
             raise UserError(
-                f"{key}={run} knows {knows} and {info.name} has {has}: take a run on the same data"
+                f"{key}={run} has {knows} and {info.name} has {has}: take a run on the same data"
             )
         before, now = _published(teacher.config.data), _published(data)
         if before and now and before != now:

@@ -21,7 +21,7 @@ class FGSMRS(AdversarialRecipe):
     paper does not have: uniform direction and radius, then a step along the gradient.
 
     Raises:
-        UserError: for a step size that is no length, and for l1 threats.
+        UserError: for a step size that is not a length, and for l1 threats.
     """
 
     step_size: float | str | None = None

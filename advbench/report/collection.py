@@ -94,7 +94,7 @@ class Entry:
         """What must be equal for two evaluations to be ranked together, by key of the config.
 
         The images are known by the hash of the split and n: ``advbench.evaluation.samples.subset``
-        makes of the two the same indices always. The seed of the attacks is no condition.
+        makes of the two the same indices always. The seed of the attacks is not a condition.
         """
         data, threat = self.results.data, self.results.threat
         protocol = {k: v for k, v in self.results.protocol.items() if k != SEED}
@@ -161,7 +161,7 @@ class Entry:
         from advbench.evaluation.store import read_samples
 
         if not (self.folder / "samples.parquet").is_file():
-            again = "it did not finish: go on with the same command"
+            again = "it did not finish: resume it with the same command"
             why = again if self.results.missing else "only results.json is left of it"
             raise UserError(f"'{self.folder}' has no samples.parquet: {why}")
         try:

@@ -114,7 +114,7 @@ def text_of(value: Any) -> str:
 
 
 def protocol_of(entry: Entry, telling: Iterable[str] = ()) -> str:
-    """Title, version, whether it flatters, and parameters: those that are not as shipped, and those
+    """Title, version, whether it is weak, and parameters: those that are not as shipped, and those
     that are ``telling`` it from others, by key of the config."""
     own = entry.conditions
     given = {key.removeprefix("protocol."): own.get(key) for key in telling}
@@ -140,5 +140,5 @@ def _shipped(protocol: str) -> Mapping[str, Any]:
 
 
 def is_weak(protocol: str) -> bool:
-    """Whether its numbers flatter; of a protocol that is not ours nobody knows."""
+    """Whether its numbers overestimate robustness; unknown for a protocol that is not ours."""
     return protocol in WEAK or str(protocol).startswith("paper/")

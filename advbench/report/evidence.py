@@ -51,7 +51,7 @@ class Evidence:
         told = np.where(first.broken, UNKNOWN, first.label)
         truth = told if labels is None else labels[first.sample]
         if labels is not None and (truth != told)[~first.broken].any():
-            raise ValueError("the labels are not those of the evaluation")
+            raise ValueError("the labels are not the evaluation's")
         final, margin = first.label.copy(), first.margin.astype(float)
         fell = np.where(first.broken, 0, -1)
         distance = np.full(n, np.nan)

@@ -61,7 +61,7 @@ class Library:
         self._known: dict[str, Opened | str] = {}
 
     def open(self, entry: Entry) -> Opened:
-        """The test split of an evaluation. Raises UserError, saying why, if it is not to be had."""
+        """The test split of an evaluation. Raises UserError, saying why, if it is not available."""
         node = self._node(entry)
         key = repr((sorted(node.items()), entry.results.data.get("sha256")))
         if key not in self._known:
@@ -89,7 +89,7 @@ class Library:
     def _opened(self, node: Mapping[str, Any], entry: Entry) -> Opened:
         splits = config.build(OmegaConf.create(dict(node)), "data")
         if splits.test.sha256() != entry.results.data.get("sha256"):
-            raise UserError("the data found here are not those of the evaluation")
+            raise UserError("the data found here are not the evaluation's data")
         return Opened(splits.test, splits.info.classes)
 
 

@@ -33,7 +33,7 @@ READING_SEEDS = (
 READING_CLEAN = f"robust {UNKNOWN}: nothing was attacked"
 READING_VERDICT = f"verdict {UNKNOWN}: not computed"
 READING_UNFINISHED = "UNFINISHED: time was up before all samples were decided; no result yet"
-READING_WEAK = "weak: the protocol flatters; compare with nothing that another protocol found"
+READING_WEAK = "weak: the protocol overestimates robustness; do not compare it with others"
 
 
 @dataclass(frozen=True)

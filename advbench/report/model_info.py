@@ -34,7 +34,9 @@ def model_info(results: Results) -> dict[str, Any]:
     name = results.protocol["name"]
     noisy = "mean_draw" in results.measures  # which only a stochastic model has
     if results.missing:
-        raise UserError(f"the evaluation is unfinished ({', '.join(results.missing)}): go on first")
+        raise UserError(
+            f"the evaluation is unfinished ({', '.join(results.missing)}): finish it first"
+        )
     if results.threat["norm"] not in THREATS:
         raise UserError(f"RobustBench has no leaderboard for {results.threat['norm']}")
     if name not in (AUTOATTACK, *WIDER):

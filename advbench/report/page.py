@@ -50,7 +50,7 @@ def write(paths: Sequence[Path], target: Path) -> None:
     """Write the page of all evaluations below the paths, and print where.
 
     Raises:
-        UserError: If there are none, and for a target that is no place for a file.
+        UserError: If there are none, and for a path that can't hold a file.
     """
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"'{target}' can't be written: give a file in a directory that exists")

@@ -51,7 +51,7 @@ HOLLOW = "Hollow: unfinished, at most that much"
 
 
 def _after(results: Results, stages: Sequence[StageResult]) -> list[Accuracy]:
-    """Accuracy on clean images and after each of the stages that were begun."""
+    """Accuracy on clean images and after each of the stages that were started."""
     n, found = results.data["n"], [results.clean]
     for stage in stages:
         share = stage.robust_acc or 0.0
@@ -61,7 +61,7 @@ def _after(results: Results, stages: Sequence[StageResult]) -> list[Accuracy]:
 
 
 def stages(results: Results) -> Figure:
-    """What is left after each stage that was begun, from the top to the bottom."""
+    """What is left after each stage that was started, from the top to the bottom."""
     names = ["clean"] + [
         f"unfinished: {stage.name}" if stage.name in results.missing else stage.name
         for stage in results.begun

@@ -36,17 +36,17 @@ WITHOUT_WORK = {".lock", "log.txt", "plan.json", BASE, "epoch.pt", CONFIG}
 
 
 def kind_of(kept: Mapping[Any, Any]) -> Literal["train", "eval"] | None:
-    """Of what verb a run's config is; None if it is something else."""
+    """The subcommand of a run's config; None if it is something else."""
     return "train" if "recipe" in kept else "eval" if "protocol" in kept else None
 
 
 def kind_in(folder: Path) -> Literal["train", "eval"] | None:
-    """Of what verb the run in the directory is; None if it is no run."""
+    """The subcommand of the run in the directory; None if it is not a run."""
     return kind_of(config.read(folder / CONFIG)) if (folder / CONFIG).is_file() else None
 
 
 def going_on(folder: Path, kept: Mapping[Any, Any]) -> str:
-    """The command that goes on with a run; code is run only where the command line names it.
+    """The command that resumes a run; code is run only where the command line names it.
 
     kept: the run's config.
     """
@@ -103,7 +103,7 @@ def find(folder: str | Path) -> TrainingRun:
     if kind == "eval":
         raise UserError(f"'{path}' is an evaluation; give the training run that it evaluated")
     if not trained_to_end(path):
-        raise UserError(f"'{path}' did not finish; go on with: {going_on(path, kept)}")
+        raise UserError(f"'{path}' did not finish; resume it with: {going_on(path, kept)}")
     return TrainingRun(path, kept)
 
 

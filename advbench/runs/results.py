@@ -201,7 +201,7 @@ class Results:
 
     @property
     def begun(self) -> tuple[StageResult, ...]:
-        """Stages that were begun, with those that had no sample left to attack."""
+        """Stages that were started, with those that had no sample left to attack."""
         if CLEAN in self.missing:
             return ()
         return tuple(s for s in self.stages if s.attacked or s.name not in self.missing)
@@ -213,7 +213,7 @@ class Results:
 
     @property
     def attacked(self) -> bool:
-        """Whether any attack was begun: without one there is no robust accuracy."""
+        """Whether any attack was started: without one there is no robust accuracy."""
         return bool(self.begun)
 
     def bound(self) -> str:

@@ -29,8 +29,7 @@ class AttackModel(nn.Module):
     times. Passes in training mode, and all other attributes, are the model's own.
 
     Args:
-        model: a traced backbone. What is no backbone's module, such as a defense's, is called as it
-            is.
+        model: a traced backbone. Other modules, such as a defense's, are called as they are.
 
     Raises:
         ValueError: if nothing can be folded.
@@ -99,7 +98,7 @@ def attack_model(model: nn.Module, x: Tensor, y: Tensor) -> AttackModel | None:
         x: (N, C, H, W) in [0, 1].
         y: (N,) classes.
     """
-    # Tracing fails in many ways on a model that is no plain graph, which is then attacked as it is.
+    # Tracing fails in many ways if a model is not a plain graph; it is then attacked as it is.
     with contextlib.suppress(Exception):
         folded = AttackModel(model)
         if folded.agrees(x, y):

@@ -71,7 +71,7 @@ class Checkpoints:
         self._writes = writes
 
     def newest(self) -> dict[str, Any] | None:
-        """The state to resume from; None if nothing was begun.
+        """The state to resume from; None if nothing was started.
 
         Raises:
             UserError: as ``load_resume``.

@@ -45,7 +45,7 @@ def compiled(
         torch.compiler.reset()
         reason = " ".join(str(problem).split())
         return [
-            f"trainer.compile={mode} fails here and training goes on without: "
+            f"trainer.compile={mode} fails here and training continues without it: "
             f"{type(problem).__name__}: {reason:.200}"
         ]
     return []

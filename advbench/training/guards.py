@@ -107,7 +107,7 @@ def catastrophic_overfitting(rows: Rows, n: int) -> dict[str, float] | None:
     goes up (Wong et al. 2020, arXiv 2001.03994, sec. 5.4; Andriushchenko & Flammarion 2020, arXiv
     2007.02617). It has, if in both of the last two epochs, against that of the best PGD accuracy:
 
-    - PGD accuracy is less than half, and not by luck (3 standard errors);
+    - PGD accuracy is less than half, beyond chance (3 standard errors);
     - as a share of the clean accuracy it is less than half too: the model still classifies;
     - accuracy on the recipe's own adversarial images is no lower than in that epoch, and no lower
       than the PGD accuracy of that epoch was.

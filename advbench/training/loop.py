@@ -130,7 +130,7 @@ class Fit:
         if not self.position.batch:
             self._publish()
         self.progress.note(
-            f"going on at epoch {self.position.epoch + 1} of {settings.epochs}, "
+            f"resuming at epoch {self.position.epoch + 1} of {settings.epochs}, "
             f"step {self.position.batch + 1} of {self.steps_per_epoch}"
         )
 
@@ -324,8 +324,8 @@ class Fit:
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["devices"] != self.fabric.world_size:
             raise UserError(
-                f"{self.folder} was begun with trainer.devices={state['devices']}: go on with as "
-                "many"
+                f"{self.folder} was started with trainer.devices={state['devices']}: continue "
+                "with as many"
             )
         self.learner.restore(state)
         self.position = Position(**state["position"])

@@ -59,7 +59,7 @@ class Settings:
     compile: str | None = field(default=None, metadata={"role": Role.OUTCOME | Role.RESOURCE})
     """None, or a mode of ``torch.compile`` for the model's trunk and head, in training and in its
     attack: default, reduce-overhead or max-autotune. It takes minutes at the start; where it
-    fails, the log says so and training goes on without."""
+    fails, the log says so and training continues without it."""
     deterministic: bool = field(default=False, metadata={"role": Role.OUTCOME | Role.RESOURCE})
     """On a GPU, the same bits in every run, at some cost; a CPU gives them anyway."""
 

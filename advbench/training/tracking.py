@@ -177,7 +177,7 @@ class Tracked:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Without the warnings of other libraries, which are not for the user to mend."""
+    """Without the warnings of other libraries, which the user can't correct."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -120,7 +120,7 @@ def test_what_is_suggested_can_be_typed(place: Path, capsys: pytest.CaptureFixtu
     assert main([*words, "n=5", "budget=0.1s"]) == 0
     Path(f"{home}/summary.json").unlink()
     assert main(["eval", setting("run", home)]) == 2
-    told = capsys.readouterr().err.rpartition("go on with: advbench ")[2]
+    told = capsys.readouterr().err.rpartition("resume it with: advbench ")[2]
     assert main(shlex.split(told)) == 0
     assert main(["eval", "run=nothing"]) == 2
     told = capsys.readouterr().err.rpartition("the newest is ")[2]

@@ -75,7 +75,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "is for images of shape (1, 8, 8)",
     ),
     "shape of the model": ([*OWN[:1], "model=m.py:build", "data=digits", *OWN[4:]], "can't take"),
-    "unfinished": (["eval", "run=cut"], "did not finish; go on with: advbench train resume=cut"),
+    "unfinished": (["eval", "run=cut"], "finish; resume it with: advbench train resume=cut"),
     "no run": (["eval", "run=nowhere"], "there is no run 'nowhere'"),
     "n": (["eval", "run=good", "n=361"], "n=361 but the split has 360 samples"),
     "no factory": ([*OWN[:1], "model=m.py:biuld", *OWN[2:]], "did you mean 'build'?"),
@@ -107,7 +107,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "no transfer": (
         ["eval", "run=good", "protocol=adaptive", "transfer=[no]"], "there is no run 'no'"
     ),
-    "traits of a run": (["eval", "run=good", "traits.stochastic=true"], "knows its own"),
+    "traits of a run": (["eval", "run=good", "traits.stochastic=true"], "declares its own"),
     "traits": ([*OWN, "traits.gradient=exakt"], "did you mean 'exact'?"),
     "traits' key": ([*OWN, "traits.noisy=true"], "no key 'traits.noisy'"),
     "traits' type": ([*OWN, "traits.stochastic=maybe"], "'maybe' is not a valid bool"),
@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "add it with +protocol.params.steps=VALUE",
     ),
     "logger of none": (["train", "logger.mode=offline"], "choose logger=NAME first"),
-    "null": (["train", "data=null"], "that is no option: give GROUP=NAME"),
+    "null": (["train", "data=null"], "that is not an option: give GROUP=NAME"),
     "added key": (["train", "+epoch=3"], "no key 'epoch'"),
     "config of a sweep": (["train", "-m", "seed=1,2", "--cfg", "job"], "leave out -m"),
     "no option": (["train", "--hepl"], "unrecognized arguments: --hepl (advbench train --help)"),

@@ -38,7 +38,7 @@ SUGGESTIONS = {
     "list data --config-dir nowhere": "there is no directory 'nowhere'",
     "train seed=${nope}": "advbench: seed: Interpolation key 'nope' not found",
     "train seed=${oc.env:NOPE}": "advbench: seed: KeyError raised while resolving",
-    "train ~data=true": "that is no option: give GROUP=NAME",
+    "train ~data=true": "that is not an option: give GROUP=NAME",
 }
 
 

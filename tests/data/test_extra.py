@@ -316,7 +316,7 @@ MISTAKES = {
     "fraction's type": (["data.extra_fraction=much"], "data.extra_fraction"),
     "key": (["data.extra_fracton=0.5"], "did you mean 'data.extra_fraction'?"),
     "too few": (["data.extra=ok.npz", "data.extra_fraction=0.001"], "128 original and 0 extra"),
-    "probability": (["data.augment.cutmix=1.5"], "cutmix=1.5 is no probability: give 0 to 1"),
+    "probability": (["data.augment.cutmix=1.5"], "cutmix=1.5 is not a probability: give 0 to 1"),
 }
 
 

@@ -106,7 +106,7 @@ def test_an_evaluation_of_other_code_is_resumed_and_says_so(
     notes = Notes()
     results = case.execute(folder, None, notes)
     assert (results.robust, results.clean) == (whole.robust, whole.clean)
-    assert any("begun by other code (advbench 0)" in note for note in notes.notes)
+    assert any("started by other code (advbench 0)" in note for note in notes.notes)
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["identity"]["versions"] == {"advbench": "0"}
     assert [sitting["versions"] for sitting in plan["resumed"]] == [ours]

@@ -462,7 +462,7 @@ def test_a_teacher_of_other_images_or_classes_is_one_line(runs: Path, capsys):
         ]
         assert main([*command, *(f"recipe.{key}={run}" for key, run in TEACHERS.items())]) == 2
         told = capsys.readouterr().err
-        assert "robust_teacher=pgd_at knows images (1, 8, 8) of 10 classes and npz:small" in told
+        assert "robust_teacher=pgd_at has images (1, 8, 8) of 10 classes and npz:small" in told
         assert f"has images {knows} classes: take a run on the same data" in told
         assert told.count("\n") == 1 and not (runs / "small").exists()
 

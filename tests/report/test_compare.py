@@ -222,5 +222,5 @@ def test_records_that_are_not_those_of_the_results_are_refused(tmp_path: Path) -
         compare.of([a, b])
     (b / "samples.parquet").unlink()
     results(missing=("square",)).save(b / "results.json")
-    with pytest.raises(UserError, match="it did not finish: go on with the same command"):
+    with pytest.raises(UserError, match="it did not finish: resume it with the same command"):
         compare.of([a, b])

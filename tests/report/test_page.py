@@ -323,7 +323,7 @@ def test_what_differs_is_in_the_heading(tmp_path: Path) -> None:
     text = page(tmp_path).text
     headings = re.findall(r"digits test 40 images, linf 0.15 , (.*?\d\)?) net", text)
     assert headings == ["autoattack 1", "pgd 1 (weak, steps 10)", "pgd 1 (weak, steps 50)"]
-    assert text.count("Weak: the protocol flatters") == 1
+    assert text.count("Weak: the protocol overestimates robustness") == 1
 
 
 def test_the_unfinished_comes_last(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_a_compiler_that_fails_is_told_and_done_without(tmp_path, monkeypatch):
     trainer = Trainer(epochs=1, batch_size=16, val_steps=1, compile="default")
     fit(tmp_path / "a", trainer, model=model, progress=notes)
     assert notes.lines == [
-        "trainer.compile=default fails here and training goes on without: "
+        "trainer.compile=default fails here and training continues without it: "
         "RuntimeError: no C++ compiler"
     ]
     assert model.trunk._compiled_call_impl is None

@@ -54,7 +54,7 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch, trainer, optimiz
     fit(parts, trainer, optimizer=optimizer, defense=defense, progress=Notes())
     assert_same_result(whole, parts)
     assert prepared == [False], "prepared once, in eval mode"
-    assert notes == ["going on at epoch 3 of 3, step 6 of 6"]
+    assert notes == ["resuming at epoch 3 of 3, step 6 of 6"]
     assert len(list(parts.iterdir())) == 4
 
 

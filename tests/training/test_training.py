@@ -351,7 +351,7 @@ def test_what_does_not_fit_the_data_or_the_machine_is_a_user_error(tmp_path):
         fit(tmp_path, Trainer(batch_size=1))
     fit(tmp_path / "plain", Trainer(epochs=1, batch_size=1, val_steps=1), model=net(plain=True))
     for trainer in (Trainer(accelerator="abacus"), Trainer(devices="many")):
-        with pytest.raises(UserError, match=r"cannot be had here: \S+"):
+        with pytest.raises(UserError, match=r"is not available here: \S+"):
             fit(tmp_path, trainer)
     with pytest.raises(UserError, match="every parameter of the model is frozen"):
         fit(tmp_path, model=net().requires_grad_(False))

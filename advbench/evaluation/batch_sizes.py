@@ -1,4 +1,4 @@
-"""The batch sizes that a search may use without changing a bit."""
+"""The batch sizes that a search can use without changing a bit of the result."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from advbench.errors import UserError
 from advbench.evaluation.fast_model import ask
 
 
-class Shapes:
-    """The batch sizes that a search may use: the largest, and smaller ones that change no bit.
+class BatchSizes:
+    """The batch sizes that a search can use: the largest, and smaller ones that change no bit.
 
-    A row's answer could depend on the batch: on its size, through the kernel that is chosen for it,
-    and on the row's place. So every batch is filled up to one of a few sizes, no more than about an
-    eighth, or one row, larger, and a size is used only if the model gives the same bits there as at
-    the largest. ``placeless`` says whether a row's place changes nothing either; if it does, the
-    largest is the only size.
+    The last bits of a row's logits can depend on the batch size, through the choice of kernels, and
+    on the row's position. So every batch is filled up to one of a few sizes, at most about an
+    eighth, or one row, larger. A size is used only if the model returns the same bits as at the
+    largest. ``same_at_all_positions`` is True if the position changes no bit; otherwise the largest
+    is the only size.
 
-    coarse: powers of two alone, for a model that is compiled anew for each size.
+    coarse: powers of two only, for a model that is compiled for each size.
     """
 
     def __init__(self, largest: int, coarse: bool = False) -> None:
@@ -29,13 +29,13 @@ class Shapes:
         self.forget()
 
     def forget(self) -> None:
-        """What was found out was of another model, or of another size."""
-        self.placeless = False
+        """Forget all sizes that were tried, because the model or the largest size changed."""
+        self.same_at_all_positions = False
         self._usable: dict[int, bool] = {}
         self._try: Callable[[int], bool] = lambda size: False
 
     def fit(self, rows: int) -> int:
-        """The smallest size for so many rows, at most ``largest``."""
+        """The smallest usable size for ``rows`` rows, at most ``largest``."""
         step = max(2 ** (rows.bit_length() - 1) // 8, 2)
         if self.coarse:
             step = 2 ** (rows - 1).bit_length()
@@ -47,24 +47,24 @@ class Shapes:
         return self.largest
 
     def shrink(self) -> None:
-        """Go down to half the size, for want of memory."""
+        """Halve the largest size after running out of memory."""
         if self.largest == 1:
             raise UserError("the memory of the device does not hold a single image's attack")
         self.largest //= 2
         self.forget()
 
     def probe(self, model: nn.Module, clean: Clean) -> None:
-        """Find out what ``model`` is indifferent to. clean: ``largest`` rows, or fewer."""
+        """Find the sizes at which ``model`` returns the same bits. clean: rows to try."""
         largest = self.largest
         full = _part(clean, torch.arange(largest) % len(clean.x))
         truth = _answers(model, full)
         back = torch.arange(largest - 1, -1, -1)
         turned = ask(model, _part(full, back))
-        self.placeless = _same([part[back] for part in truth[1:]], turned)
+        self.same_at_all_positions = _same([part[back] for part in truth[1:]], turned)
 
         def same(size: int) -> bool:
             part = torch.arange(size)
-            return self.placeless and _same(
+            return self.same_at_all_positions and _same(
                 [answer[part] for answer in truth], _answers(model, _part(full, part))
             )
 

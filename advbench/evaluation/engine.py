@@ -15,7 +15,7 @@ from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate
 from advbench.devices import full_float32, keep_freed_memory, out_of_memory
 from advbench.errors import UserError
-from advbench.evaluation.batch_sizes import Shapes
+from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.clean_images import no_better_than_chance, score_clean, votes
 from advbench.evaluation.fast_model import FastModel, Logits, copy_of_surrogate
 from advbench.evaluation.groups import NOISE_GROUP, Group, groups, no_room, seed_noise
@@ -25,7 +25,7 @@ from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import Search
 from advbench.evaluation.stage_cache import Archive
-from advbench.evaluation.stage_state import Ledger
+from advbench.evaluation.stage_state import StageState
 from advbench.evaluation.store import Records, Store
 
 COMPARED = 8
@@ -48,7 +48,7 @@ class Engine:
         job = self.job
         most = NOISE_GROUP if job.traits.stochastic else job.batch_size
         largest = min(most, job.batch_size, len(job.samples))
-        self.shapes = Shapes(largest, coarse=job.fast_model.compile is not None)
+        self.batch_sizes = BatchSizes(largest, coarse=job.fast_model.compile is not None)
         everyone = groups(job)
         self.groups = None if everyone is None else everyone[job.rank :: job.world_size]
 
@@ -125,9 +125,9 @@ class Engine:
         if job.traits.batch_dependent:
             joint = JointSearch(job, stage, oracle, store, correct=correct, total=total)
             return lambda group, wanted: joint.run(group.rows, wanted)
-        referee = Referee(job.model, threat, min(CHUNK, self.shapes.largest), votes(job))
+        referee = Referee(job.model, threat, min(CHUNK, self.batch_sizes.largest), votes(job))
         single = Search(
-            job, stage, oracle, store, referee, self.shapes, correct=correct, total=total
+            job, stage, oracle, store, referee, self.batch_sizes, correct=correct, total=total
         )
         return lambda group, wanted: single.run(wanted)
 
@@ -158,14 +158,14 @@ class Engine:
                 if not out_of_memory(problem):
                     raise
                 raise no_room(len(batch.x)) from problem
-        self.shapes.forget()
+        self.batch_sizes.forget()
         while True:
-            clean = job.samples.fetch(job.samples.ids[: self.shapes.largest])
+            clean = job.samples.fetch(job.samples.ids[: self.batch_sizes.largest])
             few = Clean(*(part[:COMPARED] for part in clean))
             try:
                 fast = copy_of_surrogate(surrogate, output, options, few)
                 if not surrogate.stochastic:  # noise can't be compared
-                    self.shapes.probe(Logits(fast, surrogate.needs_clean_input), clean)
+                    self.batch_sizes.probe(Logits(fast, surrogate.needs_clean_input), clean)
                 break
             except RuntimeError as problem:
                 if not out_of_memory(problem):
@@ -179,7 +179,7 @@ class Engine:
             job.progress.note(
                 f"bfloat16 blurs the margins of '{victim}', so the search runs in float32"
             )
-        if not surrogate.stochastic and not self.shapes.placeless:
+        if not surrogate.stochastic and not self.batch_sizes.same_at_all_positions:
             job.progress.note(
                 "an image's logits depend, in their last bits, on its place in the batch: "
                 "a repeated evaluation may round differently"
@@ -187,8 +187,10 @@ class Engine:
         return fast
 
     def _back_off(self) -> None:
-        self.shapes.shrink()
-        self.job.progress.note(f"out of memory: continuing with batches of {self.shapes.largest}")
+        self.batch_sizes.shrink()
+        self.job.progress.note(
+            f"out of memory: continuing with batches of {self.batch_sizes.largest}"
+        )
 
     def _pending(self, store: Store, stage: str, attacked: Tensor) -> Tensor:
         """The samples that have no record of the stage, here or in the archive."""
@@ -209,12 +211,12 @@ class Engine:
         while len(pending):
             if self._late():
                 return False
-            some = pending[: self.shapes.largest]
+            some = pending[: self.batch_sizes.largest]
             group = Group(some, some)
             if self.groups is not None:
                 group = next(group for group in self.groups if pending[0] in group.own)
             wanted = group.own[torch.isin(group.own, pending)]
-            chunk = self.shapes.largest if self.groups is None else len(group.rows)
+            chunk = self.batch_sizes.largest if self.groups is None else len(group.rows)
             scored = score_clean(self.job, group, wanted, chunk)
             if scored is None:
                 self._back_off()
@@ -237,8 +239,8 @@ def broken_by(store: Store, stage: str) -> Tensor:
 
 def untouched(ids: Tensor, samples: Samples) -> Records:
     """Records of samples that a stage had no reason to attack."""
-    ledger = Ledger(ids, samples.split.labels[ids])
-    return ledger.records(range(len(ids)))[0]
+    state = StageState(ids, samples.split.labels[ids])
+    return state.records(range(len(ids)))[0]
 
 
 def still_correct(store: Store, stage: str, attacked: Tensor) -> Tensor:

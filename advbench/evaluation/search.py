@@ -28,11 +28,11 @@ from advbench.attacks.random import KeyedRandom
 from advbench.attacks.referee import Referee, finite
 from advbench.devices import out_of_memory
 from advbench.errors import UserError
-from advbench.evaluation.batch_sizes import Shapes
+from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.eta import Forecast
 from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Stage
-from advbench.evaluation.stage_state import Ledger
+from advbench.evaluation.stage_state import StageState
 from advbench.evaluation.store import Records, Store
 
 NO_GRADIENT = (
@@ -54,7 +54,7 @@ class Search:
         oracle: answers for the victim.
         store: where records go.
         referee: judges on the real model.
-        shapes: the batch sizes that suit the victim.
+        batch_sizes: those that suit the victim.
         correct: samples that are still correct as the stage begins, of ``total``.
         total: samples of this process.
     """
@@ -66,14 +66,19 @@ class Search:
         oracle: Oracle,
         store: Store,
         referee: Referee,
-        shapes: Shapes,
+        batch_sizes: BatchSizes,
         *,
         correct: int,
         total: int,
     ) -> None:
         self.job, self.stage, self.attack = job, stage, stage.attack
         self.samples, self.threat = job.samples, job.threat
-        self.oracle, self.store, self.referee, self.shapes = oracle, store, referee, shapes
+        self.oracle, self.store, self.referee, self.batch_sizes = (
+            oracle,
+            store,
+            referee,
+            batch_sizes,
+        )
         self.correct, self.total = correct, total
         # Whether the oracle's margins are the model's, up to rounding.
         logits = job.traits.output == "logits" and job.fast_model.precision == "32"
@@ -83,7 +88,7 @@ class Search:
         self.whole = job.traits.stochastic
         self.inside = self.attack.stays_inside(job.threat)
         self.rows: Rows | None = None
-        # For each slot: position in the ledger or -1; queries of its search; smallest margin seen.
+        # For each row: position in the state or -1; queries of its search; smallest margin seen.
         self.place = torch.empty(0, dtype=torch.int64)
         self.age = torch.empty(0, dtype=torch.int64)
         self.smallest = torch.empty(0)
@@ -91,7 +96,7 @@ class Search:
     def run(self, pending: Tensor) -> bool:
         """Attack the samples ``pending`` (sorted ids). Returns False if time was up before."""
         self.job.progress.stage(self.stage.name, len(pending))
-        self.ledger = Ledger(pending, self.samples.split.labels[pending])
+        self.state = StageState(pending, self.samples.split.labels[pending])
         self.forecast = Forecast(self.attack.starts * self.attack.queries)
         self.fresh: list[int] = []  # positions with a record that is not yet stored
         self.done = 0
@@ -122,8 +127,8 @@ class Search:
     def _fill(self) -> bool:
         """Bring waiting samples into free slots. Returns whether any slot is taken."""
         taken = (self.place >= 0).nonzero().flatten()
-        entering = min(self.shapes.largest - len(taken), len(self.waiting))
-        if len(taken) and 8 * entering < self.shapes.largest and entering < len(self.waiting):
+        entering = min(self.batch_sizes.largest - len(taken), len(self.waiting))
+        if len(taken) and 8 * entering < self.batch_sizes.largest and entering < len(self.waiting):
             entering = 0  # a start has its price: rather several at once
         if not len(taken) and not entering:
             return False
@@ -160,14 +165,14 @@ class Search:
 
     def _width(self, rows: int) -> int:
         # A library's attack gets its batch as it is: its draws depend on the batch.
-        return self.shapes.fit(rows) if self.attack.queries else rows
+        return self.batch_sizes.fit(rows) if self.attack.queries else rows
 
     def _start(self, positions: Tensor) -> Rows:
         """The attack's rows for samples at these positions, filled up to a shape."""
         width = self._width(len(positions))
         positions = positions[torch.arange(width) % len(positions)]
-        restart = self.ledger.attempt[positions].to(self.samples.device)
-        clean = self.samples.fetch(self.ledger.samples[positions])
+        restart = self.state.attempt[positions].to(self.samples.device)
+        clean = self.samples.fetch(self.state.samples[positions])
         random = KeyedRandom(self.job.seed, self.stage.name, clean.ids, restart)
         return self.attack.start(self.oracle, clean, self.threat, random, restart)
 
@@ -182,8 +187,8 @@ class Search:
 
     def _back_off(self) -> None:
         """Memory ran out: begin the searches under way again, fewer side by side."""
-        self.shapes.shrink()
-        self.referee.chunk = min(self.referee.chunk, self.shapes.largest)
+        self.batch_sizes.shrink()
+        self.referee.chunk = min(self.referee.chunk, self.batch_sizes.largest)
         back = self.place[self.place >= 0].sort().values.tolist()
         self.waiting.extendleft(reversed(back))
         self.rows = None
@@ -191,8 +196,8 @@ class Search:
         if self.samples.device.type == "cuda":
             torch.cuda.empty_cache()
         self.job.progress.note(
-            f"out of memory: continuing with {self.shapes.largest} samples side by side "
-            f"(trainer.batch_size={self.shapes.largest})"
+            f"out of memory: continuing with {self.batch_sizes.largest} samples side by side "
+            f"(trainer.batch_size={self.batch_sizes.largest})"
         )
 
     # --- one query ------------------------------------------------------------------------------
@@ -250,36 +255,36 @@ class Search:
             self.smallest[at], torch.where(judged.broken, torch.inf, judged.margin)
         )
         broken, wrong = judged.broken.cpu(), judged.wrong.cpu()
-        self.ledger.robust(self.place[slots[~broken]], wrong[~broken])
+        self.state.robust(self.place[slots[~broken]], wrong[~broken])
         if not broken.any():
             return
         distance = self.threat.distance(judged.point, x).cpu()[broken]
         positions = self.place[slots[broken]]
         label, margin = judged.label.cpu()[broken], judged.margin.cpu()[broken]
         if self.job.keep_images:
-            self.ledger.keep_images(positions, judged.point[judged.broken])
+            self.state.keep_images(positions, judged.point[judged.broken])
         self._leave(rows, slots[broken], broke=True)
-        self.ledger.breaks(positions, label, margin, distance, wrong[broken])
+        self.state.breaks(positions, label, margin, distance, wrong[broken])
 
     def _leave(self, rows: Rows, slots: Tensor, broke: bool = False) -> None:
         """Free the slots of searches that are over."""
         if not len(slots):
             return
         at, positions = slots.to(rows.x.device), self.place[slots]
-        self.ledger.spend(
+        self.state.spend(
             positions, self.smallest[at].cpu(), rows.forwards[at].cpu(), rows.backwards[at].cpu()
         )
         self.place[slots] = -1
         again = []
         for position, age in zip(positions.tolist(), self.age[slots].tolist(), strict=True):
-            attempt = int(self.ledger.attempt[position])
+            attempt = int(self.state.attempt[position])
             if broke or attempt + 1 == self.attack.starts:
                 self.fresh.append(position)
                 self.done += 1
                 self.correct -= broke
                 self.forecast.ended(attempt * self.attack.queries + age, broke)
             else:
-                self.ledger.attempt[position] = attempt + 1
+                self.state.attempt[position] = attempt + 1
                 again.append(position)
         self.waiting.extendleft(reversed(again))
 
@@ -323,62 +328,61 @@ class Search:
         if not self.attack.queries:
             return None
         taken = self.place >= 0
-        attempts = self.ledger.attempt[self.place[taken]]
+        attempts = self.state.attempt[self.place[taken]]
         queries = attempts * self.attack.queries + self.age[taken]
-        return self.forecast.seconds(queries.numpy(), len(self.waiting), self.shapes.largest)
+        return self.forecast.seconds(queries.numpy(), len(self.waiting), self.batch_sizes.largest)
 
     @property
     def _share(self) -> str:
         """How much of the search is done: samples that move in step all end at once."""
         longest = max(self.attack.starts * self.attack.queries, 1)
         at = self.place >= 0
-        begun = self.ledger.attempt[self.place[at]] * self.attack.queries + self.age[at]
+        begun = self.state.attempt[self.place[at]] * self.attack.queries + self.age[at]
         done = self.done + float(begun.sum()) / longest
-        return f"{100 * done / max(len(self.ledger), 1):.0f} % of the search"
+        return f"{100 * done / max(len(self.state), 1):.0f} % of the search"
 
     def _commit(self, always: bool = False) -> None:
         """Store what is finished. always: also the time alone."""
         if not self.fresh and not always:
             return
         now = time.perf_counter()
-        records, images = self.ledger.records(self.fresh)
+        records, images = self.state.records(self.fresh)
         self.store.append(self.stage.name, records, now - self.committed, images)
         self.fresh, self.committed = [], now
 
     def _save_in_progress(self) -> None:
-        """Write down the searches under way, to go on in their middle after an interruption."""
+        """Save the searches that are in progress, so that they resume mid-search."""
         if not self.attack.queries:
             return
-        state = {f"ledger.{name}": part for name, part in self.ledger.progress().items()}
+        content = {f"ledger.{name}": part for name, part in self.state.progress().items()}
         taken = (self.place >= 0).nonzero().flatten()
         if self.rows is not None and len(taken):
             at = taken.to(self.samples.device)
-            state |= {f"rows.{f.name}": getattr(self.rows, f.name)[at] for f in fields(self.rows)}
-            state["rows.smallest"] = self.smallest[at]
-        self.store.save_flight(self.stage.name, state)
+            content |= {f"rows.{f.name}": getattr(self.rows, f.name)[at] for f in fields(self.rows)}
+            content["rows.smallest"] = self.smallest[at]
+        self.store.save_in_progress(self.stage.name, content)
 
     def _resume(self) -> set[int]:
-        """Take up the searches that were under way; returns the positions that have to wait."""
-        everyone, saves = set(range(len(self.ledger))), list(self.store.flights(self.stage.name))
-        for state in saves:  # of this process and others, of this sitting and earlier ones
-            self.ledger.resume(_within(state, "ledger."))
-        parts = [_within(state, "rows.") for state in saves if "rows.ids" in state]
+        """Resume the searches that were in progress. Returns the positions that have to wait."""
+        everyone = set(range(len(self.state)))
+        saves = list(self.store.in_progress_states(self.stage.name))
+        for content in saves:  # of this process and others, of this sitting and earlier ones
+            self.state.resume(_within(content, "ledger."))
+        parts = [_within(content, "rows.") for content in saves if "rows.ids" in content]
         if not parts:
             return everyone
         saved = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         furthest: dict[int, int] = {}
         for row in saved["iteration"].argsort(stable=True).tolist():
-            position = int(torch.searchsorted(self.ledger.samples, saved["ids"][row]))
-            mine = (
-                position < len(self.ledger) and self.ledger.samples[position] == saved["ids"][row]
-            )
-            if mine and saved["restart"][row] == self.ledger.attempt[position]:
+            position = int(torch.searchsorted(self.state.samples, saved["ids"][row]))
+            mine = position < len(self.state) and self.state.samples[position] == saved["ids"][row]
+            if mine and saved["restart"][row] == self.state.attempt[position]:
                 furthest[position] = row
-        boarding = sorted(furthest)[: self.shapes.largest]
+        boarding = sorted(furthest)[: self.batch_sizes.largest]
         if boarding:
             rows = self._start(torch.tensor(boarding))
             if not {f.name for f in fields(rows)} <= set(saved):
-                return everyone  # written by other code: these searches begin again
+                return everyone  # written by other code: these searches restart
             index = torch.tensor([furthest[p] for p in boarding])
             index = index[torch.arange(len(rows)) % len(index)]
             for f in fields(rows):

@@ -13,10 +13,10 @@ from advbench.evaluation.store import Records
 PROGRESS = ("attempt", "margin", "wrong", "forwards", "backwards")
 
 
-class Ledger:
-    """Columns over the samples of a stage; a *position* is a sample's place in ``samples``.
+class StageState:
+    """Columns over the samples of a stage; a *position* is an index into ``samples``.
 
-    attempt: the search that a sample is at, or waits for.  The other columns are as in ``Records``.
+    attempt: the search that a sample is in, or waits for.  The other columns are as in ``Records``.
     """
 
     def __init__(self, samples: Tensor, labels: Tensor) -> None:
@@ -36,13 +36,13 @@ class Ledger:
         return len(self.samples)
 
     def spend(self, at: Tensor, margin: Tensor, forwards: Tensor, backwards: Tensor) -> None:
-        """A search of the samples at these positions is over, or interrupted."""
+        """Add the cost of a search of these positions that ended or was interrupted."""
         self.margin[at] = torch.minimum(self.margin[at], margin)
         self.forwards[at] += forwards
         self.backwards[at] += backwards
 
     def robust(self, at: Tensor, wrong: Tensor) -> None:
-        """These samples stayed correct where so large a share of evaluations was wrong."""
+        """These samples stayed correct; ``wrong`` is the share of evaluations that were wrong."""
         self.wrong[at] = torch.maximum(self.wrong[at], wrong)
 
     @property
@@ -74,9 +74,9 @@ class Ledger:
 
     def progress(self) -> dict[str, Tensor]:
         """What has to be remembered of samples that are not finished."""
-        begun = ((self.attempt > 0) | (self.forwards > 0)).nonzero().flatten()
-        columns = {name: getattr(self, name)[begun] for name in PROGRESS}
-        return {"sample": self.samples[begun], **columns}
+        started = ((self.attempt > 0) | (self.forwards > 0)).nonzero().flatten()
+        columns = {name: getattr(self, name)[started] for name in PROGRESS}
+        return {"sample": self.samples[started], **columns}
 
     def resume(self, progress: dict[str, Tensor]) -> None:
         """Take up what ``progress`` remembered of samples that are not further on already."""

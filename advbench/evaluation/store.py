@@ -152,19 +152,19 @@ class Store:
             self._written += 1
         self._keep(stage, records, seconds, images)
 
-    def save_flight(self, stage: str, flight: dict[str, Tensor]) -> None:
-        """Write down the searches that this process has under way, in place of earlier ones."""
+    def save_in_progress(self, stage: str, state: dict[str, Tensor]) -> None:
+        """Save the in-progress state of this process's searches, in place of earlier ones."""
         if self.folder is None:
             return
         self._journal.mkdir(exist_ok=True)
-        content = {name: part.detach().cpu().contiguous() for name, part in flight.items()}
+        content = {name: part.detach().cpu().contiguous() for name, part in state.items()}
         write_atomic(
             self._journal / f"flight-{self.rank:03d}.safetensors",
             lambda path: save_file(content, path, metadata={"stage": stage}),
         )
 
-    def flights(self, stage: str) -> Iterator[dict[str, Tensor]]:
-        """The searches of a stage that were under way, of each process."""
+    def in_progress_states(self, stage: str) -> Iterator[dict[str, Tensor]]:
+        """The in-progress state of a stage's searches, of each process."""
         if self.folder is None:
             return
         for path in sorted(self._journal.glob("flight-*.safetensors")):
@@ -176,21 +176,23 @@ class Store:
                 raise UserError(f"'{path}' is damaged: remove it to restart its searches") from None
 
     def in_progress(self, stage: str) -> tuple[int, int, int]:
-        """Samples of a stage that were begun and have no record; their forwards and backwards."""
+        """Samples of a stage that were started and have no record; their forwards and backwards."""
         most: dict[int, tuple[int, int]] = {}
-        for flight in self.flights(stage):
+        for state in self.in_progress_states(stage):
             spent: dict[int, tuple[int, int]] = {}
             for part, ids in (("ledger", "sample"), ("rows", "ids")):
-                columns = (flight.get(f"{part}.{c}") for c in (ids, "forwards", "backwards"))
+                columns = (state.get(f"{part}.{c}") for c in (ids, "forwards", "backwards"))
                 values = [[] if column is None else column.tolist() for column in columns]
                 for sample, forwards, backwards in zip(*values, strict=True):
                     before = spent.get(sample, (0, 0))
                     spent[sample] = before[0] + forwards, before[1] + backwards
-            for sample, passes in spent.items():  # an earlier sitting may have left its own
+            for sample, passes in spent.items():  # an earlier process may have left its own
                 most[sample] = max(most.get(sample, (0, 0)), passes)
         stored = set(self.records(stage).sample.tolist())
-        begun = [passes for sample, passes in most.items() if sample not in stored and any(passes)]
-        return len(begun), sum(p[0] for p in begun), sum(p[1] for p in begun)
+        started = [
+            passes for sample, passes in most.items() if sample not in stored and any(passes)
+        ]
+        return len(started), sum(p[0] for p in started), sum(p[1] for p in started)
 
     def records(self, stage: str) -> Records:
         """What is known of a stage so far, sorted by sample."""

@@ -103,7 +103,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "defense of none": (["eval", "run=good", "defense.jump=1"], "not a key of the run's defense"),
     "jump": (["eval", "run=good", "defense=jumprelu", "defense.jump=-1"], "not a number from 0 on"),
     "own defense": ([*OWN, "defense.jump=1"], "give defense=NAME"),
-    "transfer": (["eval", "run=good", "protocol=pgd", "transfer=[good]"], "take protocol=adaptive"),
+    "transfer": (["eval", "run=good", "protocol=pgd", "transfer=[good]"], "use protocol=adaptive"),
     "no transfer": (
         ["eval", "run=good", "protocol=adaptive", "transfer=[no]"], "there is no run 'no'"
     ),
@@ -168,11 +168,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "logger": (["train", "logger=tensorbord"], "did you mean 'tensorboard'?"),
     "launcher": (["train", "-m", "hydra/launcher=slurm", "seed=1"], "is: basic, joblib, submitit"),
     "extra": (["train", "data.extra=no.npz"], "name it with data.extra=FILE.npz"),
-    "cutmix": (["train", "data.augment.cutmix=2"], "cutmix=2 is no probability"),
+    "cutmix": (["train", "data.augment.cutmix=2"], "cutmix=2 is not a probability"),
     "recipe inside": (["train", "recipe=awp", "recipe.of=trads"], "did you mean 'trades'?"),
     "l1 in training": (["train", "recipe=fgsm_rs", "threat=l1_12"], "not defined for l1"),
     "compile": (["train", "trainer.compile=fast"], "no trainer.compile 'fast'; there is: default"),
-    "devices": (["train", *CPU, "trainer.devices=9999"], "devices=9999 on a CPU is a number"),
+    "devices": (["train", *CPU, "trainer.devices=9999"], "devices=9999 on a CPU must be a number"),
     "devices of eval": (["eval", "run=good", *CPU, "trainer.devices=0"], "devices=0 on a CPU"),
     "nodes": (["train", "trainer.num_nodes=2"], "num_nodes=2 needs a launcher"),
     "seed": (["train", "seed=99999999999999999999"], "take a whole number below 2**63"),

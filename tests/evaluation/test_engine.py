@@ -21,7 +21,7 @@ from advbench.attacks.square import Square
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError
 from advbench.evaluation import search
-from advbench.evaluation.batch_sizes import Shapes
+from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.engine import Engine
 from advbench.evaluation.protocol import Stage, Subject
 from advbench.evaluation.protocols import CurveProtocol, PGDProtocol
@@ -144,14 +144,17 @@ class Sized(nn.Module):
 def test_a_batch_size_that_changes_bits_is_not_used(tmp_path: Path, restless: None) -> None:
     plain, model = net(), Sized(net(), by_place=False)
     clean = samples(plain).fetch(torch.arange(16))
-    for target, fits, placeless in (
+    for target, fits, same_at_all_positions in (
         (plain, [12, 16], True),
         (model, [16, 16], True),
         (Sized(net(), by_place=True), [16, 16], False),
     ):
-        shapes = Shapes(16)
-        shapes.probe(target, clean)
-        assert ([shapes.fit(rows) for rows in (12, 15)], shapes.placeless) == (fits, placeless)
+        sizes_of = BatchSizes(16)
+        sizes_of.probe(target, clean)
+        assert ([sizes_of.fit(rows) for rows in (12, 15)], sizes_of.same_at_all_positions) == (
+            fits,
+            same_at_all_positions,
+        )
 
     folders = [tmp_path / "whole", tmp_path / "cut"]
     for folder in folders:
@@ -177,9 +180,9 @@ def test_sizes_of_batches() -> None:
         (False, (1, 2, 3, 15, 17, 31, 33, 39), [2, 2, 4, 16, 18, 32, 36, 40]),
         (True, (1, 2, 3, 5, 8, 9, 17, 33), [1, 2, 4, 8, 8, 16, 32, 40]),
     ):
-        shapes = Shapes(40, coarse)
-        shapes.probe(Pixels(), clean)
-        assert [shapes.fit(number) for number in rows] == sizes
+        sizes_of = BatchSizes(40, coarse)
+        sizes_of.probe(Pixels(), clean)
+        assert [sizes_of.fit(number) for number in rows] == sizes
 
 
 def work(folder: Path) -> None:
@@ -313,7 +316,7 @@ def test_stages_of_one_name_are_refused() -> None:
 @pytest.mark.parametrize(
     ("first", "second"), [((0, 1), (1, 2)), ((1, 2), (0, 1)), ((0, 2), (1, 2))]
 )
-def test_flights_of_other_processes_mislead_nobody(
+def test_searches_of_other_processes_are_ignored(
     first: tuple[int, int], second: tuple[int, int], tmp_path: Path, restless: None
 ) -> None:
     """Cut, gone on with by another number of processes, and cut again."""

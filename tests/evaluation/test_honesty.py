@@ -151,7 +151,7 @@ def test_a_group_of_a_model_that_draws_is_not_filled_up_with_others() -> None:
     everyone = Samples(split, torch.arange(600), torch.device("cpu"))
     for traits, rows in ((Traits(), 500), (Traits(stochastic=True), 64)):
         engine = Engine(Job(Linear(), everyone, Threat("linf", 0.1), batch_size=500, traits=traits))
-        assert engine.shapes.largest == rows
+        assert engine.batch_sizes.largest == rows
 
 
 def test_draws_are_doubled_as_long_as_that_breaks_somebody() -> None:

@@ -76,7 +76,7 @@ def test_evidence_without_labels() -> None:
 
 def test_evidence_refuses_other_data() -> None:
     labels = digits().test.labels.numpy()
-    with pytest.raises(ValueError, match="not the data of the evaluation"):
+    with pytest.raises(ValueError, match="not the evaluation"):
         Evidence.of(attacked(), (labels + 1) % 10)
     found = attacked()
     with pytest.raises(ValueError, match="no records of the clean images"):

@@ -171,3 +171,16 @@ def test_a_shipped_option_has_keys_of_its_component_alone(group: str) -> None:
         if other == group:
             declared = roles.of(target_of(node, group))
             assert node.keys() - {"_target_"} <= declared.keys(), name
+
+
+def test_an_evaluation_may_change_the_keys_that_say_so() -> None:
+    """``run`` is the option by which ``eval`` takes a group from the run."""
+    for group in ("data", "defense", "threat"):
+        found = {
+            key
+            for other, _, node in options()
+            if other == group
+            for key, role in roles.of(target_of(node, group)).items()
+            if role & Role.EVALUATION
+        }
+        assert found == config.shipped(group, "run").keys() - {"_target_"} and found, group

@@ -16,7 +16,7 @@ from advbench.errors import UserError, did_you_mean
 DIRECTORIES = ("hydra.run.dir=", "hydra.sweep.dir=")
 
 
-def run(verb: str, rest: list[str]) -> int:
+def run(subcommand: str, rest: list[str]) -> int:
     """Hand the subcommand's settings to Hydra, which calls the task once per job."""
     import hydra
 
@@ -27,18 +27,18 @@ def run(verb: str, rest: list[str]) -> int:
 
     config.register()
     own_first(rest)
-    keys_help.register(verb, OwnFirst.folder)
+    keys_help.register(subcommand, OwnFirst.folder)
     given = sys.argv
     quiet = any(word in QUIET for word in rest)
     words = [word for word in rest if word not in QUIET]  # not a word of Hydra's
-    _check_options(verb, words)
-    refuse_search(verb, words)
-    refuse_experiment(verb, words)
-    job = partial(_job, verb, there=_existing(verb, words), quiet=quiet)
-    task = Task(job, [given[0], verb, *rest])
-    sys.argv = [f"advbench {verb}", *with_presets(words)]
+    _check_options(subcommand, words)
+    refuse_search(subcommand, words)
+    refuse_experiment(subcommand, words)
+    job = partial(_job, subcommand, there=_existing(subcommand, words), quiet=quiet)
+    task = Task(job, [given[0], subcommand, *rest])
+    sys.argv = [f"advbench {subcommand}", *with_presets(words)]
     application = hydra.main(
-        version_base="1.3", config_path="pkg://advbench.configs", config_name=verb
+        version_base="1.3", config_path="pkg://advbench.configs", config_name=subcommand
     )
     try:
         application(task)()
@@ -50,12 +50,12 @@ def run(verb: str, rest: list[str]) -> int:
         task.close()
 
 
-def _check_options(verb: str, words: list[str]) -> None:
+def _check_options(subcommand: str, words: list[str]) -> None:
     """Raise UserError for what Hydra's own parser would answer with its usage."""
     from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> Any:
-        raise UserError(f"{message} (advbench {verb} --help)")
+        raise UserError(f"{message} (advbench {subcommand} --help)")
 
     parser = get_args_parser()
     parser.error = refuse
@@ -64,16 +64,16 @@ def _check_options(verb: str, words: list[str]) -> None:
         raise UserError("--cfg shows the config of one run: leave out -m, with one value per key")
 
 
-def _existing(verb: str, rest: list[str]) -> set[Path]:
+def _existing(subcommand: str, rest: list[str]) -> set[Path]:
     """Which directories on the way to the runs there are, before Hydra makes the others."""
     from advbench.runs import directory
 
     said = [word.partition("=")[2] for word in rest if word.startswith(DIRECTORIES)]
-    wanted = [Path(name).absolute() for name in (*said, directory.OUTPUTS / verb)]
+    wanted = [Path(name).absolute() for name in (*said, directory.OUTPUTS / subcommand)]
     return {path for name in wanted for path in (name, *name.parents) if path.exists()}
 
 
-def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float | None]:
+def _job(subcommand: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float | None]:
     """Returns the exit code, and what a search maximises."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -90,14 +90,14 @@ def _job(verb: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float
     if hydra_cfg.mode == RunMode.MULTIRUN:
         exact = hydra_cfg.sweep.subdir != "."
     else:
-        exact = Path(hydra_cfg.run.dir) != directory.OUTPUTS / verb
+        exact = Path(hydra_cfg.run.dir) != directory.OUTPUTS / subcommand
     with suppress(ValueError):
         folder = folder.relative_to(Path.cwd())
     home, screen = Home(folder, exact), Screen(quiet=quiet)
     with _tidy(folder, there), _noted(screen):
-        _check_overrides(verb, cfg, hydra_cfg)
+        _check_overrides(subcommand, cfg, hydra_cfg)
         plugins = config.load_plugins(cfg.plugins)
-        if verb == "train":
+        if subcommand == "train":
             folder = train(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
             return 0, score(folder)
         results = evaluate(cfg, hydra_cfg.runtime.choices, home, plugins, screen)
@@ -112,7 +112,7 @@ def _strictly(label: str | None) -> int:
     return 3 if label == "unreliable" and is_first() else 0
 
 
-def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
+def _check_overrides(subcommand: str, cfg: Any, hydra_cfg: Any) -> None:
     """Raise UserError for settings that may not stand where they stand, or would be ignored."""
     from hydra.types import RunMode
     from omegaconf import DictConfig
@@ -121,7 +121,7 @@ def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
     from advbench.config import GROUPS, SCHEMAS, roles
     from advbench.config.roles import Role
 
-    keys = [field.name for field in dataclasses.fields(SCHEMAS[verb])]
+    keys = [field.name for field in dataclasses.fields(SCHEMAS[subcommand])]
     for added in sorted({str(key) for key in cfg} - {*keys}):  # with +KEY=VALUE
         raise UserError(f"no key '{added}'{did_you_mean(added, keys)}")
     for group in GROUPS:
@@ -139,7 +139,7 @@ def _check_overrides(verb: str, cfg: Any, hydra_cfg: Any) -> None:
     ):
         raise UserError("hydra.run.dir is for one run; with -m say where with hydra.sweep.dir=DIR")
     again = Role.SITTING | Role.LOGGING | Role.NAMES_FILE  # files run code, so they are said again
-    heeded = {*roles.having(again, roles.of(SCHEMAS[verb]))}
+    heeded = {*roles.having(again, roles.of(SCHEMAS[subcommand]))}
     ignored = {name for name in named if name.partition(".")[0] not in heeded}
     if cfg.resume is not None and ignored:
         raise UserError(
@@ -177,15 +177,19 @@ def _noted(screen: Any) -> Any:
         raise
 
 
-def complete(arguments: list[str], verbs: list[str]) -> int:
+def complete(arguments: list[str], subcommands: list[str]) -> int:
     """Shell completion: ours for the subcommand, Hydra's for the settings."""
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
-    verb = words[1] if len(words) > 1 else ""
+    subcommand = words[1] if len(words) > 1 else ""
     if any(word.startswith("query=") for word in arguments):
-        if verb not in ("train", "eval") or (len(words) == 2 and not line.endswith(" ")):
-            print(" ".join(v for v in verbs if v.startswith(verb)) if len(words) < 3 else "")
+        if subcommand not in ("train", "eval") or (len(words) == 2 and not line.endswith(" ")):
+            print(
+                " ".join(v for v in subcommands if v.startswith(subcommand))
+                if len(words) < 3
+                else ""
+            )
             return 0
-        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)
-        return run(verb, arguments)
+        os.environ["COMP_LINE"] = line.replace(f" {subcommand}", "", 1)
+        return run(subcommand, arguments)
     return run("train", arguments)

@@ -17,22 +17,22 @@ from advbench.cli.options import own
 COLUMN, WIDTH = 18, 98
 
 
-def register(verb: str, folder: Path | None) -> None:
+def register(subcommand: str, folder: Path | None) -> None:
     """Let a template of Hydra's say ``${keys_help:}``.
 
     folder: of the user's own options.
     """
-    OmegaConf.register_new_resolver("keys_help", lambda: text(verb, folder), replace=True)
+    OmegaConf.register_new_resolver("keys_help", lambda: text(subcommand, folder), replace=True)
 
 
-def text(verb: str, folder: Path | None = None) -> str:
+def text(subcommand: str, folder: Path | None = None) -> str:
     """A line for each key that the subcommand takes; for a group, its options below."""
     lines = []
-    for key, what in documented(config.SCHEMAS[verb]).items():
+    for key, what in documented(config.SCHEMAS[subcommand]).items():
         group = key in config.GROUPS
         lines += _wrapped(f"{key}=NAME" if group else key, what)
-        lines += _wrapped("", ", ".join(_options(verb, key, folder))) if group else ()
-    presets = _experiments(verb, folder)
+        lines += _wrapped("", ", ".join(_options(subcommand, key, folder))) if group else ()
+    presets = _experiments(subcommand, folder)
     if presets:
         lines += _wrapped("experiment=NAME", "Several of these at once.")
         lines += _wrapped("", ", ".join(presets))
@@ -55,9 +55,9 @@ def documented(schema: type) -> dict[str, str]:
     return found
 
 
-def _options(verb: str, group: str, folder: Path | None) -> Iterator[str]:
+def _options(subcommand: str, group: str, folder: Path | None) -> Iterator[str]:
     """The options of a group that the subcommand takes, and all of the user's own."""
-    fields = {field.name: field for field in dataclasses.fields(config.SCHEMAS[verb])}
+    fields = {field.name: field for field in dataclasses.fields(config.SCHEMAS[subcommand])}
     home = fields[group].metadata.get("home", "")
     mine = {} if folder is None else own(folder, group)
     for name in sorted({*config.options(group), *mine}):
@@ -65,12 +65,12 @@ def _options(verb: str, group: str, folder: Path | None) -> Iterator[str]:
             yield name
             continue
         target = config.shipped(group, name).get("_target_")
-        if str(target).startswith(home) if target else verb == "eval" or group == "logger":
+        if str(target).startswith(home) if target else subcommand == "eval" or group == "logger":
             yield name
 
 
-def _experiments(verb: str, folder: Path | None) -> list[str]:
+def _experiments(subcommand: str, folder: Path | None) -> list[str]:
     """The shipped ones are for ``train``."""
     mine = {} if folder is None else own(folder, "experiment")
-    shipped = config.options("experiment") if verb == "train" else {}
+    shipped = config.options("experiment") if subcommand == "train" else {}
     return sorted({*shipped, *mine})

@@ -173,14 +173,14 @@ class Task:
 
     def _own_command(self, hydra_cfg: Any) -> list[str]:
         """The command of this job alone."""
-        program, verb, *rest = self.command
+        program, subcommand, *rest = self.command
         kept = [
             word
             for word in rest
             if word not in MULTIRUN and (word.startswith("-") or "=" not in word)
         ]
         searched = [word for word in rest if word.startswith("hydra.searchpath=")]
-        return [program, verb, *kept, *searched, *overrides(hydra_cfg)]
+        return [program, subcommand, *kept, *searched, *overrides(hydra_cfg)]
 
 
 def overrides(hydra_cfg: Any) -> list[str]:
@@ -189,21 +189,21 @@ def overrides(hydra_cfg: Any) -> list[str]:
     return list(typed)
 
 
-def refuse_search(verb: str, words: Sequence[str]) -> None:
+def refuse_search(subcommand: str, words: Sequence[str]) -> None:
     """Raise UserError for a search by the test split, which ``eval`` reads."""
     for word in words:
-        if verb == "eval" and word.startswith(SEARCH) and word != f"{SEARCH}basic":
+        if subcommand == "eval" and word.startswith(SEARCH) and word != f"{SEARCH}basic":
             raise UserError(
                 f"{word} would choose by the test split, which is for measuring alone: search "
                 "with advbench train, which returns the accuracy on the validation split"
             )
 
 
-def refuse_experiment(verb: str, words: Sequence[str]) -> None:
+def refuse_experiment(subcommand: str, words: Sequence[str]) -> None:
     """Raise UserError for a shipped experiment, all of which are for ``train``, given to eval."""
     for word in words:
         key, _, name = word.partition("=")
-        if verb == "eval" and key == "experiment" and name in options("experiment"):
+        if subcommand == "eval" and key == "experiment" and name in options("experiment"):
             raise UserError(
                 f"{word} is for train: leave it out (experiments are for train); eval takes model, "
                 "data and threat from run=DIR"

@@ -119,5 +119,5 @@ FROM_THE_RUN = {
 def register() -> None:
     """Make the schemas known to Hydra."""
     store = ConfigStore.instance()
-    for verb, schema in SCHEMAS.items():
-        store.store(name=f"{verb}_schema", node=schema)
+    for subcommand, schema in SCHEMAS.items():
+        store.store(name=f"{subcommand}_schema", node=schema)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def command(verb: str, settings: Mapping[str, Any]) -> str:
+def command(subcommand: str, settings: Mapping[str, Any]) -> str:
     """``advbench SUBCOMMAND KEY=VALUE ...``, without values that are None or empty."""
     said = {key: value for key, value in settings.items() if value not in (None, [], "")}
-    return " ".join(["advbench", verb, *(word(key, value) for key, value in said.items())])
+    return " ".join(["advbench", subcommand, *(word(key, value) for key, value in said.items())])
 
 
 def word(key: str, value: Any) -> str:

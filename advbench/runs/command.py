@@ -27,10 +27,10 @@ def command(kept: Mapping[str, Any]) -> str:
     kept: config.yaml of a training or an evaluation, plain. Raises UserError for a config without
     choices, or of another kind.
     """
-    verb, choices = directory.kind_of(kept), kept.get("choices")
-    if verb is None or not isinstance(choices, Mapping):
+    subcommand, choices = directory.kind_of(kept), kept.get("choices")
+    if subcommand is None or not isinstance(choices, Mapping):
         raise UserError("the run's config does not say which options were chosen")
-    usual = _defaults(verb)
+    usual = _defaults(subcommand)
     words, own = [], []
     for group in config.GROUPS:
         node, chosen = kept.get(group), choices.get(group)
@@ -46,17 +46,17 @@ def command(kept: Mapping[str, Any]) -> str:
         else:
             own.append(f"{group}/{chosen}.yaml")
             words += [setting(f"{group}.{k}", v) for k, v in node.items() if k != "_target_"]
-    sitting = roles.having(Role.SITTING, roles.of(config.SCHEMAS[verb]))
+    sitting = roles.having(Role.SITTING, roles.of(config.SCHEMAS[subcommand]))
     top = {k: v for k, v in kept.items() if k not in (*config.GROUPS, *sitting, "choices")}
     words += _differences("", top, usual)
     where = ["--config-dir", f"DIR with {' and '.join(own)}"] if own else []
-    return shlex.join(["advbench", verb, *where, *words])
+    return shlex.join(["advbench", subcommand, *where, *words])
 
 
 @cache
-def _defaults(verb: str) -> dict[str, Any]:
+def _defaults(subcommand: str) -> dict[str, Any]:
     """The option of each group, and the values of the top level."""
-    text = (importlib.resources.files("advbench.configs") / f"{verb}.yaml").read_text("utf-8")
+    text = (importlib.resources.files("advbench.configs") / f"{subcommand}.yaml").read_text("utf-8")
     values = config.plain(OmegaConf.create(text))
     options: dict[str, Any] = {}
     for line in values.pop("defaults"):

@@ -23,14 +23,14 @@ def offered(text: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("verb", config.SCHEMAS)
-def test_every_key_has_one_line(verb: str) -> None:
-    keys = [field.name for field in dataclasses.fields(config.SCHEMAS[verb])]
-    lines = keys_help.documented(config.SCHEMAS[verb])
+@pytest.mark.parametrize("subcommand", config.SCHEMAS)
+def test_every_key_has_one_line(subcommand: str) -> None:
+    keys = [field.name for field in dataclasses.fields(config.SCHEMAS[subcommand])]
+    lines = keys_help.documented(config.SCHEMAS[subcommand])
     assert list(lines) == keys
     assert all(line.endswith(".") and len(line) < 82 for line in lines.values())
-    extra = {"experiment"} if verb == "train" else set()
-    assert offered(keys_help.text(verb)).keys() == {*keys, *extra}
+    extra = {"experiment"} if subcommand == "train" else set()
+    assert offered(keys_help.text(subcommand)).keys() == {*keys, *extra}
 
 
 def test_options_of_the_other_subcommand_are_not_offered() -> None:

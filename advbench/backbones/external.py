@@ -30,6 +30,7 @@ AUXILIARY = ("googlenet", "inception_v3")
 
 
 _FETCHES = ContextVar("fetches", default=True)
+_DOWNLOADS = ContextVar("downloads", default=True)
 
 
 @contextmanager
@@ -48,6 +49,21 @@ def without_weights() -> Iterator[None]:
 def fetches_weights() -> bool:
     """Whether a model may fetch the weights that it names."""
     return _FETCHES.get()
+
+
+@contextmanager
+def downloads(allowed: bool) -> Iterator[None]:
+    """Models that are built inside may download, or not, what nobody asked for by name."""
+    token = _DOWNLOADS.set(allowed)
+    try:
+        yield
+    finally:
+        _DOWNLOADS.reset(token)
+
+
+def may_download() -> bool:
+    """Whether weights that a model has by default may be downloaded."""
+    return _DOWNLOADS.get()
 
 
 class External(Classifier):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from advbench.backbones.base import Classifier
-from advbench.backbones.external import ExternalBackbone, fetches_weights
+from advbench.backbones.external import ExternalBackbone, fetches_weights, may_download
 from advbench.errors import UserError, did_you_mean, reason_of
 from advbench.surgery import probe_images
 
@@ -96,7 +96,7 @@ def load(
     if pretrained and not download and not file.is_file():
         raise UserError(
             f"the weights of '{entry.name}' are not at '{file}': fetch them with data={entry.data} "
-            "data.download=true n=1 once, or put the file there by hand"
+            "data.download=true once, or put the file there by hand"
         )
     try:
         with redirect_stdout(sys.stderr):  # it prints
@@ -164,7 +164,8 @@ class zoo(ExternalBackbone):
     def build(self) -> Classifier:
         entry = Entry(self.dataset, self.threat_model, self.name)
         self.check_channels()
-        model = load(entry, self.folder, self.pretrained and fetches_weights())
+        wanted = self.pretrained and fetches_weights()
+        model = load(entry, self.folder, wanted, download=may_download())
         x = probe_images([3, *self.input_shape[1:]])
         with self.refusal(), torch.no_grad():
             before = model(x)

@@ -15,6 +15,7 @@ from torch import nn
 
 from advbench import config
 from advbench.attacks.threat import Threat
+from advbench.backbones.external import downloads
 from advbench.config.words import command
 from advbench.console import Bar, Screen
 from advbench.data.base import Info, Splits
@@ -69,7 +70,8 @@ def train(
     base = None
     start = None if cfg.init_from is None else directory.find(cfg.init_from)
     if start is None:
-        model, defense = models.assemble(backbone_node, defense_node, plugins)
+        with downloads(bool(cfg.data.get("download"))):
+            model, defense = models.assemble(backbone_node, defense_node, plugins)
     else:
         model, defense = models.begun_from(start, backbone_node, defense_node, plugins)
         if start.undefended and type(defense) is not Defense:

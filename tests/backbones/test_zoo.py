@@ -202,7 +202,7 @@ def test_mistakes_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) 
     for model, more, told in (
         ("cifar10/Linf/Me2026Nett", [], "has no 'Me2026Nett' in cifar10/Linf; did you mean 'Me"),
         ("cifar10/L2/Me2026Net", [], "are not at 'models/cifar10/L2/Me2026Net.pt': fetch them with "
-         "data=cifar10 data.download=true n=1 once, or put the file there"),
+         "data=cifar10 data.download=true once, or put the file there"),
         ("cifar10/Linf/Me2026Net", ["weights=w.pt"], "comes with its weights: leave weights=w.pt"),
         ("cifar10", ["hydra.run.dir=x"], "has no 'cifar10' in cifar10/Linf"),
     ):  # fmt: skip
@@ -238,6 +238,9 @@ def test_a_zoo_model_is_fine_tuned(place: Path, capsys: pytest.CaptureFixture[st
     assert main([*train, "backbone.name=Me2026Net", "hydra.run.dir=tuned"]) == 0
     assert main(["eval", "run=tuned", *FGSM, "hydra.run.dir=tuned-seen"]) == 0
     capsys.readouterr()
+    elsewhere = ["backbone.name=Me2026Net", "backbone.folder=elsewhere"]
+    assert main([*train, *elsewhere]) == 2
+    assert "fetch them with data=cifar10 data.download=true once" in capsys.readouterr().err
     assert main([*train, "backbone.name=Me2026Pair"]) == 2
     assert (
         "so it can't be trained here; to evaluate it as it is: advbench eval"

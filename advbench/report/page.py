@@ -252,12 +252,13 @@ def _commands(entry: Entry, configs: bool) -> list[dict[str, str | None]]:
     if entry.training is not None:
         trained = config.plain(config.read(entry.training / collection.CONFIG))
     found: list[dict[str, str | None]] = []
-    for what, kept in (("Evaluation", entry.config), ("Training", trained)):
+    evaluated, training = (entry.folder, entry.config), (entry.training, trained)
+    for what, (folder, kept) in (("Evaluation", evaluated), ("Training", training)):
         if not kept:
             continue
         again: dict[str, str | None] = {"what": what, "command": None, "problem": None}
         try:
-            again["command"] = command(kept)
+            again["command"] = command(kept, folder)
         except UserError as problem:
             again["problem"] = str(problem)
         again["config"] = OmegaConf.to_yaml(OmegaConf.create(dict(kept))) if configs else None

@@ -6,6 +6,7 @@ import importlib.resources
 import shlex
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,14 +19,14 @@ from advbench.errors import UserError
 from advbench.runs import directory
 
 
-def command(kept: Mapping[str, Any]) -> str:
+def command(kept: Mapping[str, Any], folder: Path | None = None) -> str:
     """A line for the shell: every choice and value that is not the default.
 
     An option of the user's own is a file elsewhere, whose folder the line asks for. An experiment
     is said as what it chooses.
 
-    kept: config.yaml of a training or an evaluation, plain. Raises UserError for a config without
-    choices, or of another kind.
+    kept: config.yaml of a training or an evaluation, plain.  folder: of the run; the line names it
+    unless the program did.  Raises UserError for a config without choices, or of another kind.
     """
     subcommand, choices = directory.kind_of(kept), kept.get("choices")
     if subcommand is None or not isinstance(choices, Mapping):
@@ -49,6 +50,8 @@ def command(kept: Mapping[str, Any]) -> str:
     sitting = roles.having(Role.SITTING, roles.of(config.SCHEMAS[subcommand]))
     top = {k: v for k, v in kept.items() if k not in (*config.GROUPS, *sitting, "choices")}
     words += _differences("", top, usual)
+    if folder is not None and not directory.named_by_key(folder, subcommand):
+        words.append(setting("hydra.run.dir", str(folder)))
     where = ["--config-dir", f"DIR with {' and '.join(own)}"] if own else []
     return shlex.join(["advbench", subcommand, *where, *words])
 

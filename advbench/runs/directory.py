@@ -9,6 +9,7 @@ on where it was interrupted, and a finished run is not run again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ def kind_of(kept: Mapping[Any, Any]) -> Literal["train", "eval"] | None:
 def kind_in(folder: Path) -> Literal["train", "eval"] | None:
     """The subcommand of the run in the directory; None if it is not a run."""
     return kind_of(config.read(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+
+
+def named_by_key(folder: Path, subcommand: str) -> bool:
+    """Whether it is a directory that the program chose: the same command finds it again."""
+    place = folder.resolve()
+    return (
+        place.parent.parts[-2:] == (*OUTPUTS.parts, subcommand)
+        and re.search(r"-[0-9a-f]{8}$", place.name) is not None
+    )
 
 
 def going_on(folder: Path, kept: Mapping[Any, Any]) -> str:

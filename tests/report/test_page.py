@@ -476,6 +476,26 @@ def test_the_command_of_a_run_with_options_of_ones_own(
     assert "finished already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ("outputs/eval/net-pgd-0123abcd", False),
+        ("outputs/eval/mine", True),
+        ("outputs/train/net-pgd-0123abcd", True),
+        ("sweep/net-pgd-0123abcd", True),
+        ("my runs/a=b", True),
+    ],
+)
+def test_a_command_names_the_directory_that_its_user_named(place: str, named: bool) -> None:
+    _, verb, *found = shlex.split(command.command(kept("eval", "run=r"), Path(place)))
+    assert found[0] == "run=r" and len(found) == 1 + named
+    if named:
+        config.register()
+        with initialize_config_module("advbench.configs", version_base="1.3"):
+            cfg = compose(verb, found, return_hydra_config=True)
+        assert cfg.hydra.run.dir == place
+
+
 def test_command_refuses_other_files() -> None:
     with pytest.raises(UserError, match="does not say which options"):
         command.command({"seed": 0})

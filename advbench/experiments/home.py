@@ -35,9 +35,20 @@ def resumed(run: str, kind: str) -> tuple[Home, DictConfig]:
     return Home(folder, exact=True), config.read(folder / directory.CONFIG)
 
 
+FILES = ("path", "extra")
+"""Keys of ``data`` that name the user's own arrays, whose content is hashed beside the config."""
+
+
 def kept_config(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:
-    """The config as a run keeps it: resolved, with the names of the chosen options."""
+    """The config as a run keeps it: resolved, with the names of the chosen options.
+
+    Files of data are kept with their whole path, so that a command in another directory finds
+    them, and not others of that name.
+    """
     kept = OmegaConf.create(config.plain(cfg))
+    for key in FILES:
+        if kept.data is not None and isinstance(file := kept.data.get(key), str):
+            kept.data[key] = str(Path(file).expanduser().absolute())
     with open_dict(kept):
         kept.choices = {
             group: name

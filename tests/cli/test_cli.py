@@ -128,7 +128,7 @@ def test_what_is_suggested_can_be_typed(place: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_training_is_the_same_wherever_its_data_are(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And however it is said, saved and logged; its data are then where they were last."""
     Path("there").mkdir()
@@ -148,11 +148,19 @@ def test_a_training_is_the_same_wherever_its_data_are(
         assert main(again) == 0
         assert "finished already" in capsys.readouterr().out
     kept = config.read(folder / "config.yaml")
-    assert (kept.data.path, kept.trainer.save_every) == ("there/moved.npz", 0)
+    assert kept.data.path == str(Path("there/moved.npz").absolute())
+    assert kept.trainer.save_every == 0
     assert main([*command, "data.path=other.npz", f"hydra.run.dir={folder}"]) == 2
     assert config.read(folder / "config.yaml") == kept
     assert main([*command, "data.path=other.npz"]) == 0
     assert len(list(place.glob("outputs/train/npz-*-s14-*"))) == 2
+    # Seen from another directory they are the same, also where a file there has their name.
+    monkeypatch.chdir("there")
+    Path("there").mkdir()
+    few = {"x_test": np.zeros((4, 8, 8, 3), np.uint8), "y_test": np.zeros(4, int)}
+    save("there/moved.npz", **few)
+    assert main(["eval", f"run={folder}", "protocol=clean", "hydra.run.dir=seen"]) == 0
+    assert Results.load(Path("seen/results.json")).data["n"] == 32
 
 
 def test_an_edited_model_is_another_model(place: Path) -> None:

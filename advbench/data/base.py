@@ -164,6 +164,7 @@ class Info:
     input_shape: (C, H, W).
     mean, std: per channel, in units of [0, 1].
     classes: a name for each label; num_classes of them.
+    notes: what its user should know of how it was read, a line each.
     """
 
     name: str
@@ -172,6 +173,7 @@ class Info:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Source(ABC):
@@ -192,6 +194,11 @@ class Source(ABC):
     @abstractmethod
     def classes(self) -> tuple[str, ...]:
         """A name for each label, without opening the test part where there is a training part."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its user should know of how it was read, a line each."""
+        return ()
 
     @property
     def has_train(self) -> bool:
@@ -351,6 +358,7 @@ class Splits:
             mean=self._per_channel("mean", self._mean, channels),
             std=self._per_channel("std", self._std, channels),
             classes=source.classes,
+            notes=source.notes,
         )
 
     @cached_property

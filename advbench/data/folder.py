@@ -21,7 +21,8 @@ class FolderSource(Source):
     """``root/train/CLASS/...`` and ``root/test/CLASS/...`` or ``root/val/CLASS/...``.
 
     Labels number the sorted class folders of the training part, in the test part too; without a
-    training part, those of the test part. Names that begin with a dot are left alone.
+    training part, those of the test part. Names that are numbers are sorted as numbers: 1, 2, 10.
+    Names that begin with a dot are left alone.
 
     size: the side of the square that images are brought to, in pixels.
     resize: the shorter side before the square is cut out of the centre; None is ``size``.
@@ -98,7 +99,14 @@ class FolderSource(Source):
             names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
         if not names:
             raise UserError(f"'{folder}' has no folders: sort the images into one folder per class")
-        return tuple(sorted(names))
+        return tuple(sorted(names, key=_number if _are_numbers(names) else None))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if list(self.classes) == sorted(self.classes):
+            return ()
+        first = ", ".join(self.classes[:3])
+        return (f"the class folders are numbered as numbers ({first}, ...), not as text is sorted",)
 
     def open(self, part: Part) -> StreamSplit:
         if part not in self._folders:
@@ -122,6 +130,14 @@ class FolderSource(Source):
         paths = np.array([os.fsencode(path[start:]) for path, _ in samples])
         files = ImageFiles(folder, paths, self._size, self._resize, self._crop_scale)
         return StreamSplit(files, torch.tensor([label for _, label in samples]), self._workers)
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.isascii() and name.isdigit() for name in names)
+
+
+def _number(name: str) -> tuple[int, str]:
+    return int(name), name
 
 
 class ImageNetSource(FolderSource):

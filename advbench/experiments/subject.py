@@ -293,7 +293,7 @@ def evaluation_of(
         job,
         code=subject.code,
         settings=settings,
-        notices=subject.notices,
+        notices=(*subject.notices, *(data.splits.info.notes if data.splits else ())),
     )
 
 

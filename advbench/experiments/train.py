@@ -102,6 +102,8 @@ def train(
             screen.log = folder / "log.txt"
             state = "finished already" if directory.trained_to_end(folder) else "training"
             screen.line(f"{state}: {folder}")
+            for note in splits.info.notes:
+                screen.line(f"note: {note}")
             if kept.choices.get("threat") == OF_DIGITS and kept.choices.get("data") != "digits":
                 screen.line(
                     f"note: threat={OF_DIGITS} is made for digits; for photographs it is linf_8"

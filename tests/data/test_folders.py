@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable
@@ -49,6 +50,30 @@ def test_labels_of_the_test_part_are_those_of_the_training_part(tmp_path: Path) 
         path.unlink()
     (tmp_path / "test" / "n0001").rmdir()
     assert set(build("imagefolder", made).test.labels.tolist()) == {0, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered", "noted"),
+    [
+        (("1", "2", "10", "9"), ("1", "2", "9", "10"), True),
+        (("00", "01", "02", "10"), ("00", "01", "02", "10"), False),
+        (("01", "1", "2", "003"), ("01", "1", "2", "003"), True),
+        (("1", "10", "2", "a"), ("1", "10", "2", "a"), False),
+    ],
+)
+def test_folders_that_are_numbers_are_in_their_order(
+    tmp_path: Path, names: tuple[str, ...], ordered: tuple[str, ...], noted: bool
+) -> None:
+    made = make_imagefolder(tmp_path)
+    for old, new in zip(sorted(p.name for p in (tmp_path / "train").iterdir()), names, strict=True):
+        for part in ("train", "test"):
+            (tmp_path / part / old).rename(tmp_path / part / new)
+    data = build("imagefolder", made)
+    assert data.info.classes == ordered
+    assert [("numbered as numbers" in note) for note in data.info.notes] == [True] * noted
+    split: Any = data.test
+    places = [os.fsdecode(path).split("/")[0] for path in split._files.paths]
+    assert len(places) >= 4 and [ordered[label] for label in split.labels] == places
 
 
 def test_a_folder_for_evaluation_alone(tmp_path: Path) -> None:

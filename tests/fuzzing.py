@@ -37,6 +37,14 @@ SECONDS = 60
 LEFT_OUT = ("devices", "num_nodes", "accelerator", "strategy", "compile", "download", "workers")
 """Keys that start other processes, compile or ask the network."""
 
+USUAL = {
+    "train": {"data": "digits", "backbone": "convnet", "defense": "none", "recipe": "pgd_at",
+              "optimizer": "sgd", "threat": "linf_015", "trainer": "default"},
+    "eval": {"data": "run", "defense": "run", "threat": "run", "protocol": "autoattack",
+             "trainer": "evaluation"},
+}  # fmt: skip
+"""The options that a subcommand takes where nothing is said."""
+
 VALUES = (
     "0", "1", "-1", "2", "0.5", "-0.1", "1e-3", "1e9", "1000000000", "99999999999999999999", "inf",
     "nan", "null", "true", "false", "''", "x", "ä", "8/255", "1/0", "[]", "[1]", "[1,2,x]", "{}",
@@ -64,8 +72,41 @@ def keys(verb: str) -> dict[str, Any]:
     return {key: found[key] for key in sorted(found) if key.rpartition(".")[2] not in LEFT_OUT}
 
 
+def careful(chance: random.Random, verb: str) -> list[str]:
+    """The arguments of a command whose every key is known where it stands; few values are odd."""
+    made = [verb, *(["run=good"] if verb == "eval" else [])]
+    groups = list(USUAL[verb])
+    changed = chance.sample(groups, chance.choice([0, 0, 1, 1, 2]))
+    for group in groups:
+        name = USUAL[verb][group]
+        if group in changed:
+            name = chance.choice([name, *config.options(group)])
+            made.append(f"{group}={name}")
+        if name == "run":
+            continue
+        for key, value in config.plain(config.shipped(group, name)).items():
+            if key not in ("_target_", *LEFT_OUT) and chance.random() < 0.08:
+                odd = chance.random() < 0.15
+                said = chance.choice(VALUES) if odd else setting("", near(chance, value))[1:]
+                made.append(f"{group}.{key}={said}")
+    if chance.random() < 0.3:
+        made.append(f"seed={chance.choice([0, 7, 2**40])}")
+    return made
+
+
+def near(chance: random.Random, value: Any) -> Any:
+    """A value of the same type, that is often allowed too."""
+    if isinstance(value, bool):
+        return chance.random() < 0.5
+    if isinstance(value, int | float):
+        return chance.choice([value, 2 * value, type(value)(value / 2), value + 1])
+    return value
+
+
 def words(chance: random.Random, verb: str, known: dict[str, Any]) -> list[str]:
     """The arguments of one command."""
+    if chance.random() < 0.5:
+        return careful(chance, verb)
     made = [verb, *(["run=good"] if verb == "eval" and chance.random() < 0.7 else [])]
     for _ in range(chance.randint(1, 3)):
         kind = chance.random()

@@ -8,7 +8,7 @@ from pathlib import Path
 import fuzzing
 import pytest
 
-COUNT = 150
+COUNT = 40
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,7 +22,7 @@ def test_any_list_of_overrides_has_a_clean_answer(verb: str) -> None:
     counts, faults = fuzzing.run(verb, COUNT, seed=1)
     assert not faults
     assert sum(counts.values()) == COUNT
-    assert counts["ok"] > 1 and counts["refused"] > 50, counts
+    assert counts["ok"] > 5 and counts["refused"] > 10, counts
 
 
 def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

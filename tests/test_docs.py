@@ -38,7 +38,7 @@ PAGES = {
     "python": 2,
     "structure": 1,
     "adding": 9,
-    "reading-a-result": 4,
+    "reading-a-result": 6,
     "reproducing-a-paper": 13,
     "troubleshooting": 12,
     "how-it-attacks": 5,

@@ -29,6 +29,7 @@ usage: advbench SUBCOMMAND ...
   advbench report outputs               tables of all results; --html FILE for a page
   advbench report --compare A B         compare two evaluations image by image
   advbench copy GROUP/NAME DIR          copy a shipped config, to change it and use --config-dir DIR
+  advbench verify outputs/eval/RUN      score its adversarial images again: does the number stand?
   advbench export outputs/eval/RUN      a RobustBench entry, and the fields left to fill in
 
 Settings follow as KEY=VALUE, in any order:
@@ -132,6 +133,7 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "copy": _lazy("options", "copy_main"),
     "doctor": _lazy("doctor", "main"),
     "export": _lazy("export", "main"),
+    "verify": _lazy("verify", "main"),
 }
 
 

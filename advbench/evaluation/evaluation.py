@@ -73,7 +73,7 @@ class Evaluation:
                 probe_surrogate(name, surrogate, job.samples, classes)
         reasons = tuple(self.protocol.reasons(subject, stages))
         return Plan(
-            self._identity(),
+            self.identity(),
             reasons,
             stages,
             behaviour(job),
@@ -81,7 +81,8 @@ class Evaluation:
             notes=(*self.notices, *notes),
         )
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What is attacked and how, named and hashed."""
         job = self.job
         ids = job.samples.ids.numpy().astype("<i8").tobytes()
         return {

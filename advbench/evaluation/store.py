@@ -25,6 +25,7 @@ from advbench.errors import UserError
 from advbench.files import write_atomic
 
 JOURNAL = "journal"
+SAMPLES = "samples.parquet"
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class Store:
         for name in Records.DTYPES:
             columns[name] = pa.array(np.concatenate([getattr(table, name) for table in tables]))
         write_atomic(
-            self.folder / "samples.parquet",
+            self.folder / SAMPLES,
             lambda path: pq.write_table(pa.table(columns), path, compression="zstd"),
         )
 
@@ -241,7 +242,7 @@ def clear_journal(folder: Path) -> None:
 
 def read_samples(folder: Path) -> dict[str, Records]:
     """The records of a finished evaluation, by stage."""
-    table = pq.read_table(folder / "samples.parquet")
+    table = pq.read_table(folder / SAMPLES)
     stage = np.array(table["stage"].to_pylist())
     columns = {name: table[name].to_numpy() for name in Records.DTYPES}
     return {

@@ -37,7 +37,7 @@ def evaluate(
     """Evaluate what the config says, or resume it. Returns the results."""
     budget = None if cfg.budget is None else seconds(cfg.budget)
     home, cfg = _resumed(cfg, home)
-    run = _training_run(cfg)
+    run = training_run(cfg)
     if run is not None:
         # Kept in the run's config, so that resuming does not depend on what is newest then.
         cfg = OmegaConf.merge(cfg, {"run": str(run.folder)})  # pyright: ignore[reportAssignmentType]
@@ -100,7 +100,7 @@ def _resumed(cfg: DictConfig, home: Home) -> tuple[Home, DictConfig]:
     return home, cfg
 
 
-def _training_run(cfg: DictConfig) -> TrainingRun | None:
+def training_run(cfg: DictConfig) -> TrainingRun | None:
     """The run that the config names, or else the newest; None for a model of the user's own."""
     if cfg.run is not None and cfg.model is not None:
         raise UserError("give run=DIR or model=FILE.py:FACTORY, not both")
@@ -118,16 +118,9 @@ def instantiate(
 
     Raises UserError where the parts do not fit.
     """
-    resources = config.build(cfg.trainer, "trainer", plugins=plugins)
-    if not isinstance(resources, Resources):
-        raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
-    source = models.origin(cfg.model) if run is None else run.config
-    data_node = config.inherit(cfg.data, source, "data")
-    threat: Threat = config.build(config.inherit(cfg.threat, source, "threat"), "threat")
+    data, threat, resources = ingredients(cfg, run, plugins)
     protocol: Protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
     transfer = [directory.find(other) for other in cfg.transfer]
-    splits: Splits = config.build(data_node, "data", plugins=plugins)
-    data = TestData(splits.info.name, splits.test, splits.info.input_shape, splits)
     group = resources.launch()
     evaluation = evaluation_of(
         candidate(cfg, run, plugins, data, group.device),
@@ -143,3 +136,21 @@ def instantiate(
         plugins=plugins,
     )
     return evaluation, group
+
+
+def ingredients(
+    cfg: DictConfig, run: TrainingRun | None, plugins: tuple[str, ...]
+) -> tuple[TestData, Threat, Resources]:
+    """The images, the threat and the devices that the config says, the first two as in the run.
+
+    Raises UserError for what can't be built.
+    """
+    resources = config.build(cfg.trainer, "trainer", plugins=plugins)
+    if not isinstance(resources, Resources):
+        raise UserError("trainer=default is for train; evaluate with trainer=evaluation")
+    source = models.origin(cfg.model) if run is None else run.config
+    data_node = config.inherit(cfg.data, source, "data")
+    threat: Threat = config.build(config.inherit(cfg.threat, source, "threat"), "threat")
+    splits: Splits = config.build(data_node, "data", plugins=plugins)
+    data = TestData(splits.info.name, splits.test, splits.info.input_shape, splits)
+    return data, threat, resources

@@ -1,4 +1,4 @@
-"""How long work shows its progress: one protocol, and the object that shows nothing."""
+"""Progress of long work: one protocol, and an object that shows nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backbone is: its parameters, and the ``Classifier`` that they make."""
+"""The base of backbones: their parameters, and the ``Classifier`` that they build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs there are and how far each is. Reads small files only, and imports no torch."""
+"""The list of runs with their progress. Reads small files only and does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data set is: a source opens its parts, ``Splits`` holds a validation part out of one."""
+"""The base of data sets: a source opens parts, ``Splits`` holds out a validation part."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class AdaptiveProtocol(MSAProtocol):
         ]
 
     def more_draws(self, subject: Subject) -> list[Stage]:
-        """EOT with more and more draws, until that breaks nobody or there is no end to it."""
+        """EOT with more and more samples, while that breaks more and up to a limit."""
         if not subject.traits.stochastic or subject.traits.gradient == "none":
             return []
         stages: list[Stage] = []

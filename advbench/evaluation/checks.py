@@ -1,4 +1,4 @@
-"""A look at a model before it is attacked: whether its answers mean what they should."""
+"""Checks of a model before it is attacked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ULPS = 8
 def probe(
     model: nn.Module, samples: Samples, traits: Traits, batch_size: int = PROBE
 ) -> tuple[int, list[str]]:
-    """Look at the model's answers on a few images before hours are spent on it.
+    """Check the model's outputs on a few images before the attack.
 
     Repeated passes, single images and the batch size of the search are compared, on images as they
     are and off the grid of 8-bit values, relative to the spread of the logits within a row.
@@ -262,7 +262,7 @@ def probe_surrogate(name: str, surrogate: Surrogate, samples: Samples, classes: 
 
 
 def _ask(model: nn.Module, *x: Tensor) -> Any:
-    """The model's answer; whatever somebody else's forward raises becomes a UserError."""
+    """The model's answer; whatever the model's forward raises becomes a UserError."""
     try:
         return model(*x)
     except Exception as problem:

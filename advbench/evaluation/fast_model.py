@@ -1,6 +1,6 @@
 """The model as a search sees it: the same function, faster. The referee keeps the real one.
 
-A search asks millions of questions and is trusted with none of the answers, so its copy of the
+A search queries the model millions of times, and the referee checks its results. So its copy of the
 model may round differently: channels last, batch normalisation folded into the convolutions, on a
 CPU operators that do more at a time, and, where asked for, bfloat16.
 """

@@ -1,4 +1,4 @@
-"""What one stage has found so far, sample by sample."""
+"""The state of one stage, sample by sample."""
 
 from __future__ import annotations
 

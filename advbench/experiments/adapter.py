@@ -1,8 +1,8 @@
-"""Models as people have them, brought into the one form that an evaluation understands.
+"""Wraps models of many kinds in the one form that an evaluation uses.
 
 That form is a module in evaluation mode that takes float32 images (N, C, H, W) in [0, 1], leaves
-them alone, and returns logits (N, K). What a model needs for it is found out on two blank images,
-done by a thin wrapper around the model, and said in a line each.
+them alone, and returns logits (N, K). Two gray images show what a
+model needs for it. A thin wrapper does that and prints a line for each change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Adapted(nn.Module):
     """A model behind the form that an evaluation understands.
 
     Args:
-        model: somebody's model.
+        model: the user's model.
         part: the key or place of the logits in what it returns; None for logits alone.
         copies: whether it writes into its input, and so gets a copy.
     """
@@ -42,7 +42,7 @@ class Adapted(nn.Module):
 
 
 def in_evaluation_mode(model: nn.Module) -> nn.Module:
-    """Put somebody's model into evaluation mode, whatever its ``train`` returns.
+    """Put the user's model into evaluation mode, whatever its ``train`` returns.
 
     An exported program keeps the mode in which it was exported and says that it can't change it.
     """

@@ -1,4 +1,4 @@
-"""What a model may take while it is built: a config can ask for more than any machine has."""
+"""Limits on the memory of a model that is built, because a config can exceed any machine."""
 
 from __future__ import annotations
 

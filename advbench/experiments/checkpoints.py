@@ -1,4 +1,4 @@
-"""Files of weights: strictly, as a run keeps them, and as other people's trainings leave them."""
+"""Loads weights: strictly from a run, and flexibly from other checkpoints."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(model: nn.Module, spec: str) -> list[str]:
-    """Load somebody's checkpoint into their model, and say what had to be done for it.
+    """Load a checkpoint into the user's model, and report what was done beyond loading.
 
-    Weights that match as they are win. Else they may lie inside other dictionaries (``state_dict``,
-    ``model``, ``net``, ...), and their names may differ by one prefix (``module.``, ``_orig_mod.``,
+    Weights that match without changes have priority. Otherwise they may be inside other
+    dictionaries (``state_dict``, ``model``, ``net``, ...), and their names may differ by one prefix (``module.``, ``_orig_mod.``,
     ``model.``, ...), with or without tensors beside them that are not part of the model.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a config, a finished run, or the user's own file."""
+"""Loads models from a config, a finished run, or the user's own file."""
 
 from __future__ import annotations
 

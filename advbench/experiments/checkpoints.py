@@ -69,8 +69,8 @@ def load_checkpoint(model: nn.Module, spec: str) -> list[str]:
     """Load a checkpoint into the user's model, and report what was done beyond loading.
 
     Weights that match without changes have priority. Otherwise they may be inside other
-    dictionaries (``state_dict``, ``model``, ``net``, ...), and their names may differ by one prefix (``module.``, ``_orig_mod.``,
-    ``model.``, ...), with or without tensors beside them that are not part of the model.
+    dictionaries (``state_dict``, ``model``, ``net``, ...), and their names may differ by one prefix
+    (``module.``, ``_orig_mod.``, ``model.``, ...). Other tensors may be beside them.
 
     Args:
         model: the model, built.

@@ -73,3 +73,13 @@ def test_no_circles_inside_a_package() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_the_house_keeps_its_size() -> None:
+    """At most eight modules and thirteen packages at the top, and no file that nobody reads."""
+    names = {name for name in files() if not name.endswith(("__init__", "__main__"))}
+    modules = {name for name in names if "." not in name}
+    packages = {name.split(".")[0] for name in names if "." in name}
+    assert len(modules) <= 8 and len(packages) <= 13
+    long = {name for name, path in files().items() if len(path.read_text().splitlines()) > 400}
+    assert not long

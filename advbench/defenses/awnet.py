@@ -93,9 +93,8 @@ class ModulatedConv(nn.Module):
 class MixBN(nn.Module):
     """Two batch norms, with weights of their own (Xie & Yuille 2020, arXiv 1906.03787, sec. 4).
 
-    In training the part of the batch says which one acts, and so which one's statistics move: the
-    adversarial one for that part, else the clean one. In evaluation each image has (1 - p) clean(z)
-    + p adversarial(z).
+    In training the part of the batch says which one acts and moves its statistics: the adversarial
+    one for that part, else the clean one. In evaluation: (1 - p) clean(z) + p adversarial(z).
 
     Attributes:
         part: which part of the batch is running.

@@ -42,7 +42,7 @@ PAGES = {
     "reproducing-a-paper": 13,
     "troubleshooting": 12,
     "how-it-attacks": 5,
-    "../README": 32,
+    "../README": 33,
 }
 """How many commands each page has; those of its ``text`` blocks are no commands."""
 

@@ -337,7 +337,7 @@ def test_what_a_launcher_raises(
     elsewhere(task)
     assert task.settle(RuntimeError("a worker\nwas killed")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the same command goes on (RuntimeError: a worker was killed)" in line
+    assert "repeat the command to resume (RuntimeError: a worker was killed)" in line
     with pytest.raises(UserError):
         task.settle(UserError("mend it"))
     task.close()

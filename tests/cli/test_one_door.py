@@ -40,7 +40,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted(directory, "find", lambda folder: f"find {folder}")
     for owner in (config, nodes):
         counted(owner, "read", lambda path: f"read {path}")
-    counted(Evaluation, "_identity", lambda _: "identity")
+    counted(Evaluation, "identity", lambda _: "identity")
     counted(evaluation, "model_sha256", lambda _: "model")
     counted(ArraySplit, "sha256", lambda _: "data")
     return found

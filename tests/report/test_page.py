@@ -191,7 +191,7 @@ def test_other_data_are_not_shown(tmp_path: Path) -> None:
     elsewhere = {**results().data, "sha256": "0" * 64}
     write(tmp_path / "a", results(data=elsewhere), images=True)
     found = page(tmp_path)
-    assert "the data found here are not those of the evaluation" in found.text
+    assert "the data found here are not the evaluation's data" in found.text
     assert not found.all("img")
     assert "Of images that were classified correctly at first." in found.text
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -71,7 +72,7 @@ def command(words: Sequence[str], folder: Path) -> None:
     sys.exit(main([*words, f"hydra.run.dir={folder}"]))
 
 
-def start(words: Sequence[str], folder: Path) -> multiprocessing.process.BaseProcess:
+def start(words: Sequence[str], folder: Path) -> BaseProcess:
     process = CONTEXT.Process(target=command, args=(list(words), folder))
     process.start()
     return process

@@ -163,8 +163,10 @@ def _said_again(folder: Path, kept: DictConfig, again: DictConfig, named: set[st
     for key in ("run", "data", "trainer"):
         if key in named:
             value = again[key]
-            nested = isinstance(value, DictConfig)
-            merged[key] = {**merged[key], **config.plain(value)} if nested else value
+            if isinstance(value, DictConfig):  # null: as it was
+                given = {k: v for k, v in config.plain(value).items() if v is not None}
+                value = {**merged[key], **given}
+            merged[key] = value
     return merged
 
 

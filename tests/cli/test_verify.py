@@ -151,6 +151,17 @@ def test_a_model_of_ones_own_is_said_again(
     assert code == 1 and "the model: not that of the claim" in said, said
 
 
+def test_files_that_moved_are_said_again(claims: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ok.npz").rename("moved.npz")
+    kept = Path("own/config.yaml")  # which names the file where the fixture made it
+    kept.write_text(kept.read_text().replace("ok.npz", "gone.npz"))
+    assert verify(capsys, "own", "model=m.py:build")[0] == 2
+    assert verify(capsys, "own", "model=m.py:build", "data.path=moved.npz")[0] == 0
+    Path("good").rename("away")
+    assert verify(capsys, "claim")[0] == 2
+    assert verify(capsys, "claim", "run=away", "trainer.batch_size=8")[0] == 0
+
+
 def test_images_made_elsewhere(claims: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with np.load("ok.npz") as content:
         clean = content["x_test"]

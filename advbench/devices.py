@@ -15,6 +15,9 @@ from torch import distributed
 
 from advbench.errors import UserError
 
+# cuBLAS reads it once, at its first call, and is reproducible only with it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 LAUNCHED = ("WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
 """Variables by which a launcher, or a person in its place, says who the others are."""
 
@@ -73,6 +76,11 @@ def _check_alone(accelerator: str, devices: int | str, num_nodes: int) -> None:
         )
 
 
+def name_of(device: torch.device) -> str:
+    """``cpu``, or the name of the card."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def in_company() -> bool:
     """Whether this process is one of a group, which may talk through ``torch.distributed``."""
     return distributed.is_available() and distributed.is_initialized()
@@ -123,22 +131,45 @@ def out_of_memory(problem: BaseException) -> bool:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Make float32 mean float32 inside: no TF32 on a GPU, no bfloat16 products on a CPU.
+    """Make float32 mean float32 inside: no TF32 on a GPU, no bfloat16 products on a CPU."""
+    with _products("ieee"):
+        yield
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Multiply float32 matrices in TF32 inside, on a GPU: ten bits of mantissa, several times the
+    speed. A CPU stays in float32.
+    """
+    with _products("tf32"):
+        yield
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether the device multiplies in TF32: NVIDIA's from Ampere on."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_properties(device).major >= 8
+
+
+@contextmanager
+def _products(mode: str) -> Iterator[None]:
+    """Products of float32 as ``ieee`` or ``tf32`` inside.
 
     PyTorch has two sets of switches for it, and reading the older one raises where the user has set
     the newer one (2.9 and later). The older ones are set all the same: libraries read them.
     """
     backends: Any = torch.backends
     older = [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32")]
+    parts = ((backends.cudnn, ("conv", "rnn")), (backends.mkldnn, ("conv", "rnn", "matmul")))
     newer = [
-        (getattr(part, name), "fp32_precision")
-        for part, names in ((backends.cudnn, ("conv", "rnn")),
-                            (backends.mkldnn, ("conv", "rnn", "matmul")))
+        (getattr(part, name), "fp32_precision", mode if part is backends.cudnn else "ieee")
+        for part, names in parts
         for name in names
         if hasattr(getattr(part, name, None), "fp32_precision")
-    ]  # fmt: skip
+    ]
     if hasattr(backends.cuda.matmul, "fp32_precision"):
-        newer.append((backends.cuda.matmul, "fp32_precision"))
+        newer.append((backends.cuda.matmul, "fp32_precision", mode))
     before: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
     # In the order of restoring: each older switch writes into newer ones too.
     for holder, name in older:
@@ -146,17 +177,31 @@ def full_float32() -> Iterator[None]:
             before.append((setattr, (holder, name, getattr(holder, name))))
     with suppress(RuntimeError):
         before.append((torch.set_float32_matmul_precision, (torch.get_float32_matmul_precision(),)))
-    before += [(setattr, (holder, name, getattr(holder, name))) for holder, name in newer]
+    before += [(setattr, (holder, name, getattr(holder, name))) for holder, name, _ in newer]
     try:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("high" if mode == "tf32" else "highest")
         for holder, name in older:
-            setattr(holder, name, False)
-        for holder, name in newer:
-            setattr(holder, name, "ieee")
+            setattr(holder, name, mode == "tf32")
+        for holder, name, value in newer:
+            setattr(holder, name, value)
         yield
     finally:
+        torch.set_float32_matmul_precision("highest")  # the default, where it could not be read
         for restore, arguments in before:
             restore(*arguments)
+
+
+@contextmanager
+def kernels(deterministic: bool) -> Iterator[None]:
+    """Which kernels PyTorch takes on a GPU: the reproducible ones, or the fastest by trial."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(deterministic or before[0])
+    torch.backends.cudnn.benchmark = not deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def keep_freed_memory() -> None:

@@ -106,7 +106,7 @@ def test_images_come_back(scripts: Any, tmp_path: Path) -> None:
     images = scripts("images")
     ramp = np.linspace(40, 200, 32).astype(np.uint8)
     x = np.broadcast_to(ramp[None, :, None, None], (5, 32, 32, 3)).copy()
-    arrays = {f"{name}_{part}": v for part in ("train", "test")
+    arrays: dict[str, Any] = {f"{name}_{part}": v for part in ("train", "test")
               for name, v in (("x", x), ("y", np.arange(5)))}  # fmt: skip
     np.savez(tmp_path / "a.npz", **arrays)
     images.pack(tmp_path / "a.npz", tmp_path / "b.npz", 75)

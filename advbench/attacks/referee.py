@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from advbench.attacks import losses
 from advbench.attacks.threat import Threat
+from advbench.devices import full_float32
 
 CONFIRMATIONS = (3, 10)
 CHUNK = 16  # images per forward pass: proposals come by ones and twos, and in crowds
@@ -96,7 +97,8 @@ class Referee:
             draws: evaluations of a stochastic model; None is the referee's own number.
         """
         draws = draws or self.draws
-        drawn = [self._score(point, y) for _ in range(draws)]
+        with full_float32():  # whatever the search runs in
+            drawn = [self._score(point, y) for _ in range(draws)]
         label, margin, missed = (torch.stack(parts) for parts in zip(*drawn, strict=True))
         wrong, spent = missed.float().mean(0), torch.full_like(y, draws)
         if draws == 1:

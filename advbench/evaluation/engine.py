@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +14,7 @@ from advbench.attacks.expectation import Expectation
 from advbench.attacks.referee import CHUNK, Referee
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate
-from advbench.devices import full_float32, keep_freed_memory, out_of_memory
+from advbench.devices import full_float32, keep_freed_memory, kernels, out_of_memory, tf32
 from advbench.errors import UserError
 from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.clean_images import no_better_than_chance, score_clean, votes
@@ -67,7 +68,7 @@ class Engine:
                 "the attacks of other libraries draw by the batch: run them with trainer.devices=1"
             )
         others = [surrogate.model for surrogate in job.surrogates.values()]
-        with attackable(job.model, *others), full_float32():
+        with attackable(job.model, *others), full_float32(), kernels(job.deterministic):
             if not self._score_clean(mine, store):
                 return False
             correct = still_correct(store, CLEAN, mine)
@@ -105,8 +106,9 @@ class Engine:
                 store.append(stage.name, untouched(wanted, self.job.samples), 0.0)
                 continue
             seed_noise(self.job, stage.name, group)
-            if not search(group, wanted):
-                return False
+            with tf32() if self.job.fast_model.precision == "tf32" else nullcontext():
+                if not search(group, wanted):
+                    return False
             self.moved = True
         return True
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from advbench.devices import full_float32
+from advbench.devices import full_float32, name_of
 from advbench.errors import UserError
 from advbench.evaluation.checks import check_gradient, probe, probe_surrogate
 from advbench.evaluation.deadline import Deadline
@@ -105,7 +105,7 @@ class Evaluation:
             "speed": asdict(job.fast_model),
             "keep_images": job.keep_images,
             "code": dict(self.code),
-            "device": job.samples.device.type,
+            "device": name_of(job.samples.device),
             "versions": versions(),
         }
 

@@ -26,7 +26,9 @@ from advbench.evaluation.cpu_kernels import packed
 
 BLUR = 0.05  # of a margin, in the median
 TINY = torch.finfo(torch.float32).tiny
-PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""Modules of which autocast casts all parameters, whatever they are in."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class FastModelOptions:
     """How a search runs its copy of the model. Raises UserError for an unknown value."""
 
     precision: str = "32"
-    """32, or bf16, in which every success is still confirmed in float32."""
+    """32; or bf16, or on a GPU tf32, in which every success is still confirmed in float32."""
     compile: str | None = None
     """None, or a mode of ``torch.compile`` such as "default" or "reduce-overhead", which takes a
     minute and needs a model that it understands."""
@@ -107,10 +109,12 @@ def fast_copy(
                 exact = FastModel(copied, FastModelOptions(), clean.x.device, layout)
                 if not _agree(model, exact, clean, stochastic):
                     continue
+                if options.precision == "bf16" and not stochastic:
+                    copied = _narrowed(copied, clean, layout)
                 fast = FastModel(copied, options, clean.x.device, layout)
                 if options.precision != "32" and not stochastic and _blurred(model, fast, clean):
                     slow = replace(options, precision="32")
-                    fast = FastModel(copied, slow, clean.x.device, layout)
+                    fast = FastModel(exact.model, slow, clean.x.device, layout)
                 return fast.eval()
     return model
 
@@ -194,6 +198,28 @@ def _agree(model: nn.Module, fast: nn.Module, clean: Clean, stochastic: bool) ->
         ):
             return False
     return True
+
+
+def _narrowed(model: nn.Module, clean: Clean, layout: torch.memory_format) -> nn.Module:
+    """The model with bfloat16 weights where autocast would cast them at every pass.
+
+    Returns the model itself where that would change a bit, as in a module that uses its weights in
+    other ways too.
+    """
+    narrow = copy.deepcopy(model)
+    for module in narrow.modules():
+        if type(module) in PRODUCTS:
+            module.to(torch.bfloat16)
+    options = FastModelOptions("bf16")
+    nets = [FastModel(net, options, clean.x.device, layout) for net in (model, narrow)]
+    try:
+        before, after = (ask(net, clean) for net in nets)
+    except RuntimeError as problem:
+        if out_of_memory(problem):
+            raise
+        return model
+    same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return narrow if same else model
 
 
 @torch.no_grad()

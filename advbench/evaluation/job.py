@@ -46,6 +46,8 @@ class Job:
     """Samples attacked side by side, at most."""
     fast_model: FastModelOptions = field(default_factory=FastModelOptions)
     """Precision and compilation of the model's copy that searches run on."""
+    deterministic: bool = False
+    """On a GPU, the same bits in every run, at some cost."""
     keep_images: bool = False
     """Whether the adversarial images are kept."""
     rank: int = 0

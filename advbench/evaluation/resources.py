@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 
 from advbench.config.roles import Role
-from advbench.devices import asking_for
+from advbench.devices import asking_for, has_tf32
 from advbench.errors import UserError
 from advbench.evaluation.fast_model import FastModelOptions
 
 ROOM = {"cpu": 2e5, "cuda": 8e6}
 """Values of images in a batch at which a device is busy, by trial on small and large nets."""
+
+PATIENCE = timedelta(days=30)
+"""Until a process stops waiting for the others: their shares may differ by hours."""
 
 
 class ProcessGroup:
@@ -53,6 +58,7 @@ class Resources:
     batch_size: samples attacked side by side, at least 1; "auto" fits it to the images. It belongs
         to the result of ``engine=reference``, whose random numbers depend on the batch.
     precision, compile: as of ``FastModelOptions``.
+    deterministic: on a GPU, the same bits in every run, at some cost; a CPU gives them anyway.
     Raises UserError for values out of range, and for a device that is not there.
     """
 
@@ -62,6 +68,7 @@ class Resources:
     batch_size: int | str = field(default="auto", metadata={"role": Role.OUTCOME | Role.RESOURCE})
     precision: str = field(default="32", metadata={"role": Role.RESOURCE})
     compile: str | None = field(default=None, metadata={"role": Role.RESOURCE})
+    deterministic: bool = field(default=False, metadata={"role": Role.RESOURCE})
 
     def __post_init__(self) -> None:
         known = ("auto", "cpu", "cuda", "mps")
@@ -79,7 +86,11 @@ class Resources:
                 f"trainer.accelerator={self.accelerator} is not available here; "
                 "use trainer.accelerator=cpu"
             )
-        _ = self.fast_model
+        if self.fast_model.precision == "tf32" and not has_tf32(self.device):
+            raise UserError(
+                "trainer.precision=tf32 needs an NVIDIA GPU from Ampere on, and this is a "
+                f"{self.device.type}: take trainer.precision=32"
+            )
 
     @property
     def fast_model(self) -> FastModelOptions:
@@ -112,7 +123,7 @@ class Resources:
                 accelerator=self.accelerator,
                 devices=self.devices,
                 num_nodes=self.num_nodes,
-                strategy="ddp",
+                strategy=DDPStrategy(timeout=PATIENCE),
             )
             fabric.launch()
         return ProcessGroup(self.device, fabric)

@@ -7,9 +7,9 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-import torch
 
 from advbench.defenses.base import Traits
+from advbench.devices import name_of
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.store import Records, Store
@@ -85,7 +85,8 @@ def summarise(
         unfinished = Unfinished(of - len(undecided), of)
     origin: Any = {
         **provenance.code(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": name_of(device),
+        **provenance.drivers(device),
         "seed": job.seed,
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(sum(store.seconds(name) for name in (CLEAN, *names)), 3),

@@ -284,6 +284,7 @@ def evaluation_of(
         seed=seed,
         batch_size=resources.batch_size_for(data.input_shape),
         fast_model=resources.fast_model,
+        deterministic=resources.deterministic,
         keep_images=adversarial,
     )
     return Evaluation(

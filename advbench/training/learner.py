@@ -12,6 +12,7 @@ from torch import Tensor
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
+from advbench.devices import full_float32
 from advbench.errors import UserError
 from advbench.recipes.base import Recipe
 from advbench.training.attack_model import AttackModel, attack_model
@@ -76,7 +77,8 @@ class Learner:
         if fresh and not prepared:
             torch.manual_seed(derive(seed, "prepare"))
             model.eval()
-            defense.prepare(model, splits)
+            with full_float32():
+                defense.prepare(model, splits)
         self.average = Average(model, settings.ema) if settings.ema else None
         self.saved_model = self.average.module if self.average else model
         trainable = [p for p in model.parameters() if p.requires_grad]

@@ -35,6 +35,7 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
+from advbench.devices import full_float32, name_of
 from advbench.errors import UserError
 from advbench.progress import Progress
 from advbench.recipes.base import Recipe
@@ -256,7 +257,8 @@ class Fit:
     def _choose(self, name: str) -> tuple[dict[str, Any], Row]:
         model = self.learner.saved_model
         with torch.no_grad():
-            chosen = self.defense.finish(model, self.splits)
+            with full_float32():
+                chosen = self.defense.finish(model, self.splits)
             share_buffers(model, self.fabric)
         if not chosen:
             return {}, {}
@@ -361,7 +363,7 @@ class Fit:
             seconds=position.seconds,
             parameters=sum(p.numel() for p in self.model.parameters()),
             torch=torch.__version__,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            device=name_of(device),
             devices=self.fabric.world_size,
             precision=self.settings.precision,
         )

@@ -9,11 +9,11 @@ from torch import nn
 
 from advbench.config.roles import Role
 from advbench.data.base import Splits
-from advbench.devices import emulates_bf16
+from advbench.devices import emulates_bf16, has_tf32
 from advbench.errors import UserError, did_you_mean
 
 # float16 is not here: small input gradients vanish in it, and an attack sees their sign alone.
-PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS = ("32-true", "tf32", "bf16-mixed")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -40,8 +40,8 @@ class Settings:
     num_nodes: int = field(default=1, metadata={"role": Role.OUTCOME | Role.RESOURCE})
     """Of lightning-fabric: machines, started by a launcher."""
     precision: str = "32-true"
-    """``32-true``, or ``bf16-mixed``, which a device without bfloat16 instructions refuses;
-    validation is always in float32."""
+    """``32-true``; ``tf32``, float32 whose products are TF32, on NVIDIA GPUs from Ampere on; or
+    ``bf16-mixed``. A device without such instructions refuses. Validation is always in float32."""
     save_every: float = field(default=60.0, metadata={"role": Role.RESOURCE})
     """Seconds between two saves of ``resume.pt``; 0 saves at every step. Each epoch's end saves
     ``epoch.pt``."""
@@ -94,6 +94,11 @@ class Settings:
             raise UserError(
                 f"trainer.precision=bf16-mixed is slower than float32 on this {device.type}, which "
                 "only emulates bfloat16: take trainer.precision=32-true"
+            )
+        if self.precision == "tf32" and not has_tf32(device):
+            raise UserError(
+                f"trainer.precision=tf32 needs an NVIDIA GPU from Ampere on, and this is a "
+                f"{device.type}: take trainer.precision=32-true"
             )
         if self.batch_size > len(splits.train):
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,14 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
 from advbench.data.base import Splits
 from advbench.defenses.base import Defense
-from advbench.devices import asking_for, emulates_bf16, out_of_memory
+from advbench.devices import (
+    asking_for,
+    emulates_bf16,
+    full_float32,
+    kernels,
+    out_of_memory,
+    tf32,
+)
 from advbench.errors import UserError
 from advbench.files import canonical
 from advbench.progress import NullProgress, Progress
@@ -101,7 +107,9 @@ class Trainer(Settings):
             require_identity(canonical(summary.identity), identity, folder)
             remove_progress(folder)
             return summary
-        with _kernels(self.deterministic), self._enough_memory(fabric.device, fabric.world_size):
+        products = tf32() if self.precision == "tf32" else full_float32()
+        enough = self._enough_memory(fabric.device, fabric.world_size)
+        with products, kernels(self.deterministic), enough:
             return Fit(
                 settings=self,
                 fabric=fabric,
@@ -142,18 +150,3 @@ class Trainer(Settings):
                 devices=self.devices,
                 num_nodes=self.num_nodes,
             )
-
-
-@contextmanager
-def _kernels(deterministic: bool) -> Iterator[None]:
-    """Which kernels PyTorch takes on a GPU: the reproducible ones, or the fastest by trial."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not deterministic
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]

@@ -14,6 +14,7 @@ from advbench.attacks.random import KeyedRandom
 from advbench.attacks.threat import Threat
 from advbench.data.base import Split, filled_batches
 from advbench.defenses.base import Traits
+from advbench.devices import full_float32
 from advbench.recipes.base import frozen
 from advbench.training.processes import gather
 from advbench.training.randomness import derive, permutation
@@ -50,7 +51,7 @@ def accuracies(
         ids = torch.arange(len(split))[rank::ranks]
         chunks = [(chunk, len(chunk)) for chunk in ids.split(batch_size)]
     correct = torch.zeros(2, device=fabric.device)
-    with frozen(model):
+    with frozen(model), full_float32():
         for (chunk, own), (x, y) in zip(
             chunks, _read(split, [chunk for chunk, _ in chunks], fabric), strict=True
         ):

@@ -9,6 +9,7 @@ import torch
 from made_up_searches import Parts, changed, evaluation, net, samples
 from torch import Tensor, nn
 
+from advbench.attacks.base import Clean
 from advbench.evaluation.engine import Engine
 from advbench.evaluation.fast_model import FastModel, FastModelOptions, ask, fast_copy
 from advbench.evaluation.job import CLEAN
@@ -104,6 +105,31 @@ class Viewing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(x).view(len(x), -1))
+
+
+def test_weights_in_bf16_are_not_cast_at_every_pass() -> None:
+    class Tied(nn.Module):
+        """Uses its weights in other ways than autocast knows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return x.flatten(1).float() @ self.layer.weight.float().T
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 10))
+    clean = Clean(torch.arange(8), torch.rand(8, 1, 8, 8), torch.arange(8))
+    fast = fast_copy(plain.eval(), FastModelOptions("bf16"), clean)
+    kinds = [str(p.dtype).removeprefix("torch.") for p in fast.parameters()]
+    assert kinds == ["bfloat16"] * 2 + ["float32"] * 2 + ["bfloat16"] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = plain(clean.x).float()
+    assert torch.equal(fast(clean.x), wanted)
+    tied = fast_copy(Tied().eval(), FastModelOptions("bf16"), clean)
+    assert {p.dtype for p in tied.parameters()} == {torch.float32}
 
 
 def test_a_model_of_one_layout_is_copied_in_it() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from advbench.attacks.base import Clean, Oracle, attackable
 from advbench.attacks.expectation import Expectation
-from advbench.attacks.referee import CHUNK, Referee
+from advbench.attacks.referee import CHUNKS, Referee
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate
 from advbench.devices import full_float32, keep_freed_memory, kernels, out_of_memory, tf32
@@ -127,7 +127,8 @@ class Engine:
         if job.traits.batch_dependent:
             joint = JointSearch(job, stage, oracle, store, correct=correct, total=total)
             return lambda group, wanted: joint.run(group.rows, wanted)
-        referee = Referee(job.model, threat, min(CHUNK, self.batch_sizes.largest), votes(job))
+        chunk = CHUNKS.get(job.samples.device.type, CHUNKS["cpu"])
+        referee = Referee(job.model, threat, min(chunk, self.batch_sizes.largest), votes(job))
         single = Search(
             job, stage, oracle, store, referee, self.batch_sizes, correct=correct, total=total
         )

@@ -18,6 +18,8 @@ from advbench.evaluation.fast_model import FastModelOptions
 
 ROOM = {"cpu": 2e5, "cuda": 8e6}
 """Values of images in a batch at which a device is busy, by trial on small and large nets."""
+MOST = {"cpu": 512, "cuda": 4096}
+"""Samples side by side, at most: a card is not busy with fewer where the images are small."""
 
 PATIENCE = timedelta(days=30)
 """Until a process stops waiting for the others: their shares may differ by hours."""
@@ -109,7 +111,8 @@ class Resources:
         if isinstance(self.batch_size, int):
             return self.batch_size
         room = ROOM.get(self.device.type, ROOM["cpu"]) / math.prod(input_shape)
-        return min(max(2 ** round(math.log2(room)), 8), 512)
+        most = MOST.get(self.device.type, MOST["cpu"])
+        return min(max(2 ** round(math.log2(room)), 8), most)
 
     def launch(self) -> ProcessGroup:
         """Start the other processes, which run this same command, and meet them.

@@ -202,8 +202,11 @@ def test_a_point_without_an_answer_breaks_the_sample() -> None:
 # --- settings -----------------------------------------------------------------------------------
 
 
-def test_resources() -> None:
+def test_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = Resources("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert Resources("cuda").batch_size_for((1, 8, 8)) == 4096
     shapes = ((1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 224, 224))
     assert [cpu.batch_size_for(shape) for shape in shapes] == [512, 256, 64, 8]
     assert Resources("cpu", batch_size=7).batch_size_for((3, 32, 32)) == 7

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from advbench import config
@@ -24,9 +23,9 @@ from advbench.data.base import Splits, to_unit
 from advbench.defenses.base import Defense, Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.deadline import seconds
-from advbench.evaluation.evaluation import IMAGES
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.resources import Resources
+from advbench.evaluation.store import read_images
 from advbench.experiments import models
 from advbench.experiments.adapter import adapted
 from advbench.experiments.subject import Candidate, TestData, evaluation_of, from_training_run
@@ -118,13 +117,13 @@ def attack(
             folder=place,
             progress=progress,
         )
-        file = Path(place) / IMAGES
-        saved = load_file(file) if file.exists() else {}
+        found = read_images(Path(place))
     clean = torch.as_tensor(x).detach()
     images = to_unit(clean) if clean.dtype is torch.uint8 else clean.float()
     images = images.clone()
-    if saved:
-        images[saved["sample"].to(images.device)] = saved["x"].to(images.device)
+    if found is not None:
+        at = torch.from_numpy(found.ids).to(images.device)
+        images[at] = torch.from_numpy(found.x).to(images.device)
     return images
 
 
@@ -145,7 +144,7 @@ def evaluate(
     surrogates: Mapping[str, Surrogate] | None = None,
     defense: Defense | str | None = None,
     transfer: Sequence[str | Path] = (),
-    adversarial: bool = False,
+    adversarial: bool | None = None,
     folder: str | Path | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -173,7 +172,8 @@ def evaluate(
             defense names.
         defense: is put on the finished model; an object, or the name of a shipped one.
         transfer: runs whose adversarial images may break the model too, for ``adaptive``.
-        adversarial: keep the adversarial images in ``folder``.
+        adversarial: keep the adversarial images in ``folder``; if None, where they take less than
+            100 MB.
         folder: keep the evaluation there; an interrupted one is resumed.
         name: of the model in the results; if None, that of the run, or "model".
         progress: shows how far the evaluation is; None shows nothing.

@@ -20,8 +20,8 @@ from rich.text import Text
 from advbench.config.nodes import LOADER, text_of
 from advbench.console import FAILED, WIDE, table_console
 from advbench.errors import UserError
-from advbench.files import read_json, read_rows
-from advbench.runs import directory
+from advbench.files import read_rows
+from advbench.runs import directory, manifest
 from advbench.runs.results import RESULTS, Results
 from advbench.text import printable
 
@@ -168,14 +168,12 @@ def _folders(path: Path) -> Iterator[Path]:
 
 def _training(folder: Path, cfg: Mapping[str, Any]) -> Run:
     summary = _json(folder / directory.SUMMARY)
-    rows = _rows(folder / "metrics.csv")
+    rows = _rows(folder / "metrics.csv") if summary is None else []
     epochs = (cfg.get("trainer") or {}).get("epochs")
     robust = "-"
     if summary is not None:
         value = (summary.get("val") or {}).get("robust")
         robust = "-" if value is None else f"{100 * value:.1f} (val)"
-    elif rows and rows[-1].get("val_robust"):
-        robust = f"{100 * float(rows[-1]['val_robust']):.1f} (val)"
     names = [_choice(cfg, group) for group in ("data", "backbone", "defense", "recipe")]
     return _run(
         folder,
@@ -222,7 +220,9 @@ def _run(
 ) -> Run:
     state, resume = "finished", ""
     if finished:
-        where = ""
+        if lack := manifest.lacking(folder):
+            return _damaged(folder, kind, lack)
+        where = f"({directory.CONFIG} was edited)" if manifest.edited(folder) else ""
     elif _locked(folder):
         state = "at work"
     else:
@@ -248,9 +248,9 @@ def _stage(folder: Path) -> str:
     import numpy as np
 
     try:
-        with np.load(parts[-1]) as part:
+        with np.load(manifest.read_sealed(parts[-1], manifest.plan_key(folder))[0]) as part:
             name = str(part["stage"])
-    except (OSError, ValueError, KeyError, BadZipFile):
+    except (UserError, OSError, EOFError, ValueError, KeyError, BadZipFile):
         return ""
     at = f", {names.index(name) + 1} of {len(names)}" if name in names else ""
     return f"in stage {name}{at}"
@@ -275,7 +275,7 @@ def _choice(cfg: Mapping[str, Any], group: str) -> str:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        content = read_json(path)
+        content = manifest.read_json(path)
     except FileNotFoundError:
         return None
     return content if isinstance(content, dict) else None

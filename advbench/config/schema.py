@@ -75,8 +75,8 @@ class EvalConfig:
     """The weights of model: safetensors, or a state_dict saved by torch.save."""
     n: int | None = None
     """Size of a fixed pseudo-random subset of the test split; null is all of it."""
-    adversarial: bool = False
-    """Keep the adversarial images."""
+    adversarial: bool | None = None
+    """Keep the adversarial images; null does where they take less than 100 MB."""
     strict: bool = field(default=False, metadata={"role": Role.SITTING})
     """Exit with code 3 if the verdict is unreliable."""
     budget: str | None = field(default=None, metadata={"role": Role.SITTING})

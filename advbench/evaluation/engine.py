@@ -199,11 +199,11 @@ class Engine:
         """The samples that have no record of the stage, here or in the archive."""
         pending = attacked[~torch.isin(attacked, torch.from_numpy(store.records(stage).sample))]
         if self.archive is not None and not self.job.traits.stochastic and len(pending):
-            for records, seconds, folder in self.archive.records(stage, pending):
-                store.append(stage, records, seconds)
+            for known, folder in self.archive.known(stage, pending):
+                records = known.records
+                store.append(stage, records, known.seconds, known.aligned())
                 self.job.progress.note(f"{stage}: {len(records)} samples known from {folder}")
-                known = torch.from_numpy(records.sample)
-                pending = pending[~torch.isin(pending, known)]
+                pending = pending[~torch.isin(pending, torch.from_numpy(records.sample))]
         return pending
 
     def _score_clean(self, mine: Tensor, store: Store) -> bool:

@@ -9,28 +9,23 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
-
 from advbench.devices import full_float32, name_of
 from advbench.errors import UserError
 from advbench.evaluation.checks import check_gradient, probe, probe_surrogate
 from advbench.evaluation.deadline import Deadline
 from advbench.evaluation.engine import Engine
-from advbench.evaluation.identity import behaviour, differences, has_tensors, versions
+from advbench.evaluation.identity import behaviour, differences, has_tensors, keeps_images, versions
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.protocol import Plan, Protocol, Subject
 from advbench.evaluation.resources import ProcessGroup
 from advbench.evaluation.stage_cache import Archive
-from advbench.evaluation.store import Store, clear_journal
+from advbench.evaluation.store import IMAGES, SAMPLES, Store, clear_journal
 from advbench.evaluation.summary import summarise
-from advbench.files import read_json, write_atomic, write_json
 from advbench.progress import NullProgress, Progress
+from advbench.runs import manifest
 from advbench.runs.fingerprint import model_sha256
+from advbench.runs.manifest import CONFIG, PLAN
 from advbench.runs.results import RESULTS, Results
-
-PLAN = "plan.json"
-IMAGES = "adversarial.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,8 @@ class Evaluation:
     """What sets the evaluated thing apart from others, by key."""
     notices: tuple[str, ...] = ()
     """What a person should know of how the model was loaded, a line each."""
+    needs_images: bool = False
+    """Whether an evaluation without the adversarial images would be another than the one wanted."""
 
     def plan(self) -> Plan:
         """The plan. Hashes the model and the data, once.
@@ -78,6 +75,7 @@ class Evaluation:
             stages,
             behaviour(job),
             has_tensors(job.model),
+            job.keep_images,
             notes=(*self.notices, *notes),
         )
 
@@ -103,7 +101,6 @@ class Evaluation:
             "seed": job.seed,
             "batch_size": job.batch_size,
             "speed": asdict(job.fast_model),
-            "keep_images": job.keep_images,
             "code": dict(self.code),
             "device": name_of(job.samples.device),
             "versions": versions(),
@@ -138,15 +135,18 @@ class Evaluation:
         started = datetime.now(timezone.utc)
         progress = progress or NullProgress()
         if folder is not None and group.rank == 0:
-            for note in claim(folder, plan):
+            for note in claim(folder, plan, self.needs_images):
                 progress.note(note)
         group.wait()
         if folder is not None and (known := finished_results(folder)) is not None:
             clear_journal(folder)  # of a process that was killed before it could
             return known
         store = Store(folder, group.rank)
+        if store.unchecked and group.rank == 0:
+            progress.note(f"the interrupted evaluation was {manifest.UNCHECKED}")
         job = replace(
             self.job,
+            keep_images=folder is not None and keeps_images(saved_plan(folder) or {}),
             rank=group.rank,
             world_size=group.world_size,
             progress=progress,
@@ -171,66 +171,82 @@ class Evaluation:
         if folder is not None and group.rank == 0:
             if not results.missing:
                 store.finish([CLEAN, *(stage.name for stage in plan.stages)])
-                if job.keep_images:
-                    _save_images(folder, store)
-            results.save(folder / RESULTS)
+            whole = () if results.missing else (SAMPLES, IMAGES, CONFIG)
+            results.save(folder / RESULTS, (PLAN, *whole))
             if not results.missing:
                 clear_journal(folder)
         group.wait()
         return results
 
 
-def _save_images(folder: Path, store: Store) -> None:
-    if (images := store.images()) is not None:
-        samples, x = images
-        content = {"sample": samples, "x": x.astype(np.float32)}
-        write_atomic(folder / IMAGES, lambda path: save_file(content, path))
-
-
 def finished_results(folder: Path) -> Results | None:
-    """The results of an evaluation that is complete; None for another."""
+    """The results of an evaluation that is complete; None for another.
+
+    Raises UserError where its files are not what it wrote.
+    """
     path = folder / RESULTS
     results = Results.load(path) if path.exists() else None
-    return results if results is not None and not results.missing else None
+    if results is None or results.missing:
+        return None
+    manifest.check(folder)
+    return results
 
 
 def saved_plan(folder: Path) -> dict[str, Any] | None:
     """The plan in a folder, as it stands there; None if there is none, or a damaged one."""
     try:
-        plan = read_json(folder / PLAN)
+        plan = manifest.read_json(folder / PLAN)
         _ = plan["identity"]["data"], [stage["name"] for stage in plan["stages"]]
         return plan
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, manifest.Damaged):
         return None
 
 
-def is_home(folder: Path, plan: Plan) -> bool:
-    """Whether the folder holds this evaluation: finished by the same code, or to be resumed."""
+def is_home(folder: Path, plan: Plan, needs_images: bool = False) -> bool:
+    """Whether the folder holds this evaluation: finished by the same code, or to be resumed.
+
+    needs_images: whether one that keeps no images is another one.
+    """
     known, wanted = saved_plan(folder), plan.to_json()
     if known is None or differences(wanted, known):
+        return False
+    if needs_images and not keeps_images(known):
         return False
     same_code = known["identity"].get("versions") == wanted["identity"]["versions"]
     return same_code or finished_results(folder) is None
 
 
-def claim(folder: Path, plan: Plan) -> list[str]:
+def claim(folder: Path, plan: Plan, needs_images: bool = False) -> list[str]:
     """Make ``folder`` the home of this plan; returns what the user should know of it.
 
     An evaluation that other code started is resumed: the plan then says which code found which
-    stages. Raises UserError if the folder is another evaluation's.
+    stages. One that keeps no images goes on without, unless ``needs_images``.
+    Raises UserError if the folder is another evaluation's, or is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted, notes = folder / PLAN, plan.to_json(), []
     if not path.exists():
-        write_json(path, wanted)
+        finished_results(folder)  # which names its plan
+        manifest.write_json(path, wanted)
         return notes
     if (known := saved_plan(folder)) is None:
-        raise UserError(f"'{path}' is damaged: give another directory")
+        raise UserError(
+            f"'{path}' is damaged: copy the run anew, or give another directory (hydra.run.dir=DIR)"
+        )
     if differs := differences(wanted, known):
         raise UserError(
             f"'{folder}' holds another evaluation (it differs in: {', '.join(differs)}); "
             "give another directory (hydra.run.dir=DIR)"
         )
+    if needs_images and not keeps_images(known):
+        raise UserError(
+            f"'{folder}' keeps no adversarial images: give another directory (hydra.run.dir=DIR), "
+            "or leave adversarial=true out"
+        )
+    if finished_results(folder) is not None and manifest.without_checksums(folder):
+        notes.append(f"the evaluation was {manifest.UNCHECKED}")
+    if manifest.edited(folder):
+        notes.append(f"{CONFIG} was changed since; what was attacked, and how, is in {PLAN}")
     if "behaviour" not in known:
         notes.append(
             "this evaluation was started before logits were kept: that the model's code outside of "
@@ -247,7 +263,7 @@ def claim(folder: Path, plan: Plan) -> list[str]:
         store = Store(folder)
         finished = [name for name in (CLEAN, *known_names(known)) if len(store.records(name))]
         known["resumed"] = [*resumed, {"versions": ours, "begun_before": finished}]
-        write_json(path, known)
+        manifest.write_json(path, known)
         notes.append(f"started by other code (advbench {other}), resumed by this: see {PLAN}")
     return notes
 

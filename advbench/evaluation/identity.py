@@ -92,6 +92,12 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     return found + behaves_otherwise(ours, theirs)
 
 
+def keeps_images(plan: Mapping[str, Any]) -> bool:
+    """Whether the evaluation of a saved plan keeps its adversarial images."""
+    before = plan.get("identity", {}).get("keep_images", False)  # where earlier versions said so
+    return bool(plan.get("keep_images", before))
+
+
 def essence(stage: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a stage's outcome, as it stands in a plan."""
     return {key: value for key, value in stage.items() if key != "why"}

@@ -72,6 +72,8 @@ class Plan:
     """Logits of a few images, see ``advbench.evaluation.identity``."""
     tensors: bool = True
     """Whether the model has any; if not, its hash says little."""
+    keep_images: bool = False
+    """Whether the adversarial images are kept, beside the identity: no number depends on it."""
     notes: tuple[str, ...] = ()
     """What a person should know of the model before it is attacked; not part of plan.json."""
 
@@ -82,6 +84,7 @@ class Plan:
             "stages": [stage.to_json() for stage in self.stages],
             "behaviour": self.behaviour,
             "tensors": self.tensors,
+            "keep_images": self.keep_images,
         }
         return json.loads(json.dumps(content))  # as it stands in a file: tuples become lists there
 

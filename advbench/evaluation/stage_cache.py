@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,39 @@ from torch import Tensor
 
 from advbench.errors import UserError
 from advbench.evaluation.identity import behaves_otherwise, essence
+from advbench.evaluation.job import CLEAN
 from advbench.evaluation.protocol import Plan
-from advbench.evaluation.store import Records, Store, read_samples
-from advbench.files import read_json
-from advbench.runs.results import RESULTS, Results
+from advbench.evaluation.store import SAMPLES, Images, Records, Store, read_images, read_samples
+from advbench.runs import manifest
+from advbench.runs.manifest import PLAN, RESULTS, Damaged
+from advbench.runs.results import Results
 
 ALWAYS = ("model_sha256", "traits", "batch_size", "code", "device", "versions")
 UNDER_ATTACK = (*ALWAYS, "threat", "seed", "speed")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What another evaluation knows of a stage."""
+
+    records: Records
+    """Of some samples."""
+    seconds: float
+    """Time that it spent on them."""
+    images: Images | None = None
+    """Adversarial images of those that were broken alone; None where none were kept."""
+
+    def of(self, wanted: np.ndarray) -> Known:
+        """The part of a mask over the records."""
+        return Known(self.records.where(wanted), self.seconds * float(wanted.mean()), self.images)
+
+    def aligned(self) -> np.ndarray | None:
+        """The images of the records that were broken alone, in their order; None for none."""
+        broken = self.records.sample[self.records.alone]
+        return None if self.images is None or not len(broken) else self.images.of(broken)
+
+
+NOTHING = Known(Records.joined([]), 0.0)
 
 
 class Archive:
@@ -27,6 +54,7 @@ class Archive:
 
     A stage of theirs is used if it is the same attack with the same keyed random numbers on the
     same model and images. A library's attack draws by the batch, so its records are not used.
+    Where images are kept, a broken sample's record is used only with its image.
 
     Args:
         folder: holds the evaluations.
@@ -36,13 +64,14 @@ class Archive:
 
     def __init__(self, folder: Path, own: Path | None, plan: Plan) -> None:
         self._offers: dict[str, list[Path]] = {}
-        self._finished: dict[Path, dict[str, tuple[Records, float]]] = {}
+        self._finished: dict[Path, dict[str, Known]] = {}
+        self._keep_images = plan.keep_images
         planned = plan.to_json()
         identity = planned["identity"]
         wanted = {
             stage.name: essence(known)
             for stage, known in zip(plan.stages, planned["stages"], strict=True)
-            if stage.attack.queries and not identity["keep_images"]
+            if stage.attack.queries
         }
         for other, theirs in _plans(folder):
             if other == own or not _same(identity, theirs["identity"], ALWAYS):
@@ -62,28 +91,32 @@ class Archive:
             for name in names:
                 self._offers.setdefault(name, []).append(other)
 
-    def records(self, stage: str, pending: Tensor) -> Iterator[tuple[Records, float, Path]]:
-        """What is known of the samples ``pending``, the seconds it took, and who knows it."""
+    def known(self, stage: str, pending: Tensor) -> Iterator[tuple[Known, Path]]:
+        """What is known of the samples ``pending``, and who knows it."""
         left = pending.numpy()
         for folder in self._offers.get(stage, []):
-            records, seconds = self._read(folder, stage)
-            wanted = np.isin(records.sample, left)
+            known = self._read(folder, stage)
+            wanted = np.isin(known.records.sample, left)
+            if self._keep_images and stage != CLEAN:
+                has = np.isin(known.records.sample, known.images.ids) if known.images else False
+                wanted &= ~known.records.alone | has
             if wanted.any():
-                left = np.setdiff1d(left, records.sample)
-                yield records.where(wanted), seconds * float(wanted.mean()), folder
+                known = known.of(wanted)
+                left = np.setdiff1d(left, known.records.sample)
+                yield known, folder
 
-    def _read(self, folder: Path, stage: str) -> tuple[Records, float]:
-        """The records of a stage of an evaluation, finished or not, with the seconds they took."""
-        nothing = Records.joined([]), 0.0
+    def _read(self, folder: Path, stage: str) -> Known:
+        """What an evaluation knows of a stage, finished or not."""
         try:
-            if folder not in self._finished and (folder / "samples.parquet").exists():
-                self._finished[folder] = _finished(folder)
+            if folder not in self._finished and (folder / SAMPLES).exists():
+                self._finished[folder] = _finished(folder, self._keep_images)
             if folder in self._finished:
-                return self._finished[folder].get(stage, nothing)
+                return self._finished[folder].get(stage, NOTHING)
             store = Store(folder)  # read anew: another process may be at work there
         except (UserError, OSError, ValueError, KeyError):
-            return nothing  # damaged: nothing to reuse
-        return store.records(stage), store.seconds(stage)
+            return NOTHING  # damaged: nothing to reuse
+        images = store.images() if self._keep_images and stage != CLEAN else None
+        return Known(store.records(stage), store.seconds(stage), images)
 
 
 def _same(ours: dict[str, Any], theirs: dict[str, Any], keys: Sequence[str]) -> bool:
@@ -92,17 +125,21 @@ def _same(ours: dict[str, Any], theirs: dict[str, Any], keys: Sequence[str]) -> 
 
 
 def _plans(archive: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for path in sorted(archive.glob("*/plan.json")):
+    for path in sorted(archive.glob(f"*/{PLAN}")):
         try:
-            plan = read_json(path)
+            plan = manifest.read_json(path)
             _ = plan["identity"]["data"], [stage["name"] for stage in plan["stages"]]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (Damaged, OSError, ValueError, KeyError, TypeError):
             continue  # somebody else's, or damaged: nothing to reuse
         yield path.parent, plan
 
 
-def _finished(folder: Path) -> dict[str, tuple[Records, float]]:
-    """The records of a finished evaluation, by stage, with the seconds they took."""
+def _finished(folder: Path, with_images: bool) -> dict[str, Known]:
+    """What a finished evaluation knows, by stage."""
     results = Results.load(folder / RESULTS)
     seconds = {stage.name: stage.seconds for stage in results.stages}
-    return {name: (part, seconds.get(name, 0.0)) for name, part in read_samples(folder).items()}
+    images = read_images(folder) if with_images else None
+    return {
+        name: Known(part, seconds.get(name, 0.0), None if name == CLEAN else images)
+        for name, part in read_samples(folder).items()
+    }

@@ -8,7 +8,10 @@ do not depend on the order of work. Several processes share a journal; each has 
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,15 +20,31 @@ from zipfile import BadZipFile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from advbench.errors import UserError
+from advbench.errors import UserError, describe
 from advbench.files import write_atomic
+from advbench.runs.manifest import (
+    Damaged,
+    belongs,
+    checked,
+    plan_key,
+    read_sealed,
+    write_sealed,
+)
 
 JOURNAL = "journal"
 SAMPLES = "samples.parquet"
+IMAGES = "adversarial.safetensors"
+UNREADABLE = (
+    RuntimeError, EOFError, LookupError, TypeError, ValueError, OSError, BadZipFile,
+    SafetensorError, struct.error, zlib.error,
+)  # fmt: skip
+"""What reading a damaged file of an earlier version, which has no checksum, may raise."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,20 @@ class Records:
         return cls(**{name: column[order] for name, column in columns.items()})
 
 
+@dataclass(frozen=True)
+class Images:
+    """Adversarial images of the samples that they broke."""
+
+    ids: np.ndarray
+    """(K,) sample ids, sorted."""
+    x: np.ndarray
+    """(K, C, H, W) floats in [0, 1]."""
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """The images of samples that all have one, in their order."""
+        return self.x[np.searchsorted(self.ids, ids)]
+
+
 class Store:
     """The records of one evaluation, stage by stage; in memory if ``folder`` is None.
 
@@ -96,6 +129,9 @@ class Store:
         self._images: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._seconds: dict[str, float] = {}
         self._written = 0
+        self._key = "" if folder is None else plan_key(folder)
+        self.unchecked = False
+        """Whether a part is of an earlier version, which kept no checksums."""
         self.read_journal()
 
     def read_journal(self) -> None:
@@ -105,15 +141,17 @@ class Store:
         self._parts, self._images, self._seconds = {}, {}, {}
         for path in sorted(self._journal.glob("[0-9]*-[0-9]*.npz")):
             try:
-                with np.load(path) as part:
+                content, sealed = read_sealed(path, self._key)
+                with np.load(content) as part:
                     records = Records(**{name: part[name] for name in Records.DTYPES})
                     seconds, images = float(part["seconds"]), part.get("images")
                     self._keep(str(part["stage"]), records, seconds, images)
                 rank, number = map(int, path.stem.split("-"))
-            except (ValueError, KeyError, OSError, BadZipFile):
+            except (Damaged, *UNREADABLE):
                 raise UserError(
-                    f"'{path}' is damaged: remove it to attack its samples again"
+                    f"'{path}' is damaged or another run's: remove it to attack its samples again"
                 ) from None
+            self.unchecked |= not sealed
             if rank == self.rank:
                 self._written = max(self._written, number + 1)
 
@@ -149,7 +187,7 @@ class Store:
                     np.savez(file, stage=stage, seconds=seconds, **arrays)
 
             name = f"{self.rank:03d}-{self._written:06d}.npz"
-            write_atomic(self._journal / name, write)
+            write_sealed(self._journal / name, write, self._key)
             self._written += 1
         self._keep(stage, records, seconds, images)
 
@@ -159,9 +197,10 @@ class Store:
             return
         self._journal.mkdir(exist_ok=True)
         content = {name: part.detach().cpu().contiguous() for name, part in state.items()}
-        write_atomic(
+        write_sealed(
             self._journal / f"flight-{self.rank:03d}.safetensors",
             lambda path: save_file(content, path, metadata={"stage": stage}),
+            self._key,
         )
 
     def in_progress_states(self, stage: str) -> Iterator[dict[str, Tensor]]:
@@ -170,11 +209,14 @@ class Store:
             return
         for path in sorted(self._journal.glob("flight-*.safetensors")):
             try:
-                with safe_open(path, "pt") as file:
-                    if (file.metadata() or {}).get("stage") == stage:
-                        yield {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except SafetensorError:
-                raise UserError(f"'{path}' is damaged: remove it to restart its searches") from None
+                content = read_sealed(path, self._key)[0].getvalue()
+                state = load(content) if _metadata(content)["stage"] == stage else None
+            except (Damaged, *UNREADABLE):
+                raise UserError(
+                    f"'{path}' is damaged or another run's: remove it to restart its searches"
+                ) from None
+            if state is not None:
+                yield state
 
     def in_progress(self, stage: str) -> tuple[int, int, int]:
         """Samples of a stage that were started and have no record; their forwards and backwards."""
@@ -203,18 +245,18 @@ class Store:
         """Time spent on a stage so far, over all sittings."""
         return self._seconds.get(stage, 0.0)
 
-    def images(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Sample ids and adversarial images of all broken samples, sorted; None if not kept."""
+    def images(self) -> Images | None:
+        """The adversarial images of all samples that were broken alone; None if none were kept."""
         parts = [part for stage in self._images.values() for part in stage]
         if not parts:
             return None
         samples = np.concatenate([ids for ids, _ in parts])
         images = np.concatenate([images for _, images in parts])
         order = np.argsort(samples, kind="stable")
-        return samples[order], images[order]
+        return Images(samples[order], images[order])
 
     def finish(self, stages: list[str]) -> None:
-        """Write ``samples.parquet``: a row per stage and sample, in that order."""
+        """Write ``samples.parquet``, a row per stage and sample, in that order, and the images."""
         assert self.folder is not None
         tables = [self.records(stage) for stage in stages]
         columns: dict[str, pa.Array] = {
@@ -233,6 +275,9 @@ class Store:
             self.folder / SAMPLES,
             lambda path: pq.write_table(pa.table(columns), path, compression="zstd"),
         )
+        if (images := self.images()) is not None:
+            content = {"sample": images.ids, "x": images.x.astype(np.float32)}
+            write_atomic(self.folder / IMAGES, lambda path: save_arrays(content, path))
 
 
 def clear_journal(folder: Path) -> None:
@@ -240,9 +285,37 @@ def clear_journal(folder: Path) -> None:
     shutil.rmtree(folder / JOURNAL, ignore_errors=True)
 
 
+def read_images(folder: Path) -> Images | None:
+    """The adversarial images of a finished evaluation; None where it kept none, or broke nothing.
+
+    Raises UserError for a file that is not what the evaluation wrote, or is damaged.
+    """
+    path = folder / IMAGES
+    if not path.is_file() and not belongs(path):
+        return None
+    try:
+        content = load_arrays(checked(path))
+        ids, x = content["sample"].astype(np.int64), content["x"]
+        if x.ndim != 4 or ids.shape != x.shape[:1] or (np.diff(ids) <= 0).any():
+            raise ValueError(f"shapes {ids.shape} and {x.shape}, or samples that are not sorted")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"'{path}' is damaged: {describe(problem)}") from None
+    return Images(ids, x)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length])["__metadata__"]
+
+
 def read_samples(folder: Path) -> dict[str, Records]:
-    """The records of a finished evaluation, by stage."""
-    table = pq.read_table(folder / SAMPLES)
+    """The records of a finished evaluation, by stage.
+
+    Raises Damaged for a file that is not what the evaluation wrote; OSError and ValueError for a
+    damaged one of an evaluation without checksums.
+    """
+    table = pq.read_table(checked(folder / SAMPLES))
     stage = np.array(table["stage"].to_pylist())
     columns = {name: table[name].to_numpy() for name in Records.DTYPES}
     return {

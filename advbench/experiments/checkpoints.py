@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from advbench.errors import UserError, describe
+from advbench.runs.manifest import belongs, checked
 
 HARMLESS = ("num_batches_tracked", "n_averaged", "_extra_state", "total_ops", "total_params")
 """Last words of keys on which no output in evaluation mode depends; counters and notes."""
@@ -124,12 +125,14 @@ def _split(spec: str) -> tuple[Path, str | None]:
 
 def _read(path: Path) -> Any:
     """The content of a safetensors file or of a pickle; nothing in the file is executed."""
-    if not path.is_file():
+    if not path.is_file() and not belongs(path):
         raise UserError(f"there are no weights at '{path}'")
     try:
-        if path.suffix == ".safetensors":
+        if checked(path).suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except SafetensorError as problem:
         raise UserError(f"'{path}' is not a safetensors file: {problem}") from problem
     except Exception as problem:

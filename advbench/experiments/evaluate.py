@@ -47,15 +47,16 @@ def evaluate(
     kept = cfg if "choices" in cfg else kept_config(cfg, choices)
     limit = str(job.threat).replace(" ", "_").replace("/", "-")
     title = evaluation.protocol.title.replace("/", "-")
-    folder = Path(group.of_first(str(_folder(home, f"{evaluation.run}-{title}-{limit}", plan))))
+    name = f"{evaluation.run}-{title}-{limit}"
+    folder = Path(group.of_first(str(_folder(home, name, plan, evaluation.needs_images))))
     finished = finished_results(folder)
     if cfg.strict and (finished is None or finished.verdict.get("label") is None):
         raise UserError("strict=true needs a verdict, and no protocol computes one yet: omit it")
     with directory.occupied(folder) if group.rank == 0 else nullcontext():
         if group.rank == 0:
-            directory.keep_config(folder, kept)
+            directory.keep_config(folder, kept, training=False)
             screen.log = folder / "log.txt"
-            if finished is not None and is_home(folder, plan):
+            if finished is not None and is_home(folder, plan, evaluation.needs_images):
                 screen.line(f"finished already: {folder}")
             of = f"{len(job.samples)} samples of {evaluation.data}, {job.threat}"
             screen.line(f"evaluating {evaluation.run} on {of}")
@@ -78,14 +79,15 @@ def evaluate(
     return results
 
 
-def _folder(home: Home, name: str, plan: Plan) -> Path:
+def _folder(home: Home, name: str, plan: Plan, needs_images: bool) -> Path:
     """Where this evaluation lives: the directory that holds it already, or a new one."""
     if home.exact:
         return home.folder
     for folder in sorted(home.folder.glob(f"{glob.escape(name)}-*")):
-        if is_home(folder, plan):
+        if is_home(folder, plan, needs_images):
             return folder
-    return home.of(name, {**plan.identity, "behaviour": plan.behaviour})
+    own = {"behaviour": plan.behaviour, "keep_images": plan.keep_images}
+    return home.of(name, {**plan.identity, **own})
 
 
 def _resumed(cfg: DictConfig, home: Home) -> tuple[Home, DictConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,11 @@ from advbench.evaluation.samples import Samples, subset
 from advbench.experiments import models
 from advbench.files import code_sha256, hashes
 from advbench.runs.directory import TrainingRun
+from advbench.runs.manifest import UNCHECKED, without_checksums
 from advbench.runs.settings import flat, settings_of, without_seed
+
+SMALL = 100e6
+"""Bytes of adversarial images that an evaluation keeps without a word."""
 
 
 class Foreign(nn.Module):
@@ -163,6 +168,7 @@ def from_training_run(
         defense=defense,
         base=models.base_of(run, plugins),
         settings=settings_of(run.config, node),
+        notices=(f"{run.name} was {UNCHECKED}",) if without_checksums(run.folder) else (),
     )
 
 
@@ -234,7 +240,7 @@ def evaluation_of(
     *,
     seed: int = 0,
     n: int | None = None,
-    adversarial: bool = False,
+    adversarial: bool | None = None,
     surrogates: Mapping[str, Surrogate] | None = None,
     transfer: Sequence[TrainingRun] = (),
     plugins: tuple[str, ...] = (),
@@ -251,7 +257,7 @@ def evaluation_of(
         device: of this process.
         seed: of all random numbers.
         n: evaluate the fixed pseudo-random subset of that size; None is all.
-        adversarial: keep the adversarial images.
+        adversarial: keep the adversarial images; None: where they take less than SMALL bytes.
         surrogates: other victims; None stands for those that the defense names.
         transfer: runs whose adversarial images may break the model too.
         plugins: import prefixes that the runs' configs may use.
@@ -275,9 +281,11 @@ def evaluation_of(
     settings = dict(subject.settings)
     if transfer:
         settings["transfer"] = "+".join(sorted(without_seed(str(run.folder)) for run in transfer))
+    samples = Samples(data.split, subset(len(data.split), n), device)
+    largest = 4 * len(samples) * math.prod(data.input_shape)
     job = Job(
         model=subject.model.to(device),
-        samples=Samples(data.split, subset(len(data.split), n), device),
+        samples=samples,
         threat=threat,
         traits=subject.traits,
         surrogates=surrogates,
@@ -285,7 +293,7 @@ def evaluation_of(
         batch_size=resources.batch_size_for(data.input_shape),
         fast_model=resources.fast_model,
         deterministic=resources.deterministic,
-        keep_images=adversarial,
+        keep_images=largest < SMALL if adversarial is None else adversarial,
     )
     return Evaluation(
         name or subject.name,
@@ -295,6 +303,7 @@ def evaluation_of(
         code=subject.code,
         settings=settings,
         notices=(*subject.notices, *(data.splits.info.notes if data.splits else ())),
+        needs_images=bool(adversarial),
     )
 
 

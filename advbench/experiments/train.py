@@ -28,7 +28,8 @@ from advbench.experiments.home import Home, kept_config, resumed
 from advbench.experiments.views import TrainingView
 from advbench.files import hashes, write_atomic
 from advbench.report import curves
-from advbench.runs import directory, settings
+from advbench.runs import directory, manifest
+from advbench.runs.deciding import deciding
 from advbench.runs.fingerprint import model_sha256
 from advbench.training import tracking
 from advbench.training.summary import Summary
@@ -84,7 +85,7 @@ def train(
         kept = kept_config(cfg, choices)
         kept.backbone, kept.defense, kept.recipe = backbone_node, defense_node, recipe_node
     identity = {
-        "config": settings.deciding(config.plain(kept)),
+        "config": deciding(config.plain(kept)),
         "data": splits.fingerprints(),
         "start": model_sha256(model),
         "teachers": {name: model_sha256(teacher) for name, teacher in teachers.items()},
@@ -96,12 +97,16 @@ def train(
     first = is_first()  # Fabric is asked later
     with directory.occupied(folder) if first else nullcontext():
         if first:
-            directory.keep_config(folder, kept, settings.deciding)
-            if base is not None and not (folder / directory.BASE).exists():
+            directory.keep_config(folder, kept, training=True)
+            finished = directory.trained_to_end(folder)
+            if finished:
+                manifest.check(folder)
+            if base is not None and not finished:
                 write_atomic(folder / directory.BASE, lambda path: shutil.copyfile(base, path))
             screen.log = folder / "log.txt"
-            state = "finished already" if directory.trained_to_end(folder) else "training"
-            screen.line(f"{state}: {folder}")
+            screen.line(f"{'finished already' if finished else 'training'}: {folder}")
+            if manifest.without_checksums(folder):
+                screen.line(f"note: the run was {manifest.UNCHECKED}")
             for note in splits.info.notes:
                 screen.line(f"note: {note}")
             if kept.choices.get("threat") == OF_DIGITS and kept.choices.get("data") != "digits":

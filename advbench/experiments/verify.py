@@ -9,24 +9,23 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from advbench import config
 from advbench.config.words import word
 from advbench.devices import full_float32
 from advbench.errors import UserError, describe
-from advbench.evaluation.evaluation import IMAGES, Evaluation, finished_results, saved_plan
-from advbench.evaluation.identity import behaves_otherwise, behaviour
+from advbench.evaluation.evaluation import Evaluation, saved_plan
+from advbench.evaluation.identity import behaves_otherwise, behaviour, keeps_images
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.protocols import CleanProtocol
 from advbench.evaluation.rescoring import Scores, rescore
-from advbench.evaluation.store import SAMPLES, Records, read_samples
+from advbench.evaluation.store import IMAGES, SAMPLES, Records, read_images, read_samples
 from advbench.evaluation.witnesses import Witnesses
 from advbench.experiments.evaluate import ingredients, training_run
 from advbench.experiments.subject import candidate, evaluation_of
 from advbench.runs import directory
-from advbench.runs.results import RESULTS, Results
+from advbench.runs.manifest import RESULTS, Damaged
+from advbench.runs.results import Results
 from advbench.text import count, percent
 
 AGAIN = ("run", "model", "weights", "plugins", "data", "trainer")
@@ -91,8 +90,9 @@ def verify_run(
         )
     directory.refuse_links(folder)
     kept = config.read(folder / directory.CONFIG)
-    results, plan = finished_results(folder), saved_plan(folder)
-    if results is None:
+    path = folder / RESULTS
+    results, plan = Results.load(path) if path.is_file() else None, saved_plan(folder)
+    if results is None or results.missing:
         raise UserError(
             f"'{folder}' did not finish; go on with: {directory.going_on(folder, kept)}"
         )
@@ -101,14 +101,13 @@ def verify_run(
             f"'{folder}/plan.json' is missing or damaged: what was claimed is not known"
         )
     evaluation = _evaluation(_said_again(folder, kept, again, named), plugins)
-    identity = plan["identity"]
-    if not identity.get("keep_images", plan.get("keep_images")) and not (folder / IMAGES).exists():
+    if not keeps_images(plan) and not (folder / IMAGES).exists():
         raise UserError(f"'{folder}' kept no images: evaluate again with adversarial=true")
     problems, records, witnesses = [], {}, None
     try:
         records = read_samples(folder)
         problems += _contradictions(results, records)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (Damaged, OSError, ValueError, KeyError, TypeError) as problem:
         problems.append(f"{SAMPLES} can't be read: {describe(problem)}")
     expected = _expected(records)
     try:
@@ -190,19 +189,14 @@ def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> Evaluation:
 
 def _kept_images(folder: Path, job: Job, expected: int) -> Witnesses | None:
     """The images that an evaluation kept; None where it broke nothing."""
-    path = folder / IMAGES
-    if not path.is_file():
+    images = read_images(folder)
+    if images is None:
         if expected:
             raise UserError(f"{IMAGES} is missing, and {count(expected, 'image')} should be in it")
         return None
-    try:
-        content = load_file(path)
-        ids, x = content["sample"], content["x"]
-        if x.shape != (len(ids), *job.samples.fetch(job.samples.ids[:1]).x.shape[1:]):
-            raise ValueError(f"its images have shape {x.shape}")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{IMAGES} is damaged: {describe(problem)}") from None
-    return Witnesses(ids.astype(np.int64), x)
+    if images.x.shape[1:] != job.samples.fetch(job.samples.ids[:1]).x.shape[1:]:
+        raise UserError(f"{IMAGES} is damaged: its images have shape {images.x.shape[1:]}")
+    return Witnesses(images.ids, images.x)
 
 
 def _expected(records: Mapping[str, Records]) -> np.ndarray:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from advbench.runs.directory import CONFIG
 if TYPE_CHECKING:
     from advbench.data.base import Split
 
-ADVERSARIAL = "adversarial.safetensors"
 PICTURES = 6
 DARKER, BRIGHTER = (0, 114, 178), (194, 80, 10)
 LARGEST = 96
@@ -149,10 +147,12 @@ def gallery(entry: Entry, opened: Opened) -> Gallery | None:
 
     Raises UserError for images that are not those of the evaluation.
     """
-    path = entry.folder / ADVERSARIAL
-    if not path.is_file():
+    from advbench.evaluation.store import read_images
+
+    if (kept := read_images(entry.folder)) is None:
         return None
-    images = _read(path)
+    shown = np.nan_to_num(kept.x.transpose(0, 2, 3, 1)).clip(0, 1)
+    images = dict(zip(kept.ids.tolist(), shown, strict=True))
     found: dict[int, tuple[int, float]] = {}
     for name, stage in entry.records.items():
         if name != CLEAN:
@@ -167,7 +167,7 @@ def gallery(entry: Entry, opened: Opened) -> Gallery | None:
     for sample in chosen:
         clean = opened.image(sample)
         if clean.shape != images[sample].shape:
-            raise UserError(f"'{path}' has images of another size than the data")
+            raise UserError(f"the images of '{entry.folder}' have another size than the data")
         label, distance = found[sample]
         truth, taken = (class_name(opened.names, int(k)) for k in (labels[sample], label))
         pictures.append(Picture(sample, clean, images[sample], truth, taken, distance))
@@ -180,22 +180,6 @@ def gallery(entry: Entry, opened: Opened) -> Gallery | None:
 def class_name(names: Sequence[str], label: int) -> str:
     """The name of a class, or its number."""
     return names[label] if 0 <= label < len(names) else str(label)
-
-
-def _read(path: Path) -> dict[int, np.ndarray]:
-    """The kept images by sample, (H, W, C) in [0, 1]. Raises UserError for another file."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        content = load_file(path)
-        samples, x = content["sample"], content["x"]
-        if x.ndim != 4 or samples.shape != x.shape[:1]:
-            raise ValueError(f"shapes {samples.shape} and {x.shape}")
-    except (OSError, KeyError, ValueError, SafetensorError) as problem:
-        raise UserError(f"'{path}' is damaged: {problem}") from problem
-    images = np.nan_to_num(x.transpose(0, 2, 3, 1)).clip(0, 1)
-    return dict(zip(samples.tolist(), images, strict=True))
 
 
 def _varied(samples: Sequence[int], labels: np.ndarray) -> list[int]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from advbench.errors import UserError
-from advbench.files import read_json, read_rows
+from advbench.files import read_rows
 from advbench.report import plots
 from advbench.report.collection import Entry
 from advbench.report.evidence import Evidence
-from advbench.report.gallery import ADVERSARIAL, Gallery, Library, Opened, gallery
-from advbench.runs import directory
+from advbench.report.gallery import Gallery, Library, Opened, gallery
+from advbench.runs import directory, manifest
+from advbench.runs.manifest import checked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,7 +137,7 @@ def read(entry: Entry, library: Library) -> Dossier:
         found.notes.append(f"The data could not be opened ({problem}): no clean images to show.")
     try:
         found.evidence = Evidence.of(records, opened.labels if opened else None)
-        if opened is not None and (entry.folder / ADVERSARIAL).is_file():
+        if opened is not None:
             found.gallery = gallery(entry, opened)
     except (ValueError, IndexError, UserError) as problem:
         found.notes.append(f"Left out: {problem}.")
@@ -159,7 +160,7 @@ def _read_training(found: Dossier) -> None:
 def _best_epoch(path: Path) -> int | None:
     """Of a training, also of one whose summary an older advbench wrote; None if it is not told."""
     try:
-        best = read_json(path)["best_epoch"]
+        best = manifest.read_json(path)["best_epoch"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return best if isinstance(best, int) else None
@@ -171,7 +172,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     Raises UserError for a file without epochs or with words in it.
     """
     try:
-        rows = read_rows(path)
+        rows = read_rows(checked(path))
         columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
         if not np.isfinite(columns["epoch"]).all():
             raise ValueError("an epoch is missing")

@@ -11,10 +11,10 @@ from typing import Any
 
 from advbench import config
 from advbench.errors import UserError
-from advbench.files import read_json
 from advbench.report.collection import NAMES, SEED, UNKNOWN
 from advbench.report.conditions import text_of
 from advbench.report.leaderboard import Sheet
+from advbench.runs import directory, manifest
 from advbench.runs.directory import CONFIG, SUMMARY
 from advbench.text import printable
 
@@ -47,8 +47,9 @@ class Trained:
         from advbench.runs.settings import settings_of
 
         kept = config.read(folder / CONFIG)
+        directory.refuse_edited(folder, kept)
         try:
-            val = read_json(folder / SUMMARY)["val"]
+            val = manifest.read_json(folder / SUMMARY)["val"]
             robust, attack = val.get("robust"), val.get("attack")
             settings = settings_of(kept, kept.defense)
             return cls(folder, settings, int(val["n"]), float(val["clean"]), robust, attack)

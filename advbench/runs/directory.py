@@ -10,7 +10,7 @@ on where it was interrupted, and a finished run is not run again.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +23,14 @@ from advbench import config
 from advbench.config.words import command, word
 from advbench.errors import UserError
 from advbench.files import remove_temporary, write_text
+from advbench.runs import manifest
+from advbench.runs.deciding import deciding
+from advbench.runs.manifest import CONFIG, SUMMARY
 
 OUTPUTS = Path("outputs")
-CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 BASE = "base.safetensors"
 """In a run that put its defense on a finished undefended model: that model's weights."""
-SUMMARY = "summary.json"
-"""Exists exactly if a training run is finished; it is written last."""
-
 WITHOUT_WORK = {".lock", "log.txt", "plan.json", BASE, "epoch.pt", CONFIG}
 """Files that a run has before it has done anything."""
 
@@ -92,7 +91,7 @@ class TrainingRun:
     def base(self) -> Path | None:
         """The weights of the undefended model that it put its defense on; None if it began anew."""
         path = self.folder / BASE
-        return path if path.is_file() else None
+        return path if path.is_file() or manifest.belongs(path) else None
 
     @property
     def undefended(self) -> bool:
@@ -114,7 +113,34 @@ def find(folder: str | Path) -> TrainingRun:
         raise UserError(f"'{path}' is an evaluation; give the training run that it evaluated")
     if not trained_to_end(path):
         raise UserError(f"'{path}' did not finish; resume it with: {going_on(path, kept)}")
+    refuse_edited(path, kept)
     return TrainingRun(path, kept)
+
+
+def refuse_edited(folder: Path, kept: DictConfig) -> None:
+    """Raise UserError for a finished training whose config was changed in what decides its outcome.
+
+    Where files are may be changed. A config is compared as it is written first: what decides may be
+    told in other keys by another version.
+    """
+    if not manifest.edited(folder):
+        return
+    try:
+        trained = manifest.read_json(folder / SUMMARY)["identity"]["config"]
+    except (LookupError, TypeError):
+        return  # named by a caller in Python, not by a config
+    differs = _differing(trained, deciding(config.plain(kept)))
+    if differs:
+        raise UserError(
+            f"'{folder / CONFIG}' was changed after the training (in: {', '.join(differs)}), and "
+            "the weights are of what it was: change it back; an evaluation takes changes on the "
+            "command line"
+        )
+
+
+def _differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The keys in which two configs differ."""
+    return sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
 
 
 def refuse_links(folder: Path) -> None:
@@ -186,26 +212,26 @@ def occupied(folder: Path) -> Iterator[None]:
 def keep_config(
     folder: Path,
     cfg: DictConfig,
-    deciding: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    *,
+    training: bool,
 ) -> None:
     """Write config.yaml where there is none.
 
-    deciding: of a training: what decides its outcome, of a plain config
-    (``advbench.runs.settings.deciding``); None for an evaluation, which compares its plan instead.
+    training: whether it is one, which is known by what decides its outcome; an evaluation compares
+    its plan instead.
     Raises UserError for the directory of a training that decides otherwise, of something else, and
     of a training where an evaluation is to be kept.
     """
     path = folder / CONFIG
-    if path.exists() and deciding is None:
+    if path.exists() and not training:
         if kind_in(folder) == "train":
             raise UserError(
                 f"'{folder}' holds a training run; give hydra.run.dir=DIR with a new DIR"
             )
         return
-    if path.exists() and deciding is not None:
+    if path.exists():
         known, wanted = (deciding(config.plain(one)) for one in (config.read(path), cfg))
-        differs = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
-        if differs:
+        if differs := _differing(known, wanted):
             raise UserError(
                 f"'{folder}' holds a run with another config (it differs in: "
                 f"{', '.join(differs)}); give hydra.run.dir=DIR with a new DIR"

@@ -7,7 +7,7 @@ checks that its numbers agree with each other, so a file that contradicts itself
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, field
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import NotRequired, TypedDict
 
 from advbench.errors import UserError, reason_of
-from advbench.files import write_json
+from advbench.runs import manifest
 from advbench.runs.accuracy import (
     CLOSED,
     MOST,
@@ -40,11 +40,11 @@ from advbench.runs.accuracy import (
     Text,
     Whole,
 )
+from advbench.runs.manifest import RESULTS as RESULTS
 
 SCHEMA = "advbench.results/2"
 BEFORE = "advbench.results/1"
 """The schema of advbench 0.1, which had no ``unfinished``; still read."""
-RESULTS = "results.json"
 CLEAN = "clean"
 
 
@@ -231,16 +231,22 @@ class Results:
         rest = ("unfinished", "stages", "measures", "missing", "verdict", "provenance")
         return {key: values[key] for key in (*first, *rest)}
 
-    def save(self, path: Path) -> None:
-        """Write ``results.json`` atomically."""
-        write_json(path, self.to_json())
+    def save(self, path: Path, belonging: Iterable[str] = ()) -> None:
+        """Write ``results.json`` atomically, with its checksum.
+
+        Args:
+            path: of the file.
+            belonging: names of files beside it, whose checksums are kept in it.
+        """
+        manifest.write_json(path, self.to_json(), belonging)
 
     @classmethod
     def load(cls, path: Path) -> Results:
         """Read a ``results.json``, of the schema before too.
 
         Raises:
-            UserError: For a file of another kind, and for one that contradicts itself.
+            UserError: For a file of another kind, and for one that contradicts itself or has
+                another content than was written.
         """
         try:
             values = json.loads(
@@ -249,6 +255,7 @@ class Results:
                 parse_float=_number,
                 parse_int=_number,
             )
+            values = manifest.opened(values, path)
             if values["schema"] not in (SCHEMA, BEFORE):
                 raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
             return _reader().validate_python(_upgraded(values))

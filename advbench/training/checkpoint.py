@@ -3,37 +3,73 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from advbench.errors import UserError
 from advbench.files import canonical, remove_temporary, write_atomic
+from advbench.runs.manifest import Damaged, read_sealed, write_sealed
+
+LAST = "last.safetensors"
+"""The weights of the last epoch."""
+METRICS = "metrics.csv"
+"""A row for each epoch."""
+UNREADABLE = (
+    RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
+    AttributeError, OSError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What reading a damaged file of an earlier version, which has no checksum, may raise."""
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """The parameters and persistent buffers of a model, atomically; shared ones under each name."""
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters and persistent buffers of a model; shared ones under each name."""
     # Copies: safetensors takes neither views nor two names for one memory.
-    values = {
+    return {
         name: value.detach().cpu().contiguous().clone()
         for name, value in model.state_dict().items()
     }
+
+
+def save_weights(weights: nn.Module | dict[str, Tensor], path: Path) -> None:
+    """Write the weights of a model, or what ``weights_of`` gave of it, atomically."""
+    values = weights_of(weights) if isinstance(weights, nn.Module) else weights
     write_atomic(path, lambda temporary: save_file(values, temporary))
 
 
+def read_best(path: Path) -> dict[str, Tensor]:
+    """The weights of the best epoch, of a run that was interrupted under an earlier version.
+
+    Raises UserError for a damaged file.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as problem:
+        raise UserError(
+            f"'{path}' is damaged ({problem}): remove '{path.parent}' to train again"
+        ) from None
+
+
 def save_resume(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """state: tensors, numbers, strings, and lists and dicts of these."""
+    """Write what a training is resumed from, with its checksum.
+
+    state: tensors, numbers, strings, and lists and dicts of these.
+    """
     content = {"identity": canonical(identity), "state": dict(state)}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # of a full disk, a path would hide the system's error
             torch.save(content, file)
 
-    write_atomic(path, write)
+    write_sealed(path, write)
 
 
 def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -45,11 +81,12 @@ def load_resume(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     if not path.exists():
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(read_sealed(path)[0], map_location="cpu", weights_only=True)
         saved, state = content["identity"], content["state"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as problem:
+    except (Damaged, *UNREADABLE) as problem:
         raise UserError(
-            f"cannot read {path}, where this run would go on: remove it to start again"
+            f"'{path}', where this run would go on, is damaged or another run's: remove it to "
+            "start again"
         ) from problem
     require_identity(saved, identity, path.parent)
     return state
@@ -59,7 +96,8 @@ class Checkpoints:
     """The two files that a training is resumed from.
 
     ``epoch.pt`` is the state at the start of the epoch that runs, which a diverged epoch goes back
-    to; ``resume.pt``, where it is there, a state inside that epoch. A state has a ``position``.
+    to, with the weights of the ``best`` epoch so far; ``resume.pt``, where it is there, a state
+    inside that epoch. A state has a ``position``.
 
     Args:
         writes: whether this process does; all of them read.
@@ -82,7 +120,8 @@ class Checkpoints:
             return start
         # Killed before it was removed, the one inside is of the epoch before, or of the attempt.
         same = all(start["position"][key] == inside["position"][key] for key in ("epoch", "guards"))
-        return inside if same else start
+        best = {key: start[key] for key in ("best",) if key in start}
+        return {**inside, **best} if same else start
 
     def start(self) -> dict[str, Any]:
         """The state at the start of the epoch that runs."""

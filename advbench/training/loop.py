@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
+from torch import Tensor
 
 from advbench.attacks.threat import Threat
 from advbench.backbones.base import Classifier
@@ -39,7 +39,17 @@ from advbench.devices import full_float32, name_of
 from advbench.errors import UserError
 from advbench.progress import Progress
 from advbench.recipes.base import Recipe
-from advbench.training.checkpoint import Checkpoints, remove_progress, save_weights
+from advbench.runs import manifest
+from advbench.runs.directory import BASE, CONFIG, SUMMARY, WEIGHTS
+from advbench.training.checkpoint import (
+    LAST,
+    METRICS,
+    Checkpoints,
+    read_best,
+    remove_progress,
+    save_weights,
+    weights_of,
+)
 from advbench.training.feed import Feed
 from advbench.training.guards import (
     SLOWER,
@@ -124,12 +134,13 @@ class Fit:
         self.means = Means()
         self.position = Position()
         self.pace = Pace(fabric, settings.save_every)
+        self.best: dict[str, Tensor] = {}
         if saved is None:
-            self.checkpoints.save_start(self._state())
+            self._save_start()
             return
         self._restore(saved)
-        if not self.position.batch:
-            self._publish()
+        self.best = self._best_before(saved)
+        self._publish(everything=True)
         self.progress.note(
             f"resuming at epoch {self.position.epoch + 1} of {settings.epochs}, "
             f"step {self.position.batch + 1} of {self.steps_per_epoch}"
@@ -202,6 +213,7 @@ class Fit:
         merit = [robust, clean] if self.select_robust and robust is not None else [clean]
         if merit >= position.best:  # at first the list is empty, and less than any other
             position.best, position.best_epoch = merit, position.epoch + 1
+            self.best = weights_of(self.learner.saved_model)
         if collapse := catastrophic_overfitting(position.rows, len(self.splits.val)):
             position.guards["catastrophic_overfitting"] = collapse
         position.epoch += 1
@@ -210,7 +222,7 @@ class Fit:
         self.means = Means()
         # Until it is written, a killed run repeats the epoch; on a GPU perhaps with other bits, so
         # nothing else may be left of the first attempt.
-        self.checkpoints.save_start(self._state())
+        self._save_start()
         self.pace.saved()
         self._publish()
         self.progress.epoch(row)
@@ -239,17 +251,18 @@ class Fit:
         rows: of the best and of the last epoch.  Returns what it chose on the best, and the rows
         measured again, where it chose anything. A run that is killed in here repeats it all.
         """
-        model, folder = self.learner.saved_model.eval(), self.folder
-        chosen, last = self._choose("last.safetensors")
+        model = self.learner.saved_model.eval()
+        chosen, last = self._choose(LAST)
         if not chosen:
             return {}, rows
         best = last
         if self.position.best_epoch != self.position.epoch:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-            chosen, best = self._choose("model.safetensors")
-            model.load_state_dict(load_file(folder / "last.safetensors"))
+            final = weights_of(model)
+            model.load_state_dict(self.best)
+            chosen, best = self._choose(WEIGHTS)
+            model.load_state_dict(final)
         elif self.fabric.is_global_zero:
-            save_weights(model, folder / "model.safetensors")
+            save_weights(model, self.folder / WEIGHTS)
         values = ", ".join(f"{key}={value}" for key, value in chosen.items())
         self.progress.note(f"chosen on the validation split: {values}")
         return chosen, [best, last]
@@ -265,19 +278,34 @@ class Fit:
         row = self._validate()
         if self.fabric.is_global_zero:
             save_weights(model, self.folder / name)
-        self.fabric.barrier()  # the others read it next
         return chosen, row
 
-    def _publish(self) -> None:
-        """The files of the epoch that ended. All is in ``epoch.pt``: a killed run writes them when
-        it goes on.
+    def _publish(self, everything: bool = False) -> None:
+        """The files of the epoch that ended, or all of them. All is in ``epoch.pt``: a killed run
+        writes them when it goes on, whatever has become of them.
         """
-        if not self.fabric.is_global_zero or not self.position.rows:
+        position = self.position
+        if not self.fabric.is_global_zero or not position.rows:
             return
-        save_weights(self.learner.saved_model, self.folder / "last.safetensors")
-        if self.position.best_epoch == self.position.epoch:
-            save_weights(self.learner.saved_model, self.folder / "model.safetensors")
-        write_table(self.folder / "metrics.csv", self.position.rows)
+        if not position.batch:  # inside an epoch there are newer weights than those of its start
+            save_weights(self.learner.saved_model, self.folder / LAST)
+        if everything or position.best_epoch == position.epoch:
+            save_weights(self.best, self.folder / WEIGHTS)
+        write_table(self.folder / METRICS, position.rows)
+
+    def _save_start(self) -> None:
+        """The state at the start of an epoch, with the weights of the best epoch so far."""
+        self.checkpoints.save_start({**self._state(), "best": self.best})
+
+    def _best_before(self, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The weights of the best epoch so far; a state of an earlier version has none."""
+        position = self.position
+        if "best" in saved or not position.rows:
+            return saved.get("best", {})
+        self.progress.note(f"the interrupted run was {manifest.UNCHECKED}")
+        if position.best_epoch == position.epoch and not position.batch:
+            return weights_of(self.learner.saved_model)
+        return read_best(self.folder / WEIGHTS)
 
     def _go_back(self, why: str) -> None:
         """To the start of the epoch, wherever in it this is, so that no save or kill matters."""
@@ -290,21 +318,21 @@ class Fit:
         if again:
             self._give_up(why)
         self.position.guards["diverged"] = {"epoch": epoch, "why": why, "rate": SLOWER}
-        self.checkpoints.save_start(self._state())
+        self._save_start()
         self.fabric.barrier()  # the others may have to read it next
         self.progress.note(f"{why}: back to the start of epoch {epoch}, at {SLOWER:g} of the rate")
 
     def _give_up(self, why: str) -> NoReturn:
         weights = f"the weights of epoch {self.position.epoch} are"
         if self.fabric.is_global_zero and not self.position.rows:
-            for name in ("model.safetensors", "last.safetensors"):
+            for name in (WEIGHTS, LAST):
                 save_weights(self.learner.saved_model, self.folder / name)
         if not self.position.rows:
             weights = "the weights of the start are"
         before = self.position.guards["diverged"]["why"]
         raise UserError(
             f"the training diverged twice: {before}, and then, at {SLOWER:g} of the rate, {why}; "
-            f"{weights} kept in {self.folder / 'last.safetensors'}; try a lower optimizer.lr"
+            f"{weights} kept in {self.folder / LAST}; try a lower optimizer.lr"
         )
 
     def _tick(self) -> None:
@@ -368,7 +396,7 @@ class Fit:
             precision=self.settings.precision,
         )
         if self.fabric.is_global_zero:
-            summary.save(self.folder / "summary.json")
+            summary.save(self.folder / SUMMARY, (WEIGHTS, LAST, METRICS, BASE, CONFIG))
             remove_progress(self.folder)
         self.fabric.barrier()
         return summary

@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from advbench.files import read_rows, write_text
+from advbench.runs.manifest import checked
 from advbench.training.processes import gather
 
 Row = dict[str, float]
@@ -78,4 +79,4 @@ def read_table(path: Path) -> list[Row]:
     """The rows of a table that ``write_table`` wrote; none where there is no file."""
     if not path.exists():
         return []
-    return [{k: float(v) for k, v in row.items() if v} for row in read_rows(path)]
+    return [{k: float(v) for k, v in row.items() if v} for row in read_rows(checked(path))]

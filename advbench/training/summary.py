@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from advbench.attacks.threat import Threat
 from advbench.errors import UserError
-from advbench.files import read_json, write_json
+from advbench.runs import manifest
 
 SCHEMA = "advbench.training/1"
 
@@ -58,19 +58,20 @@ class Summary:
     schema: str = SCHEMA
     """Of the file."""
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, belonging: Iterable[str] = ()) -> None:
+        """Write summary.json atomically, with its checksum and those of files beside it."""
         values = asdict(self)
-        write_json(path, {"schema": values.pop("schema"), **values})
+        manifest.write_json(path, {"schema": values.pop("schema"), **values}, belonging)
 
     @classmethod
     def load(cls, path: Path) -> Summary:
         """Read a summary.json of a training.
 
         Raises:
-            UserError: for a file of another kind.
+            UserError: for a file of another kind or content.
         """
         try:
-            values = read_json(path)
+            values = manifest.read_json(path)
             if values["schema"] != SCHEMA:
                 raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
             return cls(**{"last": {}, "guards": {}, **values})  # the first versions had none

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Protocol
 
 from advbench.errors import UserError
 from advbench.progress import Progress
+from advbench.training.checkpoint import METRICS
 from advbench.training.metrics import Row, read_table
 from advbench.training.summary import Summary
 
-METRICS = "metrics.csv"
 PICTURE = "curves.png"
 REDRAW = 60.0
 """Seconds between two pictures of a running training."""

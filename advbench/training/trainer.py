@@ -28,6 +28,7 @@ from advbench.errors import UserError
 from advbench.files import canonical
 from advbench.progress import NullProgress, Progress
 from advbench.recipes.base import Recipe
+from advbench.runs import manifest
 from advbench.training.checkpoint import (
     remove_leftovers,
     remove_progress,
@@ -105,6 +106,7 @@ class Trainer(Settings):
         if (folder / "summary.json").exists():
             summary = Summary.load(folder / "summary.json")
             require_identity(canonical(summary.identity), identity, folder)
+            manifest.check(folder)
             remove_progress(folder)
             return summary
         products = tf32() if self.precision == "tf32" else full_float32()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import without_checksums
 
 from advbench import config
 from advbench.cli import list_runs
@@ -52,6 +53,7 @@ def copy(name: str, **changes: Any) -> None:
     """A copy of the good run with other nodes; a key with a dot goes inside."""
     shutil.rmtree(name, ignore_errors=True)
     shutil.copytree("good", name)
+    without_checksums(name)
     cfg = yaml.safe_load(Path(name, "config.yaml").read_text())
     for key, value in changes.items():
         *groups, last = key.split("__")

@@ -14,6 +14,7 @@ from advbench.config import roles
 from advbench.config.instantiate import target_of
 from advbench.config.roles import Role
 from advbench.runs import command, settings
+from advbench.runs.deciding import deciding
 
 OUTCOME = frozenset({"OUTCOME"})
 OPEN = OUTCOME | {"EVALUATION"}
@@ -102,11 +103,11 @@ def test_a_run_is_known_by_the_same_keys_as_ever() -> None:
     for group, name, node in options():
         if group == "logger" or name == "evaluation":
             continue
-        kept = settings.deciding({group: node})[group]
+        kept = deciding({group: node})[group]
         stays = {"path", "root"} if "workers" in node else set()
         assert node.keys() - kept.keys() == (around.get(group, set()) - stays) & node.keys(), name
     top = {**dict.fromkeys(roles.of(config.TrainConfig), None), "choices": {"data": "npz"}}
-    kept = settings.deciding({**top, "choices": {"data": "npz", "experiment": "mine"}})
+    kept = deciding({**top, "choices": {"data": "npz", "experiment": "mine"}})
     assert kept == {k: v for k, v in top.items() if k not in ("logger", "plugins")}
     assert "resume" in kept
 
@@ -147,9 +148,9 @@ def test_a_command_says_nothing_that_the_data_write_or_one_sitting_was_told() ->
 def test_what_runs_on_disk_name_that_is_not_here_is_known_by_its_keys() -> None:
     """A component of the user's own is not read for it: a report has no plugins."""
     node = {"_target_": "mine.Mine", "root": "a", "download": True, "size": 3}
-    assert settings.deciding({"data": node})["data"] == {"_target_": "mine.Mine", "size": 3}
+    assert deciding({"data": node})["data"] == {"_target_": "mine.Mine", "size": 3}
     streamed = {"_target_": "mine.Mine", "root": "a", "workers": 2, "crop_scale": None}
-    assert settings.deciding({"data": streamed})["data"].keys() == streamed.keys() - {"workers"}
+    assert deciding({"data": streamed})["data"].keys() == streamed.keys() - {"workers"}
 
 
 def test_another_default_keeps_the_role() -> None:

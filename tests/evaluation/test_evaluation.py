@@ -191,6 +191,7 @@ def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
     assert list(raw) == [
         "schema", "run", "settings", "data", "threat", "protocol", "clean", "robust",
         "unfinished", "stages", "measures", "missing", "verdict", "provenance",
+        "files", "checksum",
     ]  # fmt: skip
     assert raw["schema"] == "advbench.results/2"
     assert raw["data"].keys() == {"name", "split", "n", "sha256"}

@@ -151,7 +151,7 @@ class Global:
 
 def test_resume_runs_no_code(tmp_path):
     torch.save({"identity": "{}", "state": {"planted": Global()}}, tmp_path / "resume.pt")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is damaged or another run's"):
         load_resume(tmp_path / "resume.pt", {})
     assert load_resume(tmp_path / "missing.pt", {}) is None
 

@@ -198,6 +198,7 @@ def test_strict_wants_a_verdict(
     assert not Path("strictly").exists()
     assert main(asked) == 0
     kept = json.loads(Path("strictly/results.json").read_text())
+    del kept["checksum"], kept["files"]
     assert kept["verdict"]["label"] is None
     for label, status in (("reliable", 0), ("inconclusive", 0), ("unreliable", 3)):
         told = {**kept, "verdict": {"label": label, "indicators": []}}

@@ -281,9 +281,7 @@ class Fit:
         return chosen, row
 
     def _publish(self, everything: bool = False) -> None:
-        """The files of the epoch that ended, or all of them. All is in ``epoch.pt``: a killed run
-        writes them when it goes on, whatever has become of them.
-        """
+        """The files of the epoch that ended, or all: what a killed run has of them is not used."""
         position = self.position
         if not self.fabric.is_global_zero or not position.rows:
             return
@@ -303,9 +301,8 @@ class Fit:
         if "best" in saved or not position.rows:
             return saved.get("best", {})
         self.progress.note(f"the interrupted run was {manifest.UNCHECKED}")
-        if position.best_epoch == position.epoch and not position.batch:
-            return weights_of(self.learner.saved_model)
-        return read_best(self.folder / WEIGHTS)
+        last = position.best_epoch == position.epoch and not position.batch
+        return weights_of(self.learner.saved_model) if last else read_best(self.folder / WEIGHTS)
 
     def _go_back(self, why: str) -> None:
         """To the start of the epoch, wherever in it this is, so that no save or kill matters."""

@@ -22,6 +22,7 @@ from advbench.evaluation.fast_model import FastModel, Logits, copy_of_surrogate
 from advbench.evaluation.groups import NOISE_GROUP, Group, groups, no_room, seed_noise
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.joint_search import JointSearch
+from advbench.evaluation.phases import to_attack
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import Search
@@ -76,7 +77,8 @@ class Engine:
                 job.progress.note(f"note: {warning}")
             prepared: dict[str, nn.Module] = {}
             for stage in stages:
-                pending = self._pending(store, stage.name, correct)
+                wanted = torch.from_numpy(to_attack(stage, correct.numpy()))
+                pending = self._pending(store, stage.name, wanted)
                 if len(pending):
                     if self._late():
                         return False

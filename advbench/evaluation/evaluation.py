@@ -14,13 +14,21 @@ from advbench.errors import UserError
 from advbench.evaluation.checks import check_gradient, probe, probe_surrogate
 from advbench.evaluation.deadline import Deadline
 from advbench.evaluation.engine import Engine
-from advbench.evaluation.identity import behaviour, differences, has_tensors, keeps_images, versions
+from advbench.evaluation.identity import (
+    behaviour,
+    differences,
+    has_tensors,
+    keeps_images,
+    stages_of,
+    versions,
+)
 from advbench.evaluation.job import CLEAN, Job
-from advbench.evaluation.protocol import Plan, Protocol, Subject
+from advbench.evaluation.phases import Findings, Judge, extended
+from advbench.evaluation.protocol import Plan, Protocol, Stage, Subject
 from advbench.evaluation.resources import ProcessGroup
 from advbench.evaluation.stage_cache import Archive
 from advbench.evaluation.store import IMAGES, SAMPLES, Store, clear_journal
-from advbench.evaluation.summary import summarise
+from advbench.evaluation.summary import summarise, undecided
 from advbench.progress import NullProgress, Progress
 from advbench.runs import manifest
 from advbench.runs.fingerprint import model_sha256
@@ -48,6 +56,8 @@ class Evaluation:
     """What a person should know of how the model was loaded, a line each."""
     needs_images: bool = False
     """Whether an evaluation without the adversarial images would be another than the one wanted."""
+    judge: Judge | None = None
+    """Computes the indicators of the verdict, on which follow-ups may rest too."""
 
     def plan(self) -> Plan:
         """The plan. Hashes the model and the data, once.
@@ -73,6 +83,7 @@ class Evaluation:
             self.identity(),
             reasons,
             stages,
+            tuple(self.protocol.may_follow(subject)),
             behaviour(job),
             has_tensors(job.model),
             job.keep_images,
@@ -155,14 +166,11 @@ class Evaluation:
         for note in plan.notes if group.rank == 0 else ():
             job.progress.note(f"note: {note}")
         others = None if archive is None else Archive(archive, folder, plan)
-        Engine(job, others).run(plan.stages, store)
-        group.wait()
-        store.read_journal()
-        group.wait()  # no process clears the journal while another reads it
+        stages = self._run_phases(job, plan, store, group, Engine(job, others))
         results = summarise(
             job,
             plan.identity,
-            plan.stages,
+            stages,
             store,
             run=self.run,
             settings=self.settings,
@@ -170,13 +178,37 @@ class Evaluation:
         )
         if folder is not None and group.rank == 0:
             if not results.missing:
-                store.finish([CLEAN, *(stage.name for stage in plan.stages)])
+                store.finish([CLEAN, *(stage.name for stage in stages)])
             whole = () if results.missing else (SAMPLES, IMAGES, CONFIG)
             results.save(folder / RESULTS, (PLAN, *whole))
             if not results.missing:
                 clear_journal(folder)
         group.wait()
         return results
+
+    def _run_phases(
+        self, job: Job, plan: Plan, store: Store, group: ProcessGroup, engine: Engine
+    ) -> tuple[Stage, ...]:
+        """Run the plan and what follows from it. Returns the stages that ran or are missing."""
+        stages = plan.stages
+        while True:
+            engine.run(stages, store)
+            group.wait()
+            store.read_journal()
+            group.wait()  # nobody writes into the journal, or clears it, while another reads it
+            if undecided(job, stages, store):
+                return stages
+            follow_up = self.protocol.follow_up(plan, self._findings(job, stages, store))
+            if follow_up is None:
+                return stages
+            stages = extended(stages, follow_up.stages)
+            if group.rank == 0:
+                job.progress.note(follow_up.reason)
+
+    def _findings(self, job: Job, stages: tuple[Stage, ...], store: Store) -> Findings:
+        records = {name: store.records(name) for name in (CLEAN, *(s.name for s in stages))}
+        judged = () if self.judge is None else self.judge.indicators(job, stages, store)
+        return Findings(stages, records, job.seed, tuple(judged))
 
 
 def finished_results(folder: Path) -> Results | None:
@@ -269,5 +301,5 @@ def claim(folder: Path, plan: Plan, needs_images: bool = False) -> list[str]:
 
 
 def known_names(plan: Mapping[str, Any]) -> list[str]:
-    """The names of the stages of a saved plan."""
-    return [stage["name"] for stage in plan["stages"]]
+    """The names of the stages of a saved plan, with those that may follow."""
+    return [stage["name"] for stage in stages_of(plan)]

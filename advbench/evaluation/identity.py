@@ -87,7 +87,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         key for key, value in ours["identity"].items()
         if key != "versions" and known.get(key) != value
     ]  # fmt: skip
-    if list(map(essence, ours["stages"])) != list(map(essence, theirs["stages"])):
+    if list(map(essence, stages_of(ours))) != list(map(essence, stages_of(theirs))):
         found.append("stages")
     return found + behaves_otherwise(ours, theirs)
 
@@ -101,6 +101,11 @@ def keeps_images(plan: Mapping[str, Any]) -> bool:
 def essence(stage: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a stage's outcome, as it stands in a plan."""
     return {key: value for key, value in stage.items() if key != "why"}
+
+
+def stages_of(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stages of a plan, as they stand in a file, with those that may follow."""
+    return [*plan["stages"], *plan.get("follow_ups", ())]
 
 
 def behaves_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -6,103 +6,17 @@ each sees only samples that are still correct.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from advbench.attacks.base import Attack
-from advbench.attacks.threat import Threat
-from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError, did_you_mean
+from advbench.evaluation.phases import Findings, FollowUp
+from advbench.evaluation.plan import Plan, Stage, Subject
 
 RESERVED = {"clean", "model"}
 """What the images as they are, and the real model, are called among stages and targets."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """An attack on a victim model. The result is always scored on the real model."""
-
-    name: str
-    """Unique in the plan; the key of its records and of its random numbers."""
-    attack: Attack
-    """What searches."""
-    why: str
-    """One line on what the stage adds."""
-    victim: str = "model"
-    """The attacked network: ``model``, or the name of a surrogate."""
-    eot_samples: int = 1
-    """Evaluations of a stochastic victim of which each query takes the mean (EOT)."""
-    eps: float | None = None
-    """A radius of the stage's own, at most the threat's."""
-    only_if: str | None = None
-    """An earlier stage: a group of a stochastic model's samples is left out unless that stage
-    broke one of them."""
-
-    @property
-    def follows_model(self) -> bool:
-        """Whether it needs the gradient of the real model."""
-        return self.victim == "model" and self.attack.gradient
-
-    def to_json(self) -> dict[str, Any]:
-        attack = {"type": type(self.attack).__name__, **asdict(self.attack)}
-        own = {"draws": self.eot_samples, "eps": self.eps, "only_if": self.only_if}
-        return {
-            "name": self.name,
-            "target": self.victim,
-            "why": self.why,
-            "attack": attack,
-            **{key: value for key, value in own.items() if value not in (1, None)},
-        }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an evaluation will do, and what makes it this one: what plan.json holds."""
-
-    identity: Mapping[str, Any]
-    """What must be equal for two evaluations to be the same one."""
-    reasons: tuple[str, ...]
-    """What the stages follow from, in words."""
-    stages: tuple[Stage, ...]
-    """In order of running."""
-    behaviour: Mapping[str, Any] = field(default_factory=dict)
-    """Logits of a few images, see ``advbench.evaluation.identity``."""
-    tensors: bool = True
-    """Whether the model has any; if not, its hash says little."""
-    keep_images: bool = False
-    """Whether the adversarial images are kept, beside the identity: no number depends on it."""
-    notes: tuple[str, ...] = ()
-    """What a person should know of the model before it is attacked; not part of plan.json."""
-
-    def to_json(self) -> dict[str, Any]:
-        content = {
-            "identity": self.identity,
-            "reasons": self.reasons,
-            "stages": [stage.to_json() for stage in self.stages],
-            "behaviour": self.behaviour,
-            "tensors": self.tensors,
-            "keep_images": self.keep_images,
-        }
-        return json.loads(json.dumps(content))  # as it stands in a file: tuples become lists there
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a plan is made from, and nothing else."""
-
-    traits: Traits
-    """What an attacker must know of the model."""
-    num_classes: int
-    """Of the model."""
-    threat: Threat
-    """What the attacks may change."""
-    seed: int = 0
-    """Of the attacks of other libraries."""
-    surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
-    """Other victims, by name."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +36,21 @@ class Protocol(ABC):
     @abstractmethod
     def stages(self, subject: Subject) -> list[Stage]:
         """The stages, in order of running."""
+
+    def may_follow(self, subject: Subject) -> list[Stage]:
+        """The stages from which ``follow_up`` chooses; none by default."""
+        return []
+
+    def follow_up(self, plan: Plan, findings: Findings) -> FollowUp | None:
+        """What is to run after ``findings.stages``; None for nothing.
+
+        A pure function: an evaluation that is resumed asks again and gets the same answer.
+
+        Args:
+            plan: of this protocol; the stages to choose from are its ``follow_ups``.
+            findings: of the plan's stages and of the follow-ups before.
+        """
+        return None
 
     def reasons(self, subject: Subject, stages: Sequence[Stage]) -> list[str]:
         """What follows from the traits, in words, and what these stages of the plan leave out."""
@@ -156,7 +85,12 @@ class Protocol(ABC):
 
         Raises UserError where the protocol would not measure what it says.
         """
-        stages = tuple(self.stages(subject))
+        planned = tuple(self.stages(subject))
+        self._check_all((*planned, *self.may_follow(subject)), subject)
+        return planned
+
+    def _check_all(self, stages: Sequence[Stage], subject: Subject) -> None:
+        """Check the stages that run, or may run. Raises UserError."""
         names = [stage.name for stage in stages]
         for what, given in (("stage", names), ("surrogate", subject.surrogates)):
             if taken := RESERVED & set(given):
@@ -178,7 +112,6 @@ class Protocol(ABC):
                     f"protocol={self.title} attacks image by image ({stage.name}) and the model is "
                     "batch-dependent: use protocol=msa, which attacks its fixed batches as a whole"
                 )
-        return stages
 
     def _check(self, stage: Stage, earlier: list[str], subject: Subject) -> None:
         """Whether a stage's own settings make sense."""

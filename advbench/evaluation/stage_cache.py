@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from advbench.errors import UserError
-from advbench.evaluation.identity import behaves_otherwise, essence
+from advbench.evaluation.identity import behaves_otherwise, essence, stages_of
 from advbench.evaluation.job import CLEAN
 from advbench.evaluation.protocol import Plan
 from advbench.evaluation.store import SAMPLES, Images, Records, Store, read_images, read_samples
@@ -70,7 +70,9 @@ class Archive:
         identity = planned["identity"]
         wanted = {
             stage.name: essence(known)
-            for stage, known in zip(plan.stages, planned["stages"], strict=True)
+            for stage, known in zip(
+                (*plan.stages, *plan.follow_ups), stages_of(planned), strict=True
+            )
             if stage.attack.queries
         }
         for other, theirs in _plans(folder):
@@ -80,7 +82,7 @@ class Archive:
                 continue
             names = ["clean"]
             if _same(identity, theirs["identity"], UNDER_ATTACK):
-                offered = {stage["name"]: essence(stage) for stage in theirs["stages"]}
+                offered = {stage["name"]: essence(stage) for stage in stages_of(theirs)}
                 known = theirs["identity"].get("surrogates", {})
                 names += [
                     name

@@ -11,6 +11,7 @@ import numpy as np
 from advbench.defenses.base import Traits
 from advbench.devices import name_of
 from advbench.evaluation.job import CLEAN, Job
+from advbench.evaluation.phases import to_attack
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.store import Records, Store
 from advbench.runs import provenance
@@ -46,11 +47,11 @@ def summarise(
     rows, names = [], [stage.name for stage in stages]
     missing = [CLEAN] if unseen else []
     left = owed = clean.sample[~clean.broken]
-    undecided = np.empty(0, np.int64)
+    waiting = np.empty(0, np.int64)
     for stage in stages:
         records = store.records(stage.name)
-        pending = np.setdiff1d(owed, records.sample)
-        undecided = np.union1d(undecided, pending)
+        pending = np.setdiff1d(to_attack(stage, owed), records.sample)
+        waiting = np.union1d(waiting, pending)
         if len(pending) or unseen:
             missing.append(stage.name)
         begun, forwards, backwards = store.in_progress(stage.name) if len(pending) else (0, 0, 0)
@@ -82,7 +83,7 @@ def summarise(
         unfinished = Unfinished(0, len(job.samples))
     elif missing:
         of = int((~clean.broken).sum())
-        unfinished = Unfinished(of - len(undecided), of)
+        unfinished = Unfinished(of - len(waiting), of)
     origin: Any = {
         **provenance.code(),
         "device": name_of(device),
@@ -106,6 +107,18 @@ def summarise(
         unfinished=unfinished,
         provenance=origin,
     )
+
+
+def undecided(job: Job, stages: Sequence[Stage], store: Store) -> bool:
+    """Whether a sample has yet to be attacked by one of these stages, or to be classified."""
+    clean = store.records(CLEAN)
+    owed = clean.sample[~clean.broken]
+    for stage in stages:
+        records = store.records(stage.name)
+        if not np.isin(to_attack(stage, owed), records.sample).all():
+            return True
+        owed = np.setdiff1d(owed, records.sample[records.alone])
+    return len(clean) < len(job.samples)
 
 
 def measures(

@@ -1,0 +1,99 @@
+"""Phases: an evaluation runs its plan, and then what its findings call for.
+
+In pseudo-code:
+
+    stages = plan.stages
+    repeat:
+        run the stages over the samples that have no record of them; all processes meet
+        follow_up = protocol.follow_up(plan, findings)
+        if follow_up is None: stop
+        stages = extended(stages, follow_up.stages)
+
+A follow-up is a pure function of the plan and of what the store holds, so every process computes
+the same one, and so does an evaluation that is resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from advbench.attacks.random import KeyedRandom
+from advbench.evaluation.job import CLEAN, Job
+from advbench.evaluation.plan import Stage
+from advbench.evaluation.store import Records, Store
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """What is to run next."""
+
+    stages: tuple[Stage, ...]
+    """Stages of ``Plan.follow_ups``. One that ran already on some samples (``Stage.only``) may
+    come again with more of them, or with all: it then attacks the rest."""
+    reason: str
+    """Why, in one line."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation has found so far, from which a follow-up is decided."""
+
+    stages: tuple[Stage, ...]
+    """Stages that ran, each on all samples that it was to attack."""
+    records: Mapping[str, Records]
+    """By the name of the stage, and ``clean``."""
+    seed: int = 0
+    """Of the evaluation."""
+    indicators: tuple[Mapping[str, Any], ...] = ()
+    """Of the verdict, as they stand in ``results.json``; empty without a judge."""
+
+    def survivors(self, stages: Sequence[Stage]) -> np.ndarray:
+        """Ids of the samples that are correct after these stages, sorted."""
+        clean = self.records[CLEAN]
+        left = clean.sample[~clean.alone]
+        for stage in stages:
+            records = self.records[stage.name]
+            left = np.setdiff1d(left, records.sample[records.alone])
+        return left
+
+
+class Judge(Protocol):
+    """What computes the indicators of a verdict."""
+
+    def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[dict[str, Any]]:
+        """The indicators, as they stand in ``results.json``.
+
+        Args:
+            job: what was attacked.
+            stages: that ran.
+            store: what they found, of all processes.
+        """
+        ...
+
+
+def keyed_sample(ids: np.ndarray, size: int, seed: int) -> tuple[int, ...]:
+    """The first ``size`` of the ids, in an order that seed and id alone decide; sorted.
+
+    A smaller sample is part of a larger one. Every subset of that size is as likely as another.
+    """
+    keys = torch.from_numpy(np.sort(ids))
+    random = KeyedRandom(seed, "sample", keys, torch.zeros_like(keys))
+    words = random.words(keys, 2).numpy()
+    order = np.lexsort((words[:, 1], words[:, 0]))
+    return tuple(np.sort(keys.numpy()[order[:size]]).tolist())
+
+
+def extended(stages: Sequence[Stage], more: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages with more of them; one of the same name takes the other's place."""
+    found = {stage.name: stage for stage in (*stages, *more)}
+    return tuple(found.values())
+
+
+def to_attack(stage: Stage, correct: np.ndarray) -> np.ndarray:
+    """The samples that a stage attacks, of those that are still correct before it, sorted."""
+    return correct if stage.only is None else correct[np.isin(correct, stage.only)]

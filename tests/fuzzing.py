@@ -181,23 +181,16 @@ def answer(arguments: list[str]) -> tuple[str, str]:
     return ("refused" if one else f"exit {status} with {len(lines)} lines"), said
 
 
-@contextlib.contextmanager
-def playground(folder: Path) -> Iterator[None]:
-    """A directory with data and a finished run, to which the overrides refer."""
+def playground() -> None:
+    """Fill the current directory with data and a finished run, to which the overrides refer."""
     import numpy as np
 
-    before = Path.cwd()
-    os.chdir(folder)
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
     labels = np.arange(64) % 10
     np.savez("tiny.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     small = ["trainer.epochs=1", "recipe.steps=1", "trainer.val_steps=1", "-q"]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert main(["train", "hydra.run.dir=good", *small]) == 0
-        yield
-    finally:
-        os.chdir(before)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["train", "hydra.run.dir=good", *small]) == 0
 
 
 def run(verb: str, count: int, seed: int) -> tuple[Counter[str], list[tuple[list[str], str, str]]]:
@@ -221,8 +214,11 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, playground(Path(folder)):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        playground()
         counts, faults = run(given.verb, given.count, given.seed)
+        os.chdir("/")
     for arguments, came, said in faults:
         print(arguments, came, said[-600:], sep="\n  ")
     print(f"{given.verb}, seed {given.seed}: {dict(counts)} in {time.monotonic() - began:.0f} s")

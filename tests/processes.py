@@ -22,7 +22,7 @@ from typing import Any
 PRELOADED = [
     "advbench.cli.hydra_app", "advbench.cli.multirun", "advbench.data.sources",
     "advbench.experiments.evaluate", "advbench.experiments.train", "advbench.report.plots",
-    "matplotlib.pyplot", "sklearn.datasets", "torch._dynamo", "torchattacks",
+    "matplotlib.pyplot", "torch._dynamo", "torchattacks",
 ]  # fmt: skip
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
@@ -116,10 +116,11 @@ def stamps(folder: Path, pattern: str = "*") -> dict[Path, int]:
 
 
 def main_of(words: list[str]) -> int:
-    """The command line, as work of a process."""
+    """The command line, as work of a process; processes that it starts repeat its command."""
+    import advbench
     from advbench.cli.main import main
 
-    sys.argv = ["advbench", *words]
+    sys.argv = [str(Path(advbench.__file__).with_name("__main__.py")), *words]
     return main(words)
 
 

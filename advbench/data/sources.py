@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import ClassVar
 
-from sklearn.datasets import load_digits
+import numpy as np
 
 from advbench.config.roles import Role
 from advbench.data import torchvision_sets as published
@@ -81,11 +83,23 @@ class DigitsSource(Source):
         return published.DIGIT_CLASSES
 
     def open(self, part: Part) -> Split:
-        pixels, labels = load_digits(return_X_y=True)
-        images = pixels.reshape(-1, 8, 8) / 16
+        table = _digits_table()
+        images, labels = table[:, :-1].reshape(-1, 8, 8) / 16, table[:, -1].astype(np.int64)
         whole = array_split(images, labels, "x of digits", "y of digits", 10)
         train, test = hold_out(whole.labels, 360, seed=0)
         return whole.subset(train if part == "train" else test)
+
+
+def _digits_table() -> np.ndarray:
+    """(1797, 65): a row of 64 pixel values 0..16, then the class, per image.
+
+    It is the file that ``sklearn.datasets.load_digits`` reads. scikit-learn itself is not imported:
+    its import takes longer than everything else that a short training on the digits does.
+    """
+    package = find_spec("sklearn")
+    assert package is not None and package.origin is not None, "scikit-learn is a dependency"
+    file = Path(package.origin).parent / "datasets/data/digits.csv.gz"
+    return np.loadtxt(file, delimiter=",")
 
 
 class digits(DataSet):

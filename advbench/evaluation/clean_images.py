@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import torch
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Tensor
 
 from advbench.attacks.referee import Referee
@@ -44,7 +44,7 @@ def no_better_than_chance(clean: Records, job: Job) -> str | None:
     counts = np.bincount(labels[torch.from_numpy(clean.sample)].numpy())
     classes = int(labels.max()) + 1
     chance = max(1 / classes, counts.max(initial=0) / max(n, 1))
-    lucky = float(binom.sf(correct - 1, n, chance))  # as many by guessing
+    lucky = float(bdtrc(correct - 1, n, chance))  # as many by guessing
     if n == 0 or (correct > chance * n and (lucky < 0.05 or n < FEW)):
         return None
     return (

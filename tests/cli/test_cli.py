@@ -220,8 +220,7 @@ def test_a_sweep_goes_on_after_a_mistake(place: Path, capsys: pytest.CaptureFixt
 def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
     """Training and evaluation, killed twice each, end as the uninterrupted ones do."""
     training = ["train", "trainer.epochs=3", "recipe.steps=2", "trainer.save_every=0"]
-    attack = ["eval", "protocol=pgd", "protocol.steps=100", "protocol.restarts=2",
-              "trainer.batch_size=40"]  # fmt: skip
+    attack = ["eval", "protocol=pgd", "protocol.steps=100", "n=160", "trainer.batch_size=40"]
     ends = []
     for name, kills in (("whole", 0), ("cut", 2)):
         folder = tmp_path / name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fuzzing
@@ -11,10 +11,9 @@ import pytest
 COUNT = 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with fuzzing.playground(tmp_path_factory.mktemp("fuzz")):
-        yield
+@pytest.fixture(autouse=True)
+def place(start_in: Callable[[str, Callable[[], None]], Path]) -> Path:
+    return start_in("fuzz", fuzzing.playground)
 
 
 @pytest.mark.parametrize("verb", ["train", "eval"])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,15 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory with a finished run and its evaluation, and one with two of three epochs."""
-    folder = tmp_path_factory.mktemp("hostile")
-    before = Path.cwd()
-    os.chdir(folder)
-    assert main([*TRAIN, "hydra.run.dir=good"]) == 0
-    assert main([*EVAL, "run=good", "hydra.run.dir=result"]) == 0
-    yield folder
-    os.chdir(before)
+@pytest.fixture
+def place(start_in: Callable[[str, Callable[[], None]], Path]) -> Path:
+    """A directory with a finished run and its evaluation."""
+
+    def make() -> None:
+        assert main([*TRAIN, "hydra.run.dir=good"]) == 0
+        assert main([*EVAL, "run=good", "hydra.run.dir=result"]) == 0
+
+    return start_in("hostile", make)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +49,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def copy(name: str, **changes: Any) -> None:
     """A copy of the good run with other nodes; a key with a dot goes inside."""
-    shutil.rmtree(name, ignore_errors=True)
     shutil.copytree("good", name)
     without_checksums(name)
     cfg = yaml.safe_load(Path(name, "config.yaml").read_text())
@@ -142,7 +139,6 @@ def test_an_odd_text(
 
 def test_an_odd_state_of_a_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = "hydra.run.dir=cut"
-    shutil.rmtree("cut", ignore_errors=True)
     assert main([*TRAIN, where]) == 0
     Path("cut/summary.json").unlink()
     identity = {"identity": json.dumps(1)}
@@ -175,8 +171,6 @@ def test_one_bad_run_does_not_hide_the_others(
     assert states["good"] == states["result"] == "finished"
     assert main(["report", "."]) == 0
     assert main(["report", "result", "deep", "--html", str(tmp_path / "page.html")]) == 0
-    for name in ("csv", "json", "bytes", "deep"):
-        shutil.rmtree(name)
 
 
 def test_arrays_that_lie(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

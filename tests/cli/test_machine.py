@@ -9,7 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,16 +45,15 @@ def one_line(text: str) -> str:
     return text
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def whole(start_in: Callable[[str, Callable[[], None]], Path]) -> Path:
     """A directory with a training and its evaluation that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    before = Path.cwd()
-    os.chdir(folder)
-    assert main([*TRAIN, "hydra.run.dir=run"]) == 0
-    assert main([*EVAL, "run=run", "hydra.run.dir=result"]) == 0
-    yield folder
-    os.chdir(before)
+
+    def make() -> None:
+        assert main([*TRAIN, "hydra.run.dir=run"]) == 0
+        assert main([*EVAL, "run=run", "hydra.run.dir=result"]) == 0
+
+    return start_in("machine", make)
 
 
 @pytest.mark.parametrize("most", [0, 3_000, 20_000, 60_000])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from commands import CPU, FAST, OWN, arrays, complain, save
 from filelock import FileLock
+from processes import Process, main_of
 from torch import nn
 
 from advbench.cli.main import main
@@ -275,11 +274,12 @@ def test_several_processes_say_a_mistake_once(place: Path) -> None:
     folder = Path("busy")
     folder.mkdir()
     words = ["run=good", "protocol=fgsm", "hydra.run.dir=busy", *CPU, "trainer.devices=2"]
-    command = [sys.executable, "-m", "advbench", "eval", *words]
     with FileLock(folder / ".lock"):
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if line.startswith(("advbench", "Trace"))]
+        process = Process(main_of, ["eval", *words], folder=place)
+        assert process.wait() == 2
+    lines = process.output.splitlines()
+    said = [line for line in lines if line.startswith(("advbench", "Trace"))]
     assert said == ["advbench: another process is at work in 'busy'"]
-    done = subprocess.run([*command, "n=99999"], capture_output=True, text=True)
-    assert done.stderr.count("n=99999 but the split has 360 samples") == 1
+    process = Process(main_of, ["eval", *words, "n=99999"], folder=place)
+    assert process.wait() == 2
+    assert process.output.count("n=99999 but the split has 360 samples") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,17 @@ from made_up_searches import evaluation
 from advbench.evaluation import search
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def whole(once: Callable[[str, Callable[[], None]], Path]) -> Path:
     """An evaluation that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    case = evaluation()
-    results = case.execute(folder, case.plan())
-    broken = [stage.broken for stage in results.stages]
-    assert broken[0] > 3 and sum(broken[1:]) > 0 and results.robust.acc > 0.1, broken
-    return folder
+
+    def make() -> None:
+        case = evaluation()
+        results = case.execute(Path("."), case.plan())
+        broken = [stage.broken for stage in results.stages]
+        assert broken[0] > 3 and sum(broken[1:]) > 0 and results.robust.acc > 0.1, broken
+
+    return once("evaluation", make)
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 # What a training imports, once for all children.
-import sklearn.datasets, torch._dynamo, advbench.defenses.hpm, advbench.recipes.awp
+import torch._dynamo, advbench.defenses.hpm, advbench.recipes.awp
 import advbench.experiments, advbench.data.sources
 from advbench.cli.main import main
 from small import position

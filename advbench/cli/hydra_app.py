@@ -51,8 +51,10 @@ def run(subcommand: str, rest: list[str]) -> int:
 
 
 def _check_options(subcommand: str, words: list[str]) -> None:
-    """Raise UserError for what Hydra's own parser would answer with its usage."""
+    """Raise UserError for what Hydra answers with its usage, or with an error of Python's."""
     from hydra._internal.utils import get_args_parser
+
+    from advbench.config import GROUPS
 
     def refuse(message: str) -> Any:
         raise UserError(f"{message} (advbench {subcommand} --help)")
@@ -62,6 +64,10 @@ def _check_options(subcommand: str, words: list[str]) -> None:
     given = parser.parse_args(words)
     if given.multirun and given.cfg:
         raise UserError("--cfg shows the config of one run: leave out -m, with one value per key")
+    for word in given.overrides:
+        group, _, value = word.partition("=")
+        if group in GROUPS and value.startswith("["):
+            raise UserError(f"{word}: a list is not an option; choose one with {group}=NAME")
 
 
 def _existing(subcommand: str, rest: list[str]) -> set[Path]:

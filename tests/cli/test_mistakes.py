@@ -153,6 +153,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "logger of none": (["train", "logger.mode=offline"], "choose logger=NAME first"),
     "null": (["train", "data=null"], "that is not an option: give GROUP=NAME"),
+    "list of options": (["eval", "run=good", "threat=[1]"], "choose one with threat=NAME"),
     "added key": (["train", "+epoch=3"], "no key 'epoch'"),
     "config of a sweep": (["train", "-m", "seed=1,2", "--cfg", "job"], "leave out -m"),
     "no option": (["train", "--hepl"], "unrecognized arguments: --hepl (advbench train --help)"),
@@ -185,7 +186,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 def test_every_mistake_is_tried() -> None:
-    assert len(MISTAKES) == 110
+    assert len(MISTAKES) == 111
 
 
 @pytest.mark.parametrize("name", list(MISTAKES))

@@ -14,6 +14,7 @@ LAYERS = [
     ["api"],
     ["experiments"],
     ["report"],
+    ["verdict"],
     ["evaluation", "training"],
     ["recipes"],
     ["defenses"],

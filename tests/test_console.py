@@ -70,13 +70,14 @@ RESULTS = Results(
     measures={"wra": 0.6},
     provenance={"seconds": 130.0},
 )
+SIGN = {"class": "proof", "kind": "gradient", "question": "gradient"}
 JUDGED = replace(
     RESULTS,
     verdict={
         "label": "unreliable",
         "indicators": [
-            {"id": "flat", "triggered": True, "why": "the gradient vanishes"},
-            {"id": "calm", "triggered": False, "why": "never said"},
+            {**SIGN, "id": "flat", "triggered": True, "why": "the gradient vanishes"},
+            {**SIGN, "id": "calm", "triggered": False, "why": "never said"},
         ],
     },
 )

@@ -111,11 +111,11 @@ def _job(subcommand: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int,
 
 
 def _strictly(label: str | None) -> int:
-    """The exit code by the verdict: 3 if it is unreliable."""
+    """The exit code by the verdict: 3 if it is unreliable, 4 unless it is reliable."""
     from advbench.devices import is_first
 
     # One process speaks for the run; Fabric takes an exit code for a crash.
-    return 3 if label == "unreliable" and is_first() else 0
+    return {"reliable": 0, "unreliable": 3}.get(label or "", 4) if is_first() else 0
 
 
 def _check_overrides(subcommand: str, cfg: Any, hydra_cfg: Any) -> None:

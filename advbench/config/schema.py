@@ -23,6 +23,7 @@ GROUPS = {
     ),
     "trainer": ("advbench.training.trainer.", "advbench.evaluation.resources."),
     "logger": "advbench.training.loggers.",
+    "verdict": "advbench.verdict.judge.",
 }
 """Where each group's components are defined."""
 
@@ -78,7 +79,7 @@ class EvalConfig:
     adversarial: bool | None = None
     """Keep the adversarial images; null does where they take less than 100 MB."""
     strict: bool = field(default=False, metadata={"role": Role.SITTING})
-    """Exit with code 3 if the verdict is unreliable."""
+    """Exit with code 3 if the verdict is unreliable, 4 if it is inconclusive or there is none."""
     budget: str | None = field(default=None, metadata={"role": Role.SITTING})
     """Stop after that time, such as 10min; repeat the command to resume."""
     resume: str | None = field(default=None, metadata={"role": Role.SITTING})
@@ -102,6 +103,8 @@ class EvalConfig:
     """The norm and the budget of the attacks; those of the run if nothing is given."""
     protocol: Any = None
     """The attacks."""
+    verdict: Any = None
+    """Whether the number can be trusted: which indicators are computed."""
     trainer: Any = field(default=None, metadata={"home": "advbench.evaluation."})
     """The devices, and how the model runs on them."""
 

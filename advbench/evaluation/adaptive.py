@@ -11,7 +11,7 @@ from advbench.attacks.base import Attack
 from advbench.attacks.square import Square
 from advbench.defenses.base import Surrogate
 from advbench.errors import UserError
-from advbench.evaluation.protocol import Protocol, Stage, Subject
+from advbench.evaluation.protocol import Effort, Protocol, Stage, Subject
 from advbench.evaluation.protocols import WHY, autoattack, why
 
 Surrogates = Mapping[str, Surrogate]
@@ -33,6 +33,7 @@ class MSAProtocol(Protocol):
     """
 
     name: ClassVar[str] = "msa"
+    effort: ClassVar[Effort] = "cheap"
     surrogates: ClassVar[bool] = True
     draws: int = 20
     square: int = 5000
@@ -125,6 +126,7 @@ class AdaptiveProtocol(MSAProtocol):
     """
 
     name: ClassVar[str] = "adaptive"
+    effort: ClassVar[Effort] = "all"
     steps: int = 200
     restarts: int = 3
 

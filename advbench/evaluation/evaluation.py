@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -32,6 +33,7 @@ from advbench.evaluation.summary import summarise, undecided
 from advbench.progress import NullProgress, Progress
 from advbench.runs import manifest
 from advbench.runs.fingerprint import model_sha256
+from advbench.runs.judgement import Indicator
 from advbench.runs.manifest import CONFIG, PLAN
 from advbench.runs.results import RESULTS, Results
 
@@ -57,7 +59,7 @@ class Evaluation:
     needs_images: bool = False
     """Whether an evaluation without the adversarial images would be another than the one wanted."""
     judge: Judge | None = None
-    """Computes the indicators of the verdict, on which follow-ups may rest too."""
+    """Computes the verdict, on which follow-ups may rest too; None for none."""
 
     def plan(self) -> Plan:
         """The plan. Hashes the model and the data, once.
@@ -166,7 +168,7 @@ class Evaluation:
         for note in plan.notes if group.rank == 0 else ():
             job.progress.note(f"note: {note}")
         others = None if archive is None else Archive(archive, folder, plan)
-        stages = self._run_phases(job, plan, store, group, Engine(job, others))
+        stages, indicators = self._run_phases(job, plan, store, group, Engine(job, others))
         results = summarise(
             job,
             plan.identity,
@@ -176,6 +178,8 @@ class Evaluation:
             settings=self.settings,
             started=started,
         )
+        if self.judge is not None and results.attacked and not results.missing:
+            results = replace(results, verdict=self.judge.verdict(indicators))
         if folder is not None and group.rank == 0:
             if not results.missing:
                 store.finish([CLEAN, *(stage.name for stage in stages)])
@@ -188,8 +192,13 @@ class Evaluation:
 
     def _run_phases(
         self, job: Job, plan: Plan, store: Store, group: ProcessGroup, engine: Engine
-    ) -> tuple[Stage, ...]:
-        """Run the plan and what follows from it. Returns the stages that ran or are missing."""
+    ) -> tuple[tuple[Stage, ...], tuple[Indicator, ...]]:
+        """Run the plan and what follows from it.
+
+        Returns:
+            The stages that ran or are missing, and the indicators of the verdict on them, none
+            while stages are missing.
+        """
         stages = plan.stages
         while True:
             engine.run(stages, store)
@@ -197,18 +206,25 @@ class Evaluation:
             store.read_journal()
             group.wait()  # nobody writes into the journal, or clears it, while another reads it
             if undecided(job, stages, store):
-                return stages
-            follow_up = self.protocol.follow_up(plan, self._findings(job, stages, store))
+                return stages, ()
+            findings = self._findings(job, stages, store, group)
+            follow_up = self.protocol.follow_up(plan, findings)
             if follow_up is None:
-                return stages
+                return stages, findings.indicators
             stages = extended(stages, follow_up.stages)
             if group.rank == 0:
                 job.progress.note(follow_up.reason)
 
-    def _findings(self, job: Job, stages: tuple[Stage, ...], store: Store) -> Findings:
+    def _findings(
+        self, job: Job, stages: tuple[Stage, ...], store: Store, group: ProcessGroup
+    ) -> Findings:
+        """What was found; the first process computes the indicators for all."""
         records = {name: store.records(name) for name in (CLEAN, *(s.name for s in stages))}
-        judged = () if self.judge is None else self.judge.indicators(job, stages, store)
-        return Findings(stages, records, job.seed, tuple(judged))
+        indicators: list[Indicator] = []
+        if self.judge is not None and stages:
+            own = self.judge.indicators(job, stages, store) if group.rank == 0 else []
+            indicators = json.loads(group.of_first(json.dumps(own)))
+        return Findings(stages, records, job.seed, tuple(indicators))
 
 
 def finished_results(folder: Path) -> Results | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from advbench.attacks.random import KeyedRandom
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.plan import Stage
 from advbench.evaluation.store import Records, Store
+from advbench.runs.judgement import Indicator, Verdict
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Findings:
     """By the name of the stage, and ``clean``."""
     seed: int = 0
     """Of the evaluation."""
-    indicators: tuple[Mapping[str, Any], ...] = ()
-    """Of the verdict, as they stand in ``results.json``; empty without a judge."""
+    indicators: tuple[Indicator, ...] = ()
+    """Of the verdict; empty without a judge."""
 
     def survivors(self, stages: Sequence[Stage]) -> np.ndarray:
         """Ids of the samples that are correct after these stages, sorted."""
@@ -63,16 +64,22 @@ class Findings:
 
 
 class Judge(Protocol):
-    """What computes the indicators of a verdict."""
+    """Computes the indicators, and the verdict from them; ``advbench.verdict`` implements it."""
 
-    def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[dict[str, Any]]:
-        """The indicators, as they stand in ``results.json``.
+    def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[Indicator]:
+        """The indicators, triggered or not.
+
+        They depend on the arguments alone: an evaluation that is resumed gets the same ones.
 
         Args:
             job: what was attacked.
-            stages: that ran.
+            stages: that ran, each on all samples that it was to attack.
             store: what they found, of all processes.
         """
+        ...
+
+    def verdict(self, indicators: Sequence[Indicator]) -> Verdict:
+        """The verdict on a finished evaluation in which something was attacked."""
         ...
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.phases import Findings, FollowUp
 from advbench.evaluation.plan import Plan, Stage, Subject
+
+Effort = Literal["free", "cheap", "all"]
+"""Which indicators of the verdict are computed, by their cost."""
 
 RESERVED = {"clean", "model"}
 """What the images as they are, and the real model, are called among stages and targets."""
@@ -27,6 +30,8 @@ class Protocol(ABC):
     version: ClassVar[str] = "1"
     surrogates: ClassVar[bool] = False
     """Whether it attacks other networks than the real model."""
+    effort: ClassVar[Effort] = "free"
+    """The indicators of the verdict by default: free after a single attack, cheap after a suite."""
 
     @property
     def title(self) -> str:

@@ -14,7 +14,7 @@ from advbench.attacks.pgd import PGD
 from advbench.attacks.square import Square
 from advbench.attacks.threat import Threat, pixels
 from advbench.errors import UserError, did_you_mean
-from advbench.evaluation.protocol import Protocol, Stage, Subject
+from advbench.evaluation.protocol import Effort, Protocol, Stage, Subject
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,7 @@ class AutoAttackProtocol(Protocol):
     """
 
     name: ClassVar[str] = "autoattack"
+    effort: ClassVar[Effort] = "cheap"
     suite: str = "standard"
     engine: str = "fast"
     attacks: list[str] | None = None

@@ -50,8 +50,10 @@ def evaluate(
     name = f"{evaluation.run}-{title}-{limit}"
     folder = Path(group.of_first(str(_folder(home, name, plan, evaluation.needs_images))))
     finished = finished_results(folder)
-    if cfg.strict and (finished is None or finished.verdict.get("label") is None):
-        raise UserError("strict=true needs a verdict, and no protocol computes one yet: omit it")
+    if cfg.strict and not _judged(evaluation, plan, finished):
+        raise UserError(
+            "strict=true needs a verdict, and there is none without an attack or with verdict=none"
+        )
     with directory.occupied(folder) if group.rank == 0 else nullcontext():
         if group.rank == 0:
             directory.keep_config(folder, kept, training=False)
@@ -77,6 +79,13 @@ def evaluate(
     if group.rank == 0:
         outcome.show_evaluation(results, folder, screen)
     return results
+
+
+def _judged(evaluation: Evaluation, plan: Plan, finished: Results | None) -> bool:
+    """Whether there is a verdict, or will be one."""
+    if finished is not None:
+        return finished.verdict.get("label") is not None
+    return evaluation.judge is not None and bool(plan.stages)
 
 
 def _folder(home: Home, name: str, plan: Plan, needs_images: bool) -> Path:
@@ -136,6 +145,7 @@ def instantiate(
         adversarial=cfg.adversarial,
         transfer=transfer,
         plugins=plugins,
+        verdict=None if cfg.get("verdict") is None else config.build(cfg.verdict, "verdict"),
     )
     return evaluation, group
 

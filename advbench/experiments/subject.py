@@ -30,6 +30,7 @@ from advbench.files import code_sha256, hashes
 from advbench.runs.directory import TrainingRun
 from advbench.runs.manifest import UNCHECKED, without_checksums
 from advbench.runs.settings import flat, settings_of, without_seed
+from advbench.verdict.judge import Judgement
 
 SMALL = 100e6
 """Bytes of adversarial images that an evaluation keeps without a word."""
@@ -245,6 +246,7 @@ def evaluation_of(
     transfer: Sequence[TrainingRun] = (),
     plugins: tuple[str, ...] = (),
     name: str | None = None,
+    verdict: Judgement | None = None,
 ) -> Evaluation:
     """The evaluation of a candidate: what the command line and ``advbench.evaluate`` share.
 
@@ -262,6 +264,7 @@ def evaluation_of(
         transfer: runs whose adversarial images may break the model too.
         plugins: import prefixes that the runs' configs may use.
         name: of what is evaluated, for people; None is the candidate's own.
+        verdict: which indicators are computed; None is what the protocol calls for.
 
     Raises:
         UserError: where the parts do not fit.
@@ -304,6 +307,7 @@ def evaluation_of(
         settings=settings,
         notices=(*subject.notices, *(data.splits.info.notes if data.splits else ())),
         needs_images=bool(adversarial),
+        judge=(verdict or Judgement()).of(protocol),
     )
 
 

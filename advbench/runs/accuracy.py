@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
+from scipy.special import betaincinv
 
 Z95 = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
@@ -42,6 +43,9 @@ Count = Annotated[int, Field(strict=True, ge=0, lt=MOST)]
 
 
 Real = Annotated[float, Field(strict=True, ge=0, lt=MOST)]
+
+
+Number = Annotated[float, Field(strict=True, gt=-MOST, lt=MOST)]
 
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
@@ -79,6 +83,21 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     # The ends are exact there, where rounding would leave a trace.
     low = 0.0 if successes == 0 else centre - half
     return low, 1.0 if successes == n else centre + half
+
+
+def clopper_pearson(successes: int, n: int) -> tuple[float, float]:
+    """Exact 95 % interval of a binomial proportion (Clopper & Pearson 1934).
+
+    Args:
+        successes: At most n.
+        n: Trials.
+
+    Returns:
+        Lower and upper end in [0, 1]; (0, 1) for n = 0.
+    """
+    low = betaincinv(successes, n - successes + 1, 0.025) if successes else 0.0
+    high = betaincinv(successes + 1, n - successes, 0.975) if successes < n else 1.0
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, config=CLOSED)

@@ -1,4 +1,4 @@
-"""The results of an evaluation: ``results.json``, schema ``advbench.results/2``.
+"""The results of an evaluation: ``results.json``, schema ``advbench.results/3``.
 
 The classes here are the schema. They check types and ranges when they are made, and ``Results``
 checks that its numbers agree with each other, so a file that contradicts itself cannot be read.
@@ -31,20 +31,19 @@ from advbench.runs.accuracy import (
     SLACK,
     Accuracy,
     Count,
-    Flag,
     Known,
-    Plain,
     Real,
     Setting,
     Share,
     Text,
     Whole,
 )
+from advbench.runs.judgement import Verdict
 from advbench.runs.manifest import RESULTS as RESULTS
 
-SCHEMA = "advbench.results/2"
-BEFORE = "advbench.results/1"
-"""The schema of advbench 0.1, which had no ``unfinished``; still read."""
+SCHEMA = "advbench.results/3"
+BEFORE = ("advbench.results/2", "advbench.results/1")
+"""Schemas of earlier versions, which are still read: /2 had no verdict, /1 no ``unfinished``."""
 CLEAN = "clean"
 
 
@@ -126,32 +125,6 @@ class Protocol(TypedDict):
     __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
 
 
-class Indicator(TypedDict):
-    """One reason to trust the number, or not to."""
-
-    id: Text
-    """Such as ``zero_gradient``."""
-    value: NotRequired[Plain]
-    """What was measured."""
-    threshold: NotRequired[Plain]
-    """Beyond it the indicator is triggered."""
-    triggered: Flag
-    """Whether it counts against the number."""
-    why: Text
-    """One sentence for people."""
-    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
-
-
-class Verdict(TypedDict):
-    """Whether the number can be trusted."""
-
-    label: NotRequired[Text | None]
-    """``reliable``, ``inconclusive`` or ``unreliable``; null until indicators were computed."""
-    indicators: NotRequired[list[Indicator]]
-    """What the label rests on."""
-    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
-
-
 class Provenance(TypedDict):
     """Where the number comes from: versions, device, time; any other key may stand here too."""
 
@@ -197,7 +170,7 @@ class Results:
     settings: dict[Text, Setting] = field(default_factory=dict)
     """What sets the model apart from others, such as {"defense.jump": 0.5}."""
     schema: Text = SCHEMA
-    """``advbench.results/2``."""
+    """``advbench.results/3``."""
 
     @property
     def begun(self) -> tuple[StageResult, ...]:
@@ -242,7 +215,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read a ``results.json``, of the schema before too.
+        """Read a ``results.json``, of earlier schemas too.
 
         Raises:
             UserError: For a file of another kind, and for one that contradicts itself or has
@@ -256,7 +229,7 @@ class Results:
                 parse_int=_number,
             )
             values = manifest.opened(values, path)
-            if values["schema"] not in (SCHEMA, BEFORE):
+            if values["schema"] not in (SCHEMA, *BEFORE):
                 raise UserError(f"{path} has schema {values['schema']!r}, not {SCHEMA!r}")
             return _reader().validate_python(_upgraded(values))
         except ValidationError as problem:
@@ -277,6 +250,8 @@ class Results:
             raise ValueError("there is a robust accuracy exactly if something was attacked")
         if (CLEAN in self.missing) != (self.clean.acc is None):
             raise ValueError("there is a clean accuracy exactly if all clean images are classified")
+        if self.verdict.get("label") and not (self.attacked and self.unfinished is None):
+            raise ValueError("there is a verdict, and nothing was attacked or a stage is missing")
         self._check_shares()
         if self.unfinished is None:
             self._check_measures()
@@ -345,10 +320,11 @@ def _number(text: str) -> int | float:
 
 
 def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """Values of the schema before, in today's: it gave bounds the looks of finished numbers."""
-    if values["schema"] == SCHEMA:
+    """Values of an earlier schema, in today's: /1 gave bounds the looks of finished numbers."""
+    schema, values = values["schema"], {**values, "schema": SCHEMA}
+    if schema != BEFORE[1]:
         return values
-    values, missing = {**values, "schema": SCHEMA}, values.get("missing", ())
+    missing = values.get("missing", ())
     stages, n = values["stages"], values["data"]["n"]
     begun = [s for s in stages if s["attacked"] or s["name"] not in missing]
     unseen = CLEAN in missing

@@ -196,11 +196,14 @@ def test_strict_wants_a_verdict(
     said = capsys.readouterr().err
     assert said.startswith("advbench: strict=true needs a verdict") and said.count("\n") == 1
     assert not Path("strictly").exists()
-    assert main(asked) == 0
+    asked[2:3] = ["protocol=fgsm", "n=25"]
+    assert main([*asked, "strict=true", "verdict=none"]) == 2 and not Path("strictly").exists()
+    capsys.readouterr()
+    assert main([*asked, "strict=true"]) == 4  # one step of one attack
     kept = json.loads(Path("strictly/results.json").read_text())
     del kept["checksum"], kept["files"]
-    assert kept["verdict"]["label"] is None
-    for label, status in (("reliable", 0), ("inconclusive", 0), ("unreliable", 3)):
+    assert kept["verdict"]["label"] == "inconclusive"
+    for label, status in (("reliable", 0), ("inconclusive", 4), ("unreliable", 3)):
         told = {**kept, "verdict": {"label": label, "indicators": []}}
         Path("strictly/results.json").write_text(json.dumps(told))
         assert (main([*asked, "strict=true"]), main(asked)) == (status, 0)

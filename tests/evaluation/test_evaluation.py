@@ -193,7 +193,7 @@ def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
         "unfinished", "stages", "measures", "missing", "verdict", "provenance",
         "files", "checksum",
     ]  # fmt: skip
-    assert raw["schema"] == "advbench.results/2"
+    assert raw["schema"] == "advbench.results/3"
     assert raw["data"].keys() == {"name", "split", "n", "sha256"}
     assert raw["verdict"] == {"label": None, "indicators": []}
     assert raw["stages"][0].keys() >= {"name", "attack", "target", "why", "robust_acc", "broken"}

@@ -186,8 +186,11 @@ def test_what_a_follow_up_found_is_known_to_other_evaluations(tmp_path: Path) ->
 class Says:
     """A judge with a fixed answer."""
 
-    def indicators(self, *_: Any) -> list[dict[str, Any]]:
+    def indicators(self, *_: Any) -> list[Any]:
         return [{"id": "made_up", "triggered": True}]
+
+    def verdict(self, indicators: Any) -> Any:
+        return {"label": "reliable", "indicators": []}
 
 
 def test_a_follow_up_may_rest_on_the_indicators_of_a_judge() -> None:

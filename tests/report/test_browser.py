@@ -101,7 +101,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A page with all there is: two threats, seeds, a sweep, curves, images, a verdict."""
     folder = tmp_path_factory.mktemp("runs")
     found, sign = results("net"), {"id": "masking", "why": "w", "value": 1, "threshold": 0.5}
-    verdict = {"label": "inconclusive", "indicators": [{**sign, "triggered": True}]}
+    sign |= {"class": "evidence", "kind": "search", "question": "number", "triggered": True}
+    verdict = {"label": "inconclusive", "indicators": [sign]}
     write(folder / "a", replace(found, verdict=verdict), images=True)
     write(folder / "b", results("worse", lost=(N - WRONG - 4,)), bare=True)
     most = results("short", lost=(0, 0), missing=("second",))

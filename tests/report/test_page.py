@@ -123,15 +123,14 @@ def test_hostile_text(tmp_path: Path) -> None:
             return {k if k in known else HOSTILE: poison(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [poison(v) for v in value]
-        fixed = key in ("schema", "norm", "sha256")
+        fixed = key in ("schema", "norm", "sha256", "label", "class", "question")
         return HOSTILE if isinstance(value, str) and not fixed else value
 
     known = {*values, *values["data"], *values["threat"], *values["protocol"], *values["clean"]}
     known |= {*values["stages"][0], *values["verdict"], "seconds", "seed"}
-    values["verdict"] = {
-        "label": "x",
-        "indicators": [{"id": "x", "value": "x", "threshold": "x", "triggered": True, "why": "x"}],
-    }
+    sign = {"id": "x", "value": "x", "threshold": "x", "triggered": True, "why": "x"}
+    sign |= {"class": "proof", "kind": "x", "question": "number", "source": "x", "settles": "x"}
+    values["verdict"] = {"label": "unreliable", "indicators": [sign]}
     known |= set(values["verdict"]["indicators"][0])
     values["settings"]["deep"], values["provenance"]["torch"] = "x", "x"
     (folder / "results.json").write_text(json.dumps(poison(values)))
@@ -354,6 +353,7 @@ def test_curves_and_sweeps(tmp_path: Path) -> None:
 
 def test_verdict_is_shown(tmp_path: Path) -> None:
     sign = {"id": "masking", "value": 0.25, "threshold": 0.1, "triggered": True, "why": "FGSM wins"}
+    sign |= {"class": "proof", "kind": "gradient", "question": "gradient"}
     verdict = {"label": "unreliable", "indicators": [sign]}
     write(tmp_path / "a", results(verdict=verdict), bare=True)
     told = "Verdict unreliable Indicator Value Threshold Triggered masking FGSM wins 0.25 0.1 yes"

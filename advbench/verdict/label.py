@@ -1,0 +1,33 @@
+"""The label, which follows from the indicators alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from advbench.runs.judgement import Indicator, Verdict
+
+RELIABLE, INCONCLUSIVE, UNRELIABLE = "reliable", "inconclusive", "unreliable"
+
+
+def label(indicators: Sequence[Indicator]) -> str:
+    """The label of a number.
+
+    One proof makes it unreliable, and so do two pieces of evidence of different kinds. One piece of
+    evidence, or several of one kind, and anything thin make it inconclusive.
+    """
+    triggered = [indicator for indicator in indicators if indicator["triggered"]]
+    classes = {indicator["class"] for indicator in triggered}
+    kinds = {indicator["kind"] for indicator in triggered if indicator["class"] == "evidence"}
+    if "proof" in classes or len(kinds) >= 2:
+        return UNRELIABLE
+    return INCONCLUSIVE if classes else RELIABLE
+
+
+def verdict(indicators: Sequence[Indicator]) -> Verdict:
+    """The verdict as it stands in ``results.json``."""
+    return Verdict(
+        label=label(indicators),
+        indicators=list(indicators),
+        forwards=sum(indicator.get("forwards", 0) for indicator in indicators),
+        backwards=sum(indicator.get("backwards", 0) for indicator in indicators),
+    )

@@ -12,7 +12,7 @@ from advbench.attacks.threat import Threat
 from advbench.backbones.base import Backbone, Classifier
 from advbench.backbones.convnet import convnet
 from advbench.backbones.lenet import lenet
-from advbench.backbones.mobilenet import mobilenet_v2
+from advbench.backbones.mobilenet import STAGES, mobilenet_v2
 from advbench.backbones.preact_resnet import preact_resnet18
 from advbench.backbones.resnet import resnet20
 from advbench.data.arrays import array_split
@@ -42,12 +42,17 @@ class thin(preact_resnet18):
     stem, widths = 8, (8, 16, 32, 64)
 
 
+class slim(mobilenet_v2):
+    stem, last = 8, 64
+    stages = tuple((t, max(c // 8, 4), n, s) for t, c, n, s in STAGES)
+
+
 BACKBONES: dict[str, type[Backbone]] = {
     "convnet": convnet,
     "lenet": lenet,
     "resnet20": resnet20,
     "preact_resnet18": thin,
-    "mobilenet_v2": mobilenet_v2,
+    "mobilenet_v2": slim,
 }
 DEFENSES: dict[str, Defense] = {
     "none": Defense(),

@@ -29,20 +29,21 @@ class mobilenet_v2(PooledBackbone):
     """
 
     downsampling = 8
+    stem, stages, last = 32, STAGES, 1280
     activation: str = "relu6"
 
     def body(self, act: type[nn.Module]) -> tuple[dict[str, nn.Module], int]:
-        channels = 32
+        channels = self.stem
         body: dict[str, nn.Module] = {"stem": _unit(self.input_shape[0], channels, act)}
-        for i, (expansion, width, depth, first_stride) in enumerate(STAGES, start=1):
+        for i, (expansion, width, depth, first_stride) in enumerate(self.stages, start=1):
             blocks = []
             for j in range(depth):
                 stride = first_stride if j == 0 else 1
                 blocks.append(InvertedResidual(channels, width, expansion, stride, act))
                 channels = width
             body[f"stage{i}"] = nn.Sequential(*blocks)
-        body["last"] = _unit(channels, 1280, act, kernel=1)
-        return body, 1280
+        body["last"] = _unit(channels, self.last, act, kernel=1)
+        return body, self.last
 
 
 class InvertedResidual(nn.Module):

@@ -71,7 +71,7 @@ def test_a_retrofit(place: Path, counts: Counter[str]) -> None:
 
 def test_runs_that_transfer(place: Path, counts: Counter[str]) -> None:
     shutil.copytree("good", "twin")
-    given = ["protocol=adaptive", "protocol.steps=2", "protocol.square=0", "n=4"]
+    given = ["protocol=adaptive", "n=4", "budget=0.1s"]
     assert main(["eval", "run=good", "transfer=[twin]", *given]) == 0
     # Each victim is hashed; a surrogate is one.
     assert counts == {**ONCE, "model": 2, "find twin": 1, "read twin/config.yaml": 1}
@@ -94,8 +94,9 @@ def test_python_can_do_what_the_command_line_can(place: Path) -> None:
     assert (typed.robust, typed.run, typed.data) == (shown.robust, shown.run, shown.data)
     assert Path("api/samples.parquet").read_bytes() == Path("cli/samples.parquet").read_bytes()
     assert Path("api/adversarial.safetensors").is_file()
-    transferred = advbench.evaluate("good", protocol="adaptive", n=4, transfer=["twin"])
-    assert "apgd-ce@transfer-twin" in [stage.name for stage in transferred.stages]
+    given = {"protocol": "adaptive", "n": 4, "budget": "0.1s"}
+    results = advbench.evaluate("good", transfer=["twin"], **given)
+    assert "apgd-ce@transfer-twin" in [stage.name for stage in results.stages]
 
 
 def test_a_module_takes_a_retrofit_that_needs_no_training_images(place: Path) -> None:

@@ -279,4 +279,5 @@ def _of_module(model: nn.Module, traits: Traits | None, name: str) -> Candidate:
         model=model,
         traits=traits or (own if isinstance(own, Traits) else Traits()),
         defense=defense if isinstance(defense, Defense) else Defense(),
+        foreign=not isinstance(defense, Defense),
     )

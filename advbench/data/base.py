@@ -308,6 +308,11 @@ class Splits:
         return whole.subset(rest), whole.subset(held)
 
     @property
+    def has_train(self) -> bool:
+        """Whether there are training images."""
+        return self._source.has_train
+
+    @property
     def train(self) -> Split:
         return self._parts[0]
 

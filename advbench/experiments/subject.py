@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -20,11 +21,13 @@ from advbench.defenses.base import Defense, Surrogate, Traits, surrogates_of, wo
 from advbench.defenses.chain import Chain
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.adaptive import AdaptiveProtocol
+from advbench.evaluation.checks import probe
 from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.samples import Samples, subset
+from advbench.evaluation.twins import made_for
 from advbench.experiments import models
 from advbench.files import code_sha256, hashes
 from advbench.runs.directory import TrainingRun
@@ -82,6 +85,8 @@ class Candidate:
     """What sets it apart from others, by key."""
     notices: tuple[str, ...] = ()
     """What was done to load it, a line each."""
+    foreign: bool = False
+    """It is of the user's own making: only its traits say what an attacker must know of it."""
 
     def surrogates(
         self, transfer: Sequence[TrainingRun], data: TestData, plugins: tuple[str, ...]
@@ -193,7 +198,9 @@ def from_factory(
         settings["weights"] = Path(weights).name
     own = {key: v for key, v in asdict(traits).items() if v != getattr(Traits(), key)}
     settings |= {f"traits.{key}": value for key, value in own.items()}
-    return Candidate(name, model, traits, code=code, settings=settings, notices=tuple(notices))
+    return Candidate(
+        name, model, traits, code=code, settings=settings, notices=tuple(notices), foreign=True
+    )
 
 
 def candidate(
@@ -277,8 +284,12 @@ def evaluation_of(
             f"the model is for images of shape {tuple(input_shape)} and {data.name} has "
             f"{tuple(data.input_shape)}: choose the data that it was trained on"
         )
+    samples = Samples(data.split, subset(len(data.split), n), device)
     if surrogates is None:
         surrogates = subject.surrogates(transfer, data, plugins) if protocol.surrogates else {}
+        named = any(not surrogate.transfer for surrogate in surrogates.values())
+        if subject.foreign and not named and isinstance(protocol, AdaptiveProtocol):
+            surrogates |= _made(subject, data, samples, threat, seed)
     for surrogate in surrogates.values():
         surrogate.model.to(device)
     settings = dict(subject.settings)
@@ -323,6 +334,21 @@ def _declared(node: DictConfig) -> Traits:
     if traits.batch_size is not None and traits.batch_size < 1:
         raise UserError(f"traits.batch_size={traits.batch_size} is not at least 1")
     return traits
+
+
+def _made(
+    subject: Candidate, data: TestData, samples: Samples, threat: Threat, seed: int
+) -> dict[str, Surrogate]:
+    """Surrogates that are made for a model that names none. Raises UserError for one that can't be
+    evaluated as its traits say.
+    """
+    model = subject.model.to(samples.device)
+    probe(model, samples, subject.traits)
+    train = None
+    if data.splits is not None and data.splits.has_train:
+        with suppress(UserError):  # the training images are not here
+            train = data.splits.train
+    return made_for(model, samples, threat, subject.traits, train, seed)
 
 
 def _other(

@@ -19,7 +19,7 @@ N, SHAPE = 6, (1, 4, 4)
 ATTACK = APGD(steps=10, loss_name="margin")
 
 
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
     return nn.Sequential(*layers).eval()

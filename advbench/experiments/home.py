@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from advbench import config
-from advbench.errors import UserError
+from advbench.errors import UserError, did_you_mean
 from advbench.files import short_hash
 from advbench.runs import directory
 
@@ -32,7 +33,26 @@ def resumed(run: str, kind: str) -> tuple[Home, DictConfig]:
     if directory.kind_in(folder) != kind:
         raise UserError(f"resume={run} is not the directory of an advbench {kind} run")
     directory.refuse_links(folder)
-    return Home(folder, exact=True), config.read(folder / directory.CONFIG)
+    return Home(folder, exact=True), kept_in(folder, kind)
+
+
+def kept_in(folder: Path, kind: str) -> DictConfig:
+    """The config of a run with every key that its subcommand has; an earlier version had fewer.
+
+    Raises UserError for keys that there are not, and for values of another type.
+    """
+    path = folder / directory.CONFIG
+    kept, known = config.read(path), OmegaConf.structured(config.SCHEMAS[kind])
+    with open_dict(known):
+        known.choices = {}
+    for key in kept:
+        if key not in known:
+            raise UserError(f"'{path}' has no key '{key}'{did_you_mean(key, map(str, known))}")
+    try:
+        typed = OmegaConf.merge(known, kept)
+    except OmegaConfBaseException as problem:
+        raise UserError(f"'{path}' can't be resumed: {str(problem).splitlines()[0]}") from None
+    return OmegaConf.create(config.plain(typed))  # pyright: ignore[reportArgumentType]
 
 
 FILES = ("path", "extra")

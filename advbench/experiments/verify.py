@@ -22,6 +22,7 @@ from advbench.evaluation.rescoring import Scores, rescore
 from advbench.evaluation.store import IMAGES, SAMPLES, Records, read_images, read_samples
 from advbench.evaluation.witnesses import Witnesses
 from advbench.experiments.evaluate import ingredients, training_run
+from advbench.experiments.home import kept_in
 from advbench.experiments.subject import candidate, evaluation_of
 from advbench.runs import directory
 from advbench.runs.manifest import RESULTS, Damaged
@@ -89,7 +90,7 @@ def verify_run(
             "--images FILE model=... data=... threat=..."
         )
     directory.refuse_links(folder)
-    kept = config.read(folder / directory.CONFIG)
+    kept = kept_in(folder, "eval")
     path = folder / RESULTS
     results, plan = Results.load(path) if path.is_file() else None, saved_plan(folder)
     if results is None or results.missing:

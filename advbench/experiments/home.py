@@ -39,7 +39,8 @@ def resumed(run: str, kind: str) -> tuple[Home, DictConfig]:
 def kept_in(folder: Path, kind: str) -> DictConfig:
     """The config of a run with every key that its subcommand has; an earlier version had fewer.
 
-    Raises UserError for keys that there are not, and for values of another type.
+    Raises UserError for keys that there are not, for a lack of components, and for values of
+    another type.
     """
     path = folder / directory.CONFIG
     kept, known = config.read(path), OmegaConf.structured(config.SCHEMAS[kind])
@@ -48,6 +49,9 @@ def kept_in(folder: Path, kind: str) -> DictConfig:
     for key in kept:
         if key not in known:
             raise UserError(f"'{path}' has no key '{key}'{did_you_mean(key, map(str, known))}")
+    lacks = [group for group in known if group in GROUPS and group not in kept]
+    if lacks:
+        raise UserError(f"'{path}' lacks {', '.join(map(str, lacks))}: copy the run anew")
     try:
         typed = OmegaConf.merge(known, kept)
     except OmegaConfBaseException as problem:
@@ -55,6 +59,8 @@ def kept_in(folder: Path, kind: str) -> DictConfig:
     return OmegaConf.create(config.plain(typed))  # pyright: ignore[reportArgumentType]
 
 
+GROUPS = {*config.GROUPS} - {"logger"}
+"""Components that every config of a run has, if only as null."""
 FILES = ("path", "extra")
 """Keys of ``data`` that name the user's own arrays, whose content is hashed beside the config."""
 

@@ -168,8 +168,10 @@ def write_sealed(path: Path, write: Callable[[Path], object], key: str = "") -> 
 def read_sealed(path: Path, key: str = "") -> tuple[io.BytesIO, bool]:
     """What ``write_sealed`` wrote, and whether it was checked: older files have no checksum.
 
-    Raises Damaged for another content or another run's, and OSError as reading does.
+    Raises Damaged for another content or another run's, and for a link; OSError as reading does.
     """
+    if path.is_symlink():
+        raise Damaged(f"'{path}' is a symbolic link, which a run has none of")
     content = path.read_bytes()
     length = len(END) + hashlib.sha256().digest_size * 2
     payload, end = content[:-length], content[-length:]

@@ -225,6 +225,8 @@ def outcome(case: Case, change: Callable[[Path], None], copy: Path, whole: Any) 
         return ("noticed" if "\n" not in text else "crash"), text
     except Exception as problem:
         return "crash", f"{type(problem).__name__}: {problem}"
+    if shown["listed"] == "-":  # no number is no wrong one
+        shown["listed"] = whole[0]["listed"]
     if shown == whole[0]:
         return "harmless", ""
     new = [line for line in said if line not in whole[1] and any(word in line for word in WORDS)]

@@ -71,10 +71,8 @@ def probe(
             "all outputs lie in [0, 1] and do not sum to 1, as independent sigmoids do: along them "
             "an attack soon has no gradient; return what is before the sigmoid"
         )
-    noise = KeyedRandom(0, "probe", clean.ids, torch.zeros_like(clean.ids)).uniform(clean.x)
-    off_grid = (clean.x + OFF_GRID * (2 * noise - 1)).clamp(0, 1)
-    repeats = [(x, _ask(model, x), _ask(model, x)) for x in (clean.x, off_grid)]
-    same = all(_agree(first, second) for _, first, second in repeats)
+    repeats = [(x, _ask(model, x), _ask(model, x)) for x in (clean.x, off_the_grid(clean))]
+    same = all(agree(first, second) for _, first, second in repeats)
     if traits.stochastic:  # rows that differ say nothing then
         if same:
             notes.append(
@@ -90,13 +88,19 @@ def probe(
         for x, logits, _ in repeats:
             alone = torch.cat([_ask(model, row) for row in x.split(1)])
             beside = _beside_others(model, samples, x, min(batch_size, len(samples)))
-            if not (_agree(logits, alone) and _agree(logits, beside)):
+            if not (agree(logits, alone) and agree(logits, beside)):
                 raise UserError(
                     "the model's output for an image depends on the other images of its batch: say "
                     "traits.batch_dependent=true traits.batch_size=NUMBER, the size of the batches "
                     "that it is deployed with, or remove the dependence"
                 )
     return classes, notes
+
+
+def off_the_grid(clean: Clean) -> Tensor:
+    """The images with noise that takes them off the grid of 8-bit values, (N, C, H, W)."""
+    noise = KeyedRandom(0, "probe", clean.ids, torch.zeros_like(clean.ids)).uniform(clean.x)
+    return (clean.x + OFF_GRID * (2 * noise - 1)).clamp(0, 1)
 
 
 def _check_state(model: nn.Module) -> None:
@@ -162,7 +166,7 @@ def _beside_others(model: nn.Module, samples: Samples, x: Tensor, size: int) -> 
     return _ask(model, x)
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
+def agree(ours: Tensor, theirs: Tensor) -> bool:
     """Whether logits (N, K) are the same up to rounding, beside the spread within their rows.
 
     What all logits of a row have in common decides nothing, so it is taken off first.

@@ -9,6 +9,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from advbench.runs.accuracy import OPEN, Count, Flag, Number, Plain, Text
 
+Label = Literal["reliable", "inconclusive", "unreliable"]
+
 Class = Annotated[
     Literal["proof", "evidence", "thin"],
     Field(description="How much it weighs when it is triggered, see ``advbench.verdict.label``."),
@@ -51,7 +53,7 @@ class Indicator(_Class):
 class Verdict(TypedDict):
     """Whether the number can be trusted."""
 
-    label: NotRequired[Literal["reliable", "inconclusive", "unreliable"] | None]
+    label: NotRequired[Label | None]
     """Null without indicators, while unfinished, and where nothing was attacked."""
     indicators: NotRequired[list[Indicator]]
     """What the label rests on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.job import CLEAN, Job
@@ -12,7 +12,8 @@ from advbench.evaluation.store import Store
 from advbench.runs.judgement import Indicator as Entry
 from advbench.runs.judgement import Verdict
 from advbench.verdict import label
-from advbench.verdict.indicator import Indicator, Look
+from advbench.verdict.indicator import Indicator
+from advbench.verdict.look import Look
 from advbench.verdict.registry import INDICATORS
 
 COSTS = {
@@ -73,7 +74,7 @@ class IndicatorJudge:
 
     def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[Entry]:
         records = {name: store.records(name) for name in (CLEAN, *(s.name for s in stages))}
-        look = Look(replace(job, deadline=lambda: False), tuple(stages), records, self.complete)
+        look = Look(job, tuple(stages), records, store.images(), self.complete)
         entries = (indicator.entry(look) for indicator in self.chosen)
         return [entry for entry in entries if entry is not None]
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from advbench.runs.judgement import Indicator, Verdict
-
-RELIABLE, INCONCLUSIVE, UNRELIABLE = "reliable", "inconclusive", "unreliable"
+from advbench.runs.judgement import Indicator, Label, Verdict
 
 
-def label(indicators: Sequence[Indicator]) -> str:
+def label(indicators: Sequence[Indicator]) -> Label:
     """The label of a number.
 
     One proof makes it unreliable, and so do two pieces of evidence of different kinds. One piece of
@@ -19,8 +17,8 @@ def label(indicators: Sequence[Indicator]) -> str:
     classes = {indicator["class"] for indicator in triggered}
     kinds = {indicator["kind"] for indicator in triggered if indicator["class"] == "evidence"}
     if "proof" in classes or len(kinds) >= 2:
-        return UNRELIABLE
-    return INCONCLUSIVE if classes else RELIABLE
+        return "unreliable"
+    return "inconclusive" if classes else "reliable"
 
 
 def verdict(indicators: Sequence[Indicator]) -> Verdict:

@@ -1,45 +1,184 @@
-"""Indicators that need no passes: from the records and the plan."""
+"""Indicators from the records and the plan, and from the attacks' own images."""
 
 from __future__ import annotations
 
-from advbench.evaluation.protocol import Stage
-from advbench.runs.accuracy import clopper_pearson
-from advbench.verdict.indicator import Look, Reading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from advbench.evaluation.plan import Stage
+from advbench.evaluation.rescoring import RANGE_SLACK
+from advbench.verdict.look import Look
+from advbench.verdict.reading import Reading, images, of_share
 
 PROOF, EVIDENCE = 0.05, 0.01
-"""Shares of white-box survivors that a black box must be shown to break."""
+"""Shares of survivors that must be exceeded for certain."""
+REPLAYED = 16
+"""Samples whose search is repeated."""
+RESCORED = 256
+"""Images that are scored again."""
 
 
 def weak_attack(look: Look) -> Reading | None:
     """Whether the attack is one that leaves much to a stronger one."""
     if look.complete:
-        return Reading("a whole suite", None, False, "the protocol is a whole suite of attacks")
+        return Reading("suite", "suite", False, "the protocol is a whole suite of attacks")
     names = ", ".join(stage.name for stage in look.stages)
-    why = f"only {names} attacked the model: a whole suite of attacks may leave less"
-    return Reading(names, None, True, why)
+    why = f"only {names} attacked the model: a suite of attacks may leave less"
+    return Reading(names, "suite", True, why)
 
 
 def black_box(look: Look) -> Reading | None:
     """Survivors of the gradient that fall to an attack without it: to Square or to transfer."""
-    blind = [stage for stage in look.stages if _is_blind(look, stage)]
-    if not look.white_box or not blind:
+    if not look.white_box:
         return None
-    before = look.stages[: look.stages.index(blind[0])]
-    left = look.survivors([stage for stage in before if not _is_blind(look, stage)])
-    if not len(left):
+    found = _broken_later(look, [stage for stage in look.stages if look.is_blind(stage)])
+    if found is None:
         return None
-    fallen = {int(sample) for stage in blind for sample in look.broken(stage)} & set(left.tolist())
-    k, n = len(fallen), len(left)
-    low, high = clopper_pearson(k, n)
+    hits, of = found
     why = (
-        f"attacks that use no gradient of the model broke {k} of the {n} samples that its gradient "
-        "had left"
+        f"attacks that need no gradient (Square, transfer) break {hits} of {images(of)} that the "
+        "model's gradient had left"
     )
-    weight = "proof" if low > PROOF else "evidence"
-    return Reading(k / n, EVIDENCE, low > EVIDENCE, why, (low, high), weight)
+    reading = of_share(hits, of, EVIDENCE, why, proof=PROOF)
+    if not reading.triggered:
+        return reading
+    more = (
+        ": the model hides its gradient. What they broke is counted already, but the number may "
+        "still be too high"
+    )
+    return of_share(hits, of, EVIDENCE, why + more, proof=PROOF)
 
 
-def _is_blind(look: Look, stage: Stage) -> bool:
-    """Whether a stage follows no gradient of the model, nor of a surrogate made from it."""
-    victim, attack = stage.victim, stage.attack
-    return not attack.gradient if victim == "model" else look.job.surrogates[victim].transfer
+def surrogate_gap(look: Look) -> Reading | None:
+    """Survivors of the model's own gradient that fall to that of a surrogate."""
+    own = {"model", *(name for name, s in look.job.surrogates.items() if s.transfer)}
+    found = _broken_later(look, [stage for stage in look.stages if stage.victim not in own])
+    if found is None or not look.white_box:
+        return None
+    hits, of = found
+    why = (
+        f"surrogates with other gradients break {hits} of {images(of)} that the model's own "
+        "gradient had left"
+    )
+    reading = of_share(hits, of, EVIDENCE, why)
+    if not reading.triggered:
+        return reading
+    more = ": its own gradient misleads; what they broke is counted already"
+    return of_share(hits, of, EVIDENCE, why + more)
+
+
+def _broken_later(look: Look, stages: Sequence[Stage]) -> tuple[int, int] | None:
+    """Of the survivors of the model's gradient that these stages attacked: how many they broke.
+
+    Attacks on the model's gradient count where they came before. None where nothing was left.
+    """
+    if not stages:
+        return None
+    before = look.stages[: look.stages.index(stages[0])]
+    left = look.survivors([stage for stage in before if stage.follows_model])
+    left = np.intersect1d(left, look.attacked(stages))
+    broken = [look.broken(stage) for stage in stages]
+    hits = np.intersect1d(left, np.concatenate(broken))
+    return (len(hits), len(left)) if len(left) else None
+
+
+def unconverged(look: Look) -> Reading | None:
+    """Survivors that the last quarter of the steps of the last white-box stage still breaks."""
+    stages = [s for s in look.white_box if len(look.records[s.name]) and s.attack.queries]
+    if not stages or look.job.traits.batch_dependent:
+        return None
+    records = look.records[stages[-1].name]
+    if records.alone.all():
+        return None  # none has spent all of the steps, and none is left
+    late = records.forwards > 0.75 * records.forwards.max()
+    hits, of = int((records.alone & late).sum()), int(late.sum())
+    why = (
+        f"the last quarter of the steps of {stages[-1].name} breaks {hits} of {images(of)} that "
+        "were left until then"
+    )
+    reading = of_share(hits, of, EVIDENCE, why)
+    if not reading.triggered:
+        return reading
+    low = (reading.interval or (0.0, 0.0))[0]
+    return Reading(
+        reading.value,
+        EVIDENCE,
+        True,
+        f"{why}: more steps may break more, and the number may be too high",
+        reading.interval,
+        "evidence" if low > PROOF else "thin",
+    )
+
+
+def eot_plateau(look: Look) -> Reading | None:
+    """Whether means over more draws still break samples."""
+    if not look.job.traits.stochastic:
+        return None
+    stages = [stage for stage in look.white_box if stage.eot_samples > 1]
+    most = max((stage.eot_samples for stage in stages), default=1)
+    fewer = [stage for stage in stages if stage.eot_samples < most]
+    last = [
+        s for s in stages if s.eot_samples == most and (look.records[s.name].forwards > 0).any()
+    ]
+    if not fewer or not last:
+        return None
+    records = look.records[last[0].name]
+    hits, of = int(records.alone.sum()), int((records.forwards > 0).sum())
+    why = (
+        f"means over {most} draws of the model's noise break {hits} of {images(of)} that fewer "
+        "draws had left"
+    )
+    reading = of_share(hits, of, EVIDENCE, why)
+    more = ": still more may break more, and the number may be too high"
+    return of_share(hits, of, EVIDENCE, why + more) if reading.triggered else reading
+
+
+def silent_success(look: Look) -> Reading | None:
+    """Survivors of a search that repeats it and finds an adversarial image on the way."""
+    if not look.follows or look.job.traits.stochastic:
+        return None
+    threat = look.job.threat
+    stages = [
+        stage
+        for stage in look.white_box
+        if stage.attack.queries
+        and not stage.attack.peeks
+        and stage.attack.starts == 1
+        and stage.eps is None
+        and stage.attack.stays_inside(threat)
+    ]
+    left = look.survivors()
+    if not stages or not len(left):
+        return None
+    stage, clean = stages[0], look.sample(left, REPLAYED)
+    broken = look.search("silent_success", stage.attack, clean, stage=stage.name)
+    hits, of = int(broken.sum()), len(broken)
+    why = (
+        f"{stage.name}, repeated, passes through images that fool the model for {hits} of "
+        f"{images(of)} that it is said to have left: the number is too high, and our records are "
+        "wrong"
+        if hits
+        else f"{stage.name}, repeated on {images(of)}, passes through no image that fools the model"
+    )
+    return of_share(hits, of, EVIDENCE, why)
+
+
+def norm(look: Look) -> Reading | None:
+    """Whether the adversarial images that were kept are inside the threat, and fool the model."""
+    if look.images is None or not look.by_image:
+        return None
+    chosen = look.sample(np.unique(look.images.ids), RESCORED)
+    point = torch.from_numpy(look.images.of(chosen.ids.cpu().numpy())).to(chosen.x)
+    inside = look.job.threat.contains(point, chosen.x)
+    inside &= ((point >= -RANGE_SLACK) & (point <= 1 + RANGE_SLACK)).flatten(1).all(1)
+    fooled = look.wrong(point, chosen)
+    eight_bit = look.wrong((255 * point).round() / 255, chosen)
+    outside, right, of = int((~inside).sum()), int((inside & ~fooled).sum()), len(inside)
+    why = (
+        f"of {of} adversarial images that were kept {outside} lie outside of the threat and "
+        f"{right} do not fool the model (as 8-bit images {int((~eight_bit).sum())})"
+    )
+    bad = outside + (0 if look.job.traits.stochastic else right)
+    return Reading(bad, 0, bad > 0, why)

@@ -1,0 +1,56 @@
+"""What an indicator measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from advbench.runs.accuracy import clopper_pearson
+from advbench.text import count
+
+Class = Literal["proof", "evidence", "thin"]
+"""How much a triggered indicator weighs, see ``label``."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an indicator measured."""
+
+    value: float | int | str | None
+    """What was measured."""
+    threshold: float | int | str | None
+    """Beyond it the indicator is triggered."""
+    triggered: bool
+    """Whether it counts against the number, or against the gradient."""
+    why: str
+    """One sentence for people, whether triggered or not."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of the value, exact where the value is a share."""
+    weight: Class | None = None
+    """Class of this reading, where it is another than the indicator's."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers for a picture, of plain types."""
+
+
+def of_share(
+    hits: int, of: int, threshold: float, why: str, *, proof: float | None = None, **data: Any
+) -> Reading:
+    """The reading of a share, judged by its exact interval.
+
+    Args:
+        hits: images that speak against the number, of ``of``.
+        threshold: triggered where the lower end of the 95 % interval is above it.
+        proof: of an indicator of class proof: up to this lower end it is evidence.
+        why: the sentence.
+        data: numbers for a picture.
+    """
+    low, high = clopper_pearson(hits, of)
+    triggered, value = low > threshold, hits / of if of else None
+    weight = "evidence" if triggered and proof is not None and low <= proof else None
+    return Reading(value, threshold, triggered, why, (low, high), weight, data)
+
+
+def images(number: int) -> str:
+    """Such as ``1 image`` or ``3 images``."""
+    return count(number, "image")

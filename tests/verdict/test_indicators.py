@@ -1,0 +1,239 @@
+"""Each indicator triggers where it should and is quiet where it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_up_looks import BLIND, liar, look, net, stage
+from torch import Tensor, nn
+
+from advbench.attacks.fab import FAB
+from advbench.defenses.base import Surrogate, Traits
+from advbench.evaluation.protocols import AutoAttackProtocol
+from advbench.evaluation.store import Images
+from advbench.verdict.gradients import median_interval
+from advbench.verdict.look import Look
+from advbench.verdict.reading import of_share
+from advbench.verdict.registry import INDICATORS
+
+NOISY = Traits(stochastic=True)
+EOT = [stage("eot20", draws=20), stage("eot40", draws=40)]
+
+
+class Scaled(nn.Module):
+    """The net with logits that are too large for the softmax of float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 30 * self.net(x)
+
+
+class Band(nn.Module):
+    """Is wrong in a narrow shell around the image alone, which long steps jump over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = x.flatten(1).mean(1) - 0.5
+        hit = (shift.abs() > 0.0135) & (shift.abs() < 0.0145)
+        return torch.stack([torch.zeros_like(shift), hit * 2.0 - 1.0 + 1e-3 * shift], 1)
+
+
+def surrogate(transfer: bool = False) -> dict[str, Surrogate]:
+    return {"other": Surrogate(net(), exact=False, loss="ce", why="", transfer=transfer)}
+
+
+def kept(shift: float) -> Look:
+    """Images that were kept: the clean ones of samples that are wrong, moved by ``shift``."""
+    found = look(net(), n=200)
+    wrong = np.setdiff1d(found.job.samples.ids.numpy(), found.correct)
+    x = found.job.samples.fetch(torch.from_numpy(wrong)).x
+    found.images = Images(wrong, (x + shift).numpy())
+    return found
+
+
+def band() -> Look:
+    images = np.full((12, 8, 8, 1), 0.5, np.float32)
+    return look(Band().eval(), data=(images, np.zeros(12, np.int64)))
+
+
+def right_again() -> Look:
+    """Images that were kept and that the model classifies right."""
+    found = look(net())
+    x = found.job.samples.fetch(torch.from_numpy(found.correct)).x
+    found.images = Images(found.correct, x.numpy())
+    return found
+
+
+CASES: dict[str, tuple[list[Callable[[], Look]], list[Callable[[], Look]]]] = {
+    "weak_attack": ([lambda: replace_complete(look(net()))], [lambda: look(net())]),
+    "probabilities": (
+        [lambda: look(liar("Softmax")), lambda: look(liar("Sigmoid"))],
+        [lambda: look(net())],
+    ),
+    "stochastic_mismatch": (
+        [
+            lambda: look(liar("Noise")),
+            lambda: look(liar("NoiseOffGrid")),
+            lambda: look(net(), traits=NOISY),
+        ],
+        [lambda: look(net()), lambda: look(liar("Noise"), traits=NOISY)],
+    ),
+    "batch_mismatch": ([lambda: look(liar("Crowd"))], [lambda: look(net())]),
+    "zero_gradient": (
+        [lambda: look(liar("Quantised")), lambda: look(liar("Detached"))],
+        [lambda: look(net()), lambda: look(liar("Loud"))],
+    ),
+    "gradient_mismatch": (
+        [lambda: look(liar("Negated")), lambda: look(liar("RandomGradient"))],
+        [lambda: look(net()), lambda: look(liar("Loud"))],
+    ),
+    "unbounded": ([lambda: look(liar("Detached"))], [lambda: look(net())]),
+    "one_step": ([lambda: look(net())], [lambda: look(net(), eps=0.01)]),
+    "noise": ([lambda: look(net(), eps=0.5)], [lambda: look(net(), eps=0.01)]),
+    "logit_scale": ([lambda: look(Scaled().eval())], [lambda: look(net())]),
+    "monotone": ([band], [lambda: look(net(), n=20)]),
+    "loss_gap": ([lambda: look(Scaled().eval())], [lambda: look(net(), n=20)]),
+    "black_box": (
+        [
+            lambda: look(net(), [stage("apgd-ce"), BLIND], [5, 12]),
+            lambda: look(
+                net(),
+                [stage("apgd-ce"), stage("apgd@other", victim="other")],
+                [5, 12],
+                surrogates=surrogate(transfer=True),
+            ),
+        ],
+        [lambda: look(net(), [stage("apgd-ce"), BLIND], [5, 1])],
+    ),
+    "surrogate_gap": (
+        [
+            lambda: look(
+                net(),
+                [stage("apgd-ce"), stage("apgd@other", victim="other")],
+                [5, 12],
+                surrogates=surrogate(),
+            )
+        ],
+        [
+            lambda: look(
+                net(),
+                [stage("apgd-ce"), stage("apgd@other", victim="other")],
+                [5, 0],
+                surrogates=surrogate(),
+            )
+        ],
+    ),
+    "unconverged": (
+        [lambda: look(net(), broken=[20], late=8)],
+        [lambda: look(net(), broken=[20])],
+    ),
+    "eot_plateau": (
+        [lambda: look(net(), EOT, [5, 8], traits=NOISY)],
+        [lambda: look(net(), EOT, [5, 0], traits=NOISY)],
+    ),
+    "silent_success": ([lambda: look(net())], [lambda: look(net(), eps=0.01)]),
+    "norm": ([lambda: kept(0.3), right_again], [lambda: kept(0.0)]),
+}
+"""For each indicator: where it triggers, and where it does not."""
+
+
+def replace_complete(found: Look) -> Look:
+    return replace(found, complete=False)
+
+
+BY_ID = {indicator.id: indicator for indicator in INDICATORS}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_it_triggers_and_is_quiet(name: str) -> None:
+    loud, quiet = CASES[name]
+    assert loud and quiet
+    for expected, cases in ((True, loud), (False, quiet)):
+        for number, case in enumerate(cases):
+            entry = BY_ID[name].entry(case())
+            assert entry is not None
+            assert entry["triggered"] is expected, (number, entry)
+            assert len(entry["why"]) > 20
+
+
+def test_every_indicator_is_tried() -> None:
+    assert set(CASES) == set(BY_ID) and len(INDICATORS) == len(BY_ID) >= 18
+
+
+@pytest.mark.parametrize("indicator", INDICATORS, ids=lambda i: i.id)
+def test_it_says_what_it_is(indicator: Any) -> None:
+    assert indicator.about.endswith(".") and indicator.source and indicator.settles
+
+
+def test_a_free_one_makes_no_passes_and_a_cheap_one_counts_them() -> None:
+    found = look(net(), [stage("apgd-ce"), BLIND], [5, 1], n=12)
+    entries = [indicator.entry(found) for indicator in INDICATORS]
+    for indicator, entry in zip(INDICATORS, entries, strict=True):
+        if entry is not None:
+            passes = entry.get("forwards", 0) + entry.get("backwards", 0)
+            assert (passes == 0) == (indicator.cost == "free"), indicator.id
+
+
+def test_the_same_look_gives_the_same_entry() -> None:
+    """Whatever the order of the images in memory and of the indicators."""
+    first = [BY_ID[name].entry(look(net(), n=8)) for name in ("noise", "zero_gradient", "loss_gap")]
+    again = [BY_ID[name].entry(look(net(), n=8)) for name in ("loss_gap", "zero_gradient", "noise")]
+    assert first == again[::-1]
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_other_norms(norm: str) -> None:
+    eps = {"l2": 0.02, "l1": 0.1}[norm]
+    for indicator in INDICATORS:
+        entry = indicator.entry(look(net(), norm=norm, eps=eps, n=6))
+        assert entry is None or not entry["triggered"], entry
+
+
+@pytest.mark.parametrize(
+    "traits", [Traits(batch_dependent=True, batch_size=16), Traits(gradient="none")]
+)
+def test_what_a_model_has_not_is_not_looked_at(traits: Traits) -> None:
+    found = look(net(), [BLIND], traits=traits)
+    for name in ("zero_gradient", "unbounded", "one_step", "silent_success", "gradient_mismatch"):
+        assert BY_ID[name].entry(found) is None
+    assert not found.backwards
+
+
+def test_no_survivor_is_no_reason_to_stop() -> None:
+    found = look(net(), broken=[12], n=12)
+    for indicator in INDICATORS:
+        entry = indicator.entry(found)
+        assert entry is None or not entry["triggered"], entry
+
+
+def test_one_odd_sample_of_sixty_convicts_nobody() -> None:
+    assert not of_share(1, 60, 0.01, "").triggered
+    assert of_share(9, 60, 0.01, "", proof=0.05).weight is None  # proof, as declared
+    assert of_share(4, 60, 0.01, "", proof=0.05).weight == "evidence"
+    assert not of_share(0, 0, 0.01, "").triggered
+
+
+def test_the_interval_of_a_median_is_exact() -> None:
+    ordered = torch.arange(20) / 20
+    assert median_interval(ordered) == (float(ordered[5]), float(ordered[14]))  # tables: 6 and 15
+    assert median_interval(ordered[:4]) == (-1.0, 1.0)
+
+
+def test_a_probability_that_is_declared_is_followed_by_its_logarithm() -> None:
+    declared = look(liar("Softmax"), traits=Traits(output="probabilities"), n=16)
+    assert BY_ID["probabilities"].entry(declared) is None
+    dead, honest = BY_ID["zero_gradient"].entry(declared), BY_ID["unbounded"].entry(declared)
+    assert dead is not None and honest is not None
+    assert not dead["triggered"] and not honest["triggered"]
+
+
+def test_fab_is_not_repeated() -> None:
+    assert AutoAttackProtocol.effort == "cheap"
+    assert BY_ID["silent_success"].entry(look(net(), [stage("fab-t", FAB())])) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,9 +24,16 @@ from advbench.attacks.base import (
 )
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat, per_row, project, projection, unit
+from advbench.attacks.waits import surely_none
 from advbench.errors import UserError, did_you_mean
 
 MOMENTUM = 0.75  # alpha, 2020, eq. 2
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Values on a device, sent there once."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 @dataclass
@@ -163,37 +171,39 @@ class APGD(Attack):
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
         assert isinstance(rows, APGDRows) and answer.gradient is not None
         loss, first = answer.loss, rows.phase_iteration == 0
+        point, gradient = rows.point, answer.gradient
         better = first | (loss > rows.loss_best)
         rows.loss_best = torch.where(better, loss, rows.loss_best)
-        rows.point_best = torch.where(per_row(better, rows.x), rows.point, rows.point_best)
-        rows.gradient_best = torch.where(
-            per_row(better, rows.x), answer.gradient, rows.gradient_best
-        )
+        rows.point_best = torch.where(per_row(better, rows.x), point, rows.point_best)
+        rows.gradient_best = torch.where(per_row(better, rows.x), gradient, rows.gradient_best)
         rows.best_at_check = torch.where(first, loss, rows.best_at_check)
         rows.rises += ~first & (loss > rows.loss_last)
         rows.since += ~first
         rows.loss_last = loss
 
         check = rows.since == rows.period
-        restore = self._checkpoint_l1(rows, check, threat) if threat.norm == "l1" else (
-            self._checkpoint(rows, check)
-        )  # fmt: skip
-        point = torch.where(per_row(restore, rows.x), rows.point_best, rows.point)
-        gradient = torch.where(per_row(restore, rows.x), rows.gradient_best, answer.gradient)
-        rows.since = torch.where(check, 0, rows.since)
-        rows.rises = torch.where(check, 0, rows.rises)
+        if not surely_none(check):
+            restore = self._checkpoint_l1(rows, check, threat) if threat.norm == "l1" else (
+                self._checkpoint(rows, check)
+            )  # fmt: skip
+            point = torch.where(per_row(restore, rows.x), rows.point_best, point)
+            gradient = torch.where(per_row(restore, rows.x), rows.gradient_best, gradient)
+            rows.since = torch.where(check, 0, rows.since)
+            rows.rises = torch.where(check, 0, rows.rises)
 
         moved = self._move(rows, point, gradient, threat)
         rows.previous, rows.point = point, moved
         rows.iteration += 1
         rows.phase_iteration += 1
         if self.large_radius:
-            self._next_phase(rows, threat)
+            self._next_phase(rows, answer.age, threat)
 
-    def _eps(self, rows: APGDRows, threat: Threat) -> Tensor:
-        """The radius of each row's phase, (N,)."""
-        multiples = rows.x.new_tensor([multiple for multiple, _ in self._schedule])
-        return multiples[rows.phase] * threat.radius
+    def _eps(self, rows: APGDRows, threat: Threat) -> Tensor | float:
+        """The radius of each row's phase, (N,), or that of all."""
+        if threat.norm == "linf" and not self.large_radius:
+            return threat.radius
+        multiples = tuple(multiple for multiple, _ in self._schedule)
+        return _constant(multiples, rows.x.device, rows.x.dtype)[rows.phase] * threat.radius
 
     def _checkpoint(self, rows: APGDRows, check: Tensor) -> Tensor:
         """Conditions 1 and 2 of 2020, sec. 3.2. Returns which rows go back to their best point."""
@@ -220,9 +230,10 @@ class APGD(Attack):
         support = (rows.point_best != rows.x).flatten(1).sum(1).to(rows.x.dtype)
         sparser = support / rows.support.clamp_min(1) < 0.95
         eps = self._eps(rows, threat)
-        stuck = (rows.step <= eps / 10) & (rows.loss_best <= rows.best_at_check)
+        smallest = eps / 10
+        stuck = (rows.step <= smallest) & (rows.loss_best <= rows.best_at_check)
         share = torch.where(stuck, torch.minimum(rows.sparsity, support / size), support / size)
-        step = torch.where(sparser, eps, (rows.step / 1.5).clamp_min(eps / 10))
+        step = torch.where(sparser, eps, (rows.step / 1.5).clamp_min(smallest))
         rows.step = torch.where(check, step, rows.step)
         rows.sparsity = torch.where(check, share / 1.5, rows.sparsity)
         rows.support = torch.where(check, support, rows.support)
@@ -254,8 +265,8 @@ class APGD(Attack):
             sparsity = torch.full_like(touched, 0.2) if fresh else touched / size / 1.5
             rows.support = torch.where(which, support, rows.support)
             rows.sparsity = torch.where(which, sparsity, rows.sparsity)
-            lengths = rows.period.new_tensor([max(int(0.04 * n), 1) for _, n in self._schedule])
-            period = lengths[rows.phase]
+            lengths = tuple(max(int(0.04 * n), 1) for _, n in self._schedule)
+            period = _constant(lengths, rows.period.device, rows.period.dtype)[rows.phase]
             step = eps
         else:
             period = torch.full_like(rows.period, max(int(0.22 * self.steps), 1))
@@ -266,12 +277,19 @@ class APGD(Attack):
             setattr(rows, name, torch.where(which, 0, getattr(rows, name)))
         rows.previous = torch.where(per_row(which, rows.x), rows.point, rows.previous)
 
-    def _next_phase(self, rows: APGDRows, threat: Threat) -> None:
-        """Hand the best point of a finished phase on to the next, smaller radius."""
-        lengths = rows.phase.new_tensor([steps + 1 for _, steps in self._schedule])
+    def _next_phase(self, rows: APGDRows, age: Tensor | None, threat: Threat) -> None:
+        """Hand the best point of a finished phase on to the next, smaller radius.
+
+        age: of the rows before this query, on the host, if it is known.
+        """
+        lengths = tuple(steps + 1 for _, steps in self._schedule)
+        ends = torch.tensor(lengths[:-1]).cumsum(0)
+        if age is not None and not torch.isin(age + 1, ends).any():
+            return
         last = len(self._schedule) - 1
-        done = (rows.phase < last) & (rows.phase_iteration == lengths[rows.phase])
-        if not done.any():
+        length = _constant(lengths, rows.phase.device, rows.phase.dtype)[rows.phase]
+        done = (rows.phase < last) & (rows.phase_iteration == length)
+        if surely_none(done):
             return
         rows.phase = torch.where(done, rows.phase + 1, rows.phase)
         start = project(rows.point_best, rows.x, threat.norm, self._eps(rows, threat))

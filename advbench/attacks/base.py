@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from advbench.attacks import losses
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat
+from advbench.attacks.waits import surely_all
 from advbench.errors import UserError, did_you_mean
 
 R = TypeVar("R", bound="Rows")
@@ -92,6 +93,8 @@ class Answer(NamedTuple):
     Entries that are not finite are zero: the attack continues with the other pixels."""
     usable: Tensor | None = None
     """Which rows had a finite entry at all, (N,); None where that was not checked."""
+    age: Tensor | None = None
+    """``rows.iteration`` on the host, (N,), where the caller knows it; reading it would wait."""
 
 
 class Counted(nn.Module):
@@ -121,8 +124,7 @@ class Oracle:
     Args:
         model: returns logits (N, K), or a pair of logits and an auxiliary loss (N,) that is added
             to the attack's loss.
-        check: look at every gradient, which waits for the device. Training does not:
-            its loss shows it soon enough.
+        check: look at every gradient. Training does not: its loss shows it soon enough.
         needs_clean_input: the model takes the clean images too, ``model(x, clean)``.
     """
 
@@ -154,6 +156,8 @@ class Oracle:
             logits, auxiliary_loss = self._ask(point, rows.x)
             loss = attack.loss(logits, rows) + auxiliary_loss
             grad = torch.autograd.grad(loss.sum(), point)[0] if gradient else None
+        if grad is not None:  # a layout other than the point's makes all that follows slower
+            grad = grad.contiguous()
         usable = None
         if grad is not None and self.check:
             grad, usable = _finite(grad)
@@ -192,7 +196,7 @@ def _finite(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient with zeros where it is not finite, and which rows are finite somewhere."""
     # A sum is finite where all entries are: one pass over a batch that is sound.
     sound = gradient.flatten(1).sum(1).isfinite()
-    if sound.all():
+    if surely_all(sound):
         return gradient, sound
     finite = gradient.isfinite()
     return torch.where(finite, gradient, 0.0), finite.flatten(1).any(1)
@@ -265,7 +269,7 @@ class Attack(ABC):
         """Query the oracle at ``rows.point``."""
         return oracle.query(self, rows, self.gradient)
 
-    def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
+    def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> Tensor | None:
         """Learn from the answer, move ``rows.point`` and count ``rows.iteration`` up, in place.
 
         Args:
@@ -274,6 +278,9 @@ class Attack(ABC):
             threat: where the search may go.
             random: draws for these rows; a search that draws here gives ``rows.iteration`` as the
                 iteration, so that its draws are its own.
+
+        Returns:
+            None if every row's iteration counted up by one; else ``rows.iteration`` on the host.
         """
         raise NotImplementedError
 

@@ -38,7 +38,7 @@ class Expectation(Oracle):
         return super().peek(rows)
 
     def query(self, attack: Attack, rows: Rows, gradient: bool = True) -> Answer:
-        logits, loss, slope, usable = super().query(attack, rows, gradient)
+        logits, loss, slope, usable, _ = super().query(attack, rows, gradient)
         for _ in range(self.samples - 1):
             other = super().query(attack, rows, gradient)
             logits, loss = logits + other.logits, loss + other.loss

@@ -20,11 +20,13 @@ from advbench.attacks.base import (
 )
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat, norm_of, per_row, unit
+from advbench.attacks.waits import must_wait
 from advbench.errors import UserError
 
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 DEAREST = 128  # coordinates that most l1 projections get by with
 PASSES = 50  # Newton needs 3 to 6, and less than 20 for inputs made to be slow
+QUEUED = 12  # passes of Newton where looking at their outcome would wait for the device
 TINY, HUGE = 1e-37, 1e30  # in float32
 
 
@@ -194,10 +196,11 @@ def _newton(slope: Tensor, full: Tensor, stops: Tensor, goal: Tensor) -> Tensor:
     """
     lam, closed = torch.zeros_like(goal), torch.zeros_like(goal)
     before, mask = None, torch.empty_like(full)
-    for _ in range(PASSES):
+    for _ in range(QUEUED if must_wait(goal) else PASSES):
         steep = torch.gt(stops, lam, out=mask).mul_(slope).sum(2, keepdim=True)
         if before is not None:
-            if torch.equal(steep, before):  # nothing stopped on the way: lam is the root
+            # Nothing stopped on the way: lam is the root, and stays it in further passes.
+            if not must_wait(goal) and torch.equal(steep, before):
                 break
             closed = torch.le(stops, lam, out=mask).mul_(full).sum(2, keepdim=True)
         ahead = ((goal - closed) / steep.clamp_min(TINY)).clamp_max(HUGE)
@@ -212,9 +215,10 @@ def _greedy(size: Tensor, room: Tensor, goal: Tensor) -> Tensor:
     is above a threshold, and the rest of the goal shared out where it is at the threshold.
     """
     full = size * room
-    threshold, short = _threshold(size, full, goal, min(DEAREST, size.shape[1]))
+    enough = size.shape[1] if must_wait(goal) else min(DEAREST, size.shape[1])
+    threshold, short = _threshold(size, full, goal, enough)
     rows = short.any(0).squeeze(1)
-    if rows.any():
+    if enough < size.shape[1] and rows.any():
         threshold[:, rows], _ = _threshold(size[rows], full[:, rows], goal[:, rows], size.shape[1])
     above, at = (size > threshold).to(size.dtype), (size == threshold).to(size.dtype)
     rest = goal - (above * full).sum(2, keepdim=True)

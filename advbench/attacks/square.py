@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from advbench.attacks.base import Answer, Attack, Clean, Oracle, Rows, need_classes, started
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat, per_row, widest
+from advbench.attacks.waits import overwrite, rows_of, surely_none
 from advbench.errors import UserError
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -98,10 +99,10 @@ class SquareRows(Rows):
     """The best point so far, (N, C, H, W)."""
     loss_best: Tensor
     """The margin of the best point, (N,)."""
-    deck: Tensor
-    """The next proposals' windows, see ``_deal``."""
+    windows: Tensor
+    """Those of the next proposals, see ``_deal``."""
     dealt: Tensor
-    """The number of the first proposal in ``deck``, (N,)."""
+    """The number of the first proposal in ``windows``, (N,)."""
 
 
 @dataclass(frozen=True)
@@ -157,60 +158,73 @@ class Square(Attack):
                 tiles *= threat.radius / tiles.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             point = threat.project_closely(x.to(widest(x)) + tiles, x)
         fields = started(clean, point, restart)
-        dealt, deck = self._deal(x, fields["iteration"], threat.norm, random)
+        dealt, windows = self._deal(x, fields["iteration"], threat.norm, random)
         worst = torch.full((len(x),), -torch.inf, device=x.device)
         return SquareRows(
-            **fields, point_best=point.clone(), loss_best=worst, deck=deck, dealt=dealt
+            **fields, point_best=point.clone(), loss_best=worst, windows=windows, dealt=dealt
         )
 
-    def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
+    def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> Tensor | None:
         assert isinstance(rows, SquareRows)
+        ages = rows.iteration.cpu() if answer.age is None else answer.age
         # Misclassified is above zero, hence above the best of a search that continues.
-        better = (answer.loss > rows.loss_best).nonzero().squeeze(1)
-        rows.loss_best[better] = answer.loss[better]
-        rows.point_best[better] = rows.point[better]
+        better = answer.loss > rows.loss_best
+        overwrite(rows.point_best, better, rows.point)
+        overwrite(rows.loss_best, better, answer.loss)
 
-        oldest, last = torch.stack(
-            (rows.iteration.max(), (rows.iteration - rows.dealt).max())
-        ).tolist()
-        if last >= 2 * BLOCK - SKIPS:
-            rows.dealt, rows.deck = self._deal(rows.x, rows.iteration, threat.norm, random)
-        rows.point, idle = self._proposals(rows, slice(None), threat)
-        if oldest >= self.steps:
-            done = per_row(rows.iteration >= self.steps, rows.x)
-            rows.point = torch.where(done, rows.point_best, rows.point)
+        rows.point, idle = self._proposals(rows, slice(None), ages, threat)
+        if int(ages.max()) >= self.steps:
+            done = rows.iteration >= self.steps
+            rows.point = torch.where(per_row(done, rows.x), rows.point_best, rows.point)
         rows.iteration += 1
-        for _ in range(SKIPS):
+        for _ in range(SKIPS if threat.norm == "linf" else 0):
             # A window that has these signs already changes nothing: its answer is known.
-            idle = idle[rows.iteration[idle] < self.steps]
-            if not len(idle):
+            idle &= rows.iteration < self.steps
+            if surely_none(idle):
                 break
-            rows.point[idle], again = self._proposals(rows, idle, threat)
-            rows.iteration[idle] += 1
-            idle = idle[again]
+            at = rows_of(idle)
+            point, again = self._proposals(rows, at, ages, threat)
+            rows.point[at] = torch.where(per_row(idle[at], point), point, rows.point[at])
+            rows.iteration += idle
+            idle[at] = idle[at] & again
+        return self._deal_in_time(rows, threat.norm, random)
+
+    def _deal_in_time(self, rows: SquareRows, norm: str, random: Random) -> Tensor:
+        """Deal anew if a row could come to the end of its windows in the next query.
+
+        Returns the ages on the host, (N,): what is read here waits for the device.
+        """
+        ages, used = torch.stack((rows.iteration, rows.iteration - rows.dealt)).cpu()
+        if int(used.max()) >= 2 * BLOCK - SKIPS:
+            rows.dealt, rows.windows = self._deal(rows.x, rows.iteration, norm, random)
+        return ages
 
     def _proposals(
-        self, rows: SquareRows, at: Tensor | slice, threat: Threat
+        self, rows: SquareRows, at: Any, ages: Tensor, threat: Threat
     ) -> tuple[Tensor, Tensor]:
-        """The next proposals of the rows ``at``, and which of these are the best point itself."""
-        age, deck = rows.iteration[at], rows.deck[at]
-        drawn = deck[torch.arange(len(age), device=age.device), age - rows.dealt[at]]
+        """The next proposals of the rows ``at``, and which of these are the best point itself.
+
+        ages: of all rows, on the host, before those that were skipped.
+        """
+        age, windows = rows.iteration[at], rows.windows[at]
+        drawn = windows[torch.arange(len(age), device=age.device), age - rows.dealt[at]]
         x, best = rows.x[at], rows.point_best[at]
-        young, old = (bisect_left(HALVINGS, n) for n in torch.stack(age.aminmax()).tolist())
+        young, old = (bisect_left(HALVINGS, int(n)) for n in ages.aminmax())
         if young == old or threat.norm == "linf":
-            point, idle = self._propose(x, best, drawn, threat, young)
-            return point, idle.nonzero().squeeze(1)
+            return self._propose(x, best, drawn, threat, young)
         point = torch.empty_like(x)
         for halvings in range(young, old + 1):  # the same sums, whatever the ages of the others
-            one = (drawn[:, 1] == halvings).nonzero().squeeze(1)
-            point[one], _ = self._propose(x[one], best[one], drawn[one], threat, halvings)
-        return point, age[:0]
+            mine = drawn[:, 1] == halvings
+            one = rows_of(mine)
+            some, _ = self._propose(x[one], best[one], drawn[one], threat, halvings)
+            point[one] = torch.where(per_row(mine[one], some), some, point[one])
+        return point, torch.zeros_like(mine)
 
     def _deal(self, x: Tensor, age: Tensor, norm: str, random: Random) -> tuple[Tensor, Tensor]:
         """The windows of each row's current BLOCK of proposals and of the next.
 
-        A row that comes to its deck's end lets all deal anew. A block's draws are always the same,
-        and rows of many ages draw no more often than once in BLOCK.
+        A row that comes to the end of its windows lets all deal anew. A block's draws are always
+        the same, and rows of many ages draw no more often than once in BLOCK.
 
         Returns the number of the first proposal, (N,), and per proposal the window's side, how
         often its area has halved, its first row and column, for l2 and l1 those of a second window,

@@ -32,7 +32,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor | None, conv: PackedConv) -> Tensor:
         out = conv.convolve(x, other)
-        ctx.conv, ctx.shape = conv, x.shape
+        ctx.conv, ctx.shape, ctx.plain = conv, x.shape, x.is_contiguous()
         ctx.save_for_backward(*([out] if conv.relu else []))
         return out
 
@@ -42,6 +42,8 @@ class _Convolve(torch.autograd.Function):
         for out in ctx.saved_tensors:
             gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
         back = ctx.conv.back(gradient, ctx.shape) if ctx.needs_input_grad[0] else None
+        if back is not None and ctx.plain:  # for the steps before, which are quicker so
+            back = back.contiguous()
         return back, gradient if ctx.needs_input_grad[1] else None, None
 
 
@@ -49,11 +51,19 @@ class PackedConv(nn.Module):
     """A convolution that pads with zeros, plus another tensor where given, and a ReLU if ``relu``.
 
     shape, shape_out: of its input and output, (N, C, H, W), for which the weights are laid out;
-    others work as well.
+    others work as well.  layout: what its input is brought to.
     """
 
-    def __init__(self, conv: nn.Conv2d, shape: list[int], shape_out: list[int], relu: bool) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        shape: list[int],
+        shape_out: list[int],
+        relu: bool,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
         super().__init__()
+        self.layout = layout
         padding, stride, dilation = (
             [int(n) for n in pair] for pair in (conv.padding, conv.stride, conv.dilation)
         )
@@ -88,6 +98,7 @@ class PackedConv(nn.Module):
         return torch.ops.aten.convolution_backward(gradient, x, self.plain, *others)[0]
 
     def convolve(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        x = x.contiguous(memory_format=self.layout)
         filters = self.weight, self.bias, *self.how
         if other is None:
             return _pointwise()(x, *filters, "relu" if self.relu else "none", [], "")
@@ -160,8 +171,12 @@ def _laid_out(weight: Tensor, how: How, shape: list[int]) -> Tensor:
 def packed(model: nn.Module, x: Tensor) -> nn.Module:
     """A copy of a model whose weights are frozen, for inputs like ``x``.
 
-    x: (N, C, H, W) float32 on the CPU.  Of a model that is not traced, linear layers alone change.
+    x: (N, C, H, W) float32 on the CPU, in the layout that suits the convolutions.  Of a model that
+    is not traced, linear layers alone change; a traced one takes images in any layout, and is
+    quickest with contiguous ones: a mean or scale by channel is slow in channels last.
     """
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
@@ -185,7 +200,7 @@ def packed(model: nn.Module, x: Tensor) -> nn.Module:
             chain.append(after)
         name = f"packed_{number}"
         shape, shape_out = (list(n.meta["tensor_meta"].shape) for n in (node.args[0], node))
-        model.add_module(name, PackedConv(conv, shape, shape_out, relu))
+        model.add_module(name, PackedConv(conv, shape, shape_out, relu, layout))
         with model.graph.inserting_after(chain[-1]):
             inputs = node.args[0], *([] if other is None else [other])
             fresh = model.graph.call_module(name, inputs)

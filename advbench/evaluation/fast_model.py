@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from advbench.attacks import losses
@@ -105,16 +105,18 @@ def fast_copy(
             few = clean.x.contiguous(memory_format=layout)
             quicker = _packed(laid, few) if free and options == FastModelOptions() else []
             for copied in (*quicker, laid):
+                traced = copied is not laid and isinstance(copied, fx.GraphModule)
+                order = torch.contiguous_format if traced else layout  # packed: see cpu_kernels
                 # Compared in float32: bf16 differs by more than a wrong fold would.
-                exact = FastModel(copied, FastModelOptions(), clean.x.device, layout)
+                exact = FastModel(copied, FastModelOptions(), clean.x.device, order)
                 if not _agree(model, exact, clean, stochastic):
                     continue
                 if options.precision == "bf16" and not stochastic:
-                    copied = _narrowed(copied, clean, layout)
-                fast = FastModel(copied, options, clean.x.device, layout)
+                    copied = _narrowed(copied, clean, order)
+                fast = FastModel(copied, options, clean.x.device, order)
                 if options.precision != "32" and not stochastic and _blurred(model, fast, clean):
                     slow = replace(options, precision="32")
-                    fast = FastModel(exact.model, slow, clean.x.device, layout)
+                    fast = FastModel(exact.model, slow, clean.x.device, order)
                 return fast.eval()
     return model
 

@@ -26,6 +26,7 @@ from advbench.attacks import losses
 from advbench.attacks.base import Oracle, Rows
 from advbench.attacks.random import KeyedRandom
 from advbench.attacks.referee import Referee, finite
+from advbench.attacks.waits import fetched, sent
 from advbench.devices import out_of_memory
 from advbench.errors import UserError
 from advbench.evaluation.batch_sizes import BatchSizes
@@ -150,7 +151,7 @@ class Search:
             everyone = torch.arange(len(started))
             rows = started.take(everyone.to(device))  # fields of their own, to write
             self.rows, self.place = rows, torch.full((len(rows),), -1)
-            self.age = rows.iteration.cpu().clone()
+            self.age = torch.zeros(len(rows), dtype=torch.int64)
             self.smallest = torch.full((len(rows),), torch.inf, device=device)
             self.place[:entering] = positions
             return
@@ -207,16 +208,15 @@ class Search:
         assert rows is not None
         if attack.queries:
             answer = attack.ask(self.oracle, rows, self.threat)
-            self._look(rows, answer.logits)
-            if answer.usable is not None:
-                self._need_gradients(answer.usable)
+            self._look(rows, answer.logits, answer.usable)
+            answer = answer._replace(age=self.age)
             random = KeyedRandom(self.job.seed, self.stage.name, rows.ids, rows.restart)
-            attack.advance(rows, answer, self.threat, random)
+            age = attack.advance(rows, answer, self.threat, random)
             if attack.peeks:
                 logits = self.oracle.peek(rows)
                 self._look(rows, logits)
                 attack.settle(rows, logits, self.threat)
-            before, self.age = self.age, rows.iteration.cpu().clone()
+            before, self.age = self.age, self.age + 1 if age is None else age
             going = self.place >= 0
             if going.any():
                 self.forecast.round(float((self.age - before)[going].float().mean()))
@@ -225,55 +225,58 @@ class Search:
             self._judge(rows, over)
             self._leave(rows, over[self.place[over] >= 0])
 
-    def _need_gradients(self, usable: Tensor) -> None:
-        if not bool((usable.cpu() | (self.place < 0)).all()):
-            raise UserError(NO_GRADIENT)
+    def _look(self, rows: Rows, logits: Tensor, usable: Tensor | None = None) -> None:
+        """Put before the referee what looks like a success.
 
-    def _look(self, rows: Rows, logits: Tensor) -> None:
-        """Put before the referee what looks like a success."""
-        sound = finite(logits)
-        wrong = (logits.argmax(1) != rows.y) | ~sound
-        if self.exact:
-            margin = torch.where(wrong, torch.inf, -losses.margin(logits, rows.y))
-            if not self.inside:
-                margin = torch.where(self.threat.contains(rows.point, rows.x), margin, torch.inf)
+        Raises:
+            UserError: for a row in search whose gradient is not ``usable``.
+        """
+        hit = (logits.argmax(1) != rows.y) | ~finite(logits)
+        margin = torch.where(hit, torch.inf, -losses.margin(logits, rows.y)) if self.exact else None
+        if not self.inside:
+            within = self.threat.contains(rows.point, rows.x)
+            hit = hit & within
+            margin = None if margin is None else torch.where(within, margin, torch.inf)
+        if margin is not None:
             self.smallest = torch.minimum(self.smallest, margin)
-        hits = (wrong.cpu() & (self.place >= 0)).nonzero().flatten()
-        if len(hits) and not self.inside:
-            at = hits.to(rows.x.device)
-            hits = hits[self.threat.contains(rows.point[at], rows.x[at]).cpu()]
+        flags = (hit if usable is None else torch.stack((hit, usable))).cpu()  # the only wait
+        hits, useless = (flags, None) if usable is None else (flags[0], ~flags[1])
+        hits = (hits & (self.place >= 0)).nonzero().flatten()
         if len(hits):
             self._judge(rows, hits)
+        if useless is not None and (useless & (self.place >= 0)).any():
+            raise UserError(NO_GRADIENT)
 
     def _judge(self, rows: Rows, slots: Tensor) -> None:
         """Put rows before the referee; the broken ones leave."""
-        at = slots.to(rows.x.device)
+        at = sent(slots, rows.x.device)
         x = rows.x[at]
         judged = self.referee.judge(x, rows.y[at], rows.point[at])
         rows.forwards[at] += judged.evaluations
         self.smallest[at] = torch.minimum(
             self.smallest[at], torch.where(judged.broken, torch.inf, judged.margin)
         )
-        broken, wrong = judged.broken.cpu(), judged.wrong.cpu()
+        distance = self.threat.distance(judged.point, x)
+        broken, wrong, label, margin, distance = fetched(
+            judged.broken, judged.wrong, judged.label, judged.margin, distance
+        )
         self.state.robust(self.place[slots[~broken]], wrong[~broken])
         if not broken.any():
             return
-        distance = self.threat.distance(judged.point, x).cpu()[broken]
         positions = self.place[slots[broken]]
-        label, margin = judged.label.cpu()[broken], judged.margin.cpu()[broken]
         if self.job.keep_images:
-            self.state.keep_images(positions, judged.point[judged.broken])
+            mine = sent(broken.nonzero().flatten(), rows.x.device)
+            self.state.keep_images(positions, judged.point[mine])
         self._leave(rows, slots[broken], broke=True)
-        self.state.breaks(positions, label, margin, distance, wrong[broken])
+        self.state.breaks(positions, label[broken], margin[broken], distance[broken], wrong[broken])
 
     def _leave(self, rows: Rows, slots: Tensor, broke: bool = False) -> None:
         """Free the slots of searches that are over."""
         if not len(slots):
             return
-        at, positions = slots.to(rows.x.device), self.place[slots]
-        self.state.spend(
-            positions, self.smallest[at].cpu(), rows.forwards[at].cpu(), rows.backwards[at].cpu()
-        )
+        at, positions = sent(slots, rows.x.device), self.place[slots]
+        spent = fetched(self.smallest[at], rows.forwards[at], rows.backwards[at])
+        self.state.spend(positions, *spent)
         self.place[slots] = -1
         again = []
         for position, age in zip(positions.tolist(), self.age[slots].tolist(), strict=True):
@@ -389,7 +392,7 @@ class Search:
                 setattr(rows, f.name, saved[f.name][index].to(self.samples.device))
             self.rows, self.place = rows, torch.full((len(rows),), -1)
             self.place[: len(boarding)] = torch.tensor(boarding)
-            self.age = rows.iteration.cpu().clone()
+            self.age = saved["iteration"][index].clone()
             self.smallest = saved["smallest"][index].to(self.samples.device)
         return everyone - set(boarding)
 

@@ -245,8 +245,8 @@ def test_a_row_does_not_feel_the_others(norm: str) -> None:
         begin_at, end = max(ours, theirs), min(ours, theirs) + 2 * BLOCK
         assert begin_at < end
         assert torch.equal(
-            rows.deck[i, begin_at - ours : end - ours],
-            alone[sample].deck[0, begin_at - theirs : end - theirs],
+            rows.windows[i, begin_at - ours : end - ours],
+            alone[sample].windows[0, begin_at - theirs : end - theirs],
         )
 
 

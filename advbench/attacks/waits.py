@@ -1,0 +1,59 @@
+"""Masks and indices without waiting for a device.
+
+A CPU knows at once what a mask holds, and can leave out work on rows that are not in it. Another
+device would have to finish all that was queued first; there the work is done for all rows, and
+thrown away where the mask says so. The results are the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advbench.attacks.threat import per_row, widest
+
+
+def must_wait(mask: Tensor) -> bool:
+    """Whether reading a tensor on the host waits for its device."""
+    return mask.device.type != "cpu"
+
+
+def surely_all(mask: Tensor) -> bool:
+    """Whether a mask is true everywhere; False where finding out would wait for the device."""
+    return not must_wait(mask) and bool(mask.all())
+
+
+def surely_none(mask: Tensor) -> bool:
+    """Whether a mask is true nowhere; False where finding out would wait for the device."""
+    return not must_wait(mask) and not bool(mask.any())
+
+
+def rows_of(mask: Tensor) -> Any:
+    """An index of the rows in a mask (N,), or of all rows where that would wait."""
+    return slice(None) if must_wait(mask) else mask.nonzero().squeeze(1)
+
+
+def overwrite(target: Tensor, mask: Tensor, source: Tensor) -> None:
+    """Overwrite the rows in a mask (N,) by those of ``source``, in place: both (N, ...)."""
+    if must_wait(mask):
+        target.copy_(torch.where(per_row(mask, target), source, target))
+        return
+    at = mask.nonzero().squeeze(1)
+    target[at] = source[at]
+
+
+def sent(index: Tensor, device: torch.device) -> Tensor:
+    """An index on a device, without waiting for it."""
+    if device.type == "cuda":
+        return index.pin_memory().to(device, non_blocking=True)
+    return index.to(device)
+
+
+def fetched(*columns: Tensor) -> list[Tensor]:
+    """Columns (N,) on the host, each in its own type, after one wait for all of them."""
+    if columns[0].device.type == "cpu":
+        return list(columns)
+    together = torch.stack([column.to(widest(columns[0])) for column in columns]).cpu()
+    return [part.to(column.dtype) for part, column in zip(together, columns, strict=True)]

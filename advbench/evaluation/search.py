@@ -74,12 +74,8 @@ class Search:
     ) -> None:
         self.job, self.stage, self.attack = job, stage, stage.attack
         self.samples, self.threat = job.samples, job.threat
-        self.oracle, self.store, self.referee, self.batch_sizes = (
-            oracle,
-            store,
-            referee,
-            batch_sizes,
-        )
+        self.oracle, self.store = oracle, store
+        self.referee, self.batch_sizes = referee, batch_sizes
         self.correct, self.total = correct, total
         # Whether the oracle's margins are the model's, up to rounding.
         logits = job.traits.output == "logits" and job.fast_model.precision == "32"

@@ -58,8 +58,9 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        self.mean, self.std = (
+            nn.Buffer(torch.tensor(values).view(1, 3, 1, 1)) for values in (MEAN, STD)
+        )
         self.body = nn.Sequential(
             nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU(),
             nn.Flatten(), nn.Linear(2048, 100), nn.ReLU(), nn.Linear(100, 10),

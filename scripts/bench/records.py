@@ -94,7 +94,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     torch.set_num_threads(1)
     model, (x, y) = trained(), digits("test")
     x, y = x[:100], y[:100]

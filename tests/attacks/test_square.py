@@ -159,8 +159,8 @@ def test_a_proposal_from_the_clean_image_is_its_window(norm: str) -> None:
     directions = set()
     for youngest in (0, 10, 11, 50, 51, 200, 201):
         ages = youngest + torch.arange(60) * 3
-        dealt, deck = attack._deal(rows.x, ages, norm, keyed(rows))
-        drawn = deck[torch.arange(60), ages - dealt]
+        dealt, windows = attack._deal(rows.x, ages, norm, keyed(rows))
+        drawn = windows[torch.arange(60), ages - dealt]
         moves = torch.empty_like(clean.x)
         for halvings in drawn[:, 1].unique().tolist():
             at = drawn[:, 1] == halvings
@@ -240,7 +240,7 @@ def test_a_row_does_not_feel_the_others(norm: str) -> None:
         torch.testing.assert_close(rows.point[i], alone[sample].point[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(rows.loss_best[i], alone[sample].loss_best[0])
         assert rows.iteration[i] == alone[sample].iteration[0]
-        # A deck may have been dealt at another age; where two overlap they are the same.
+        # Windows may have been dealt at another age; where two overlap they are the same.
         ours, theirs = int(rows.dealt[i]), int(alone[sample].dealt[0])
         begin_at, end = max(ours, theirs), min(ours, theirs) + 2 * BLOCK
         assert begin_at < end

@@ -35,6 +35,7 @@ PAGES = {
     "index": 3,
     "tutorial": 12,
     "your-own-model": 7,
+    "liars": 2,
     "python": 2,
     "structure": 1,
     "adding": 9,

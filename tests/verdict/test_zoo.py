@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from zoo import ENTRIES, LIARS, NETS, THREAT, Entry, Zoo, data
 
 import advbench
 from advbench.attacks.apgd import APGD
+from advbench.cli.main import main
 from advbench.errors import UserError
 from advbench.evaluation.protocols import APGDProtocol
+from advbench.runs.results import Results
 
 N = 24
 WHITE_BOX = APGDProtocol(steps=10)
@@ -74,3 +77,18 @@ def test_every_honest_net_fits_its_data() -> None:
         with torch.no_grad():
             assert model.eval()(x[:4]).shape == (4, data(how.classes).info.num_classes), name
         assert len(x) >= 70 and y.max() < how.classes
+
+
+def test_a_liar_is_evaluated_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["eval", f"model={LIARS.__file__}:HardLabels", "data=digits", "threat=linf_015"]
+    assert main([*command, "protocol=pgd", "protocol.steps=3", "n=12", "hydra.run.dir=run"]) == 0
+    results = Results.load(tmp_path / "run" / "results.json")
+    assert (results.robust.acc or 0) > 0.9 and results.run == "liars"
+
+
+def test_the_page_names_every_trick() -> None:
+    page = Path(LIARS.__file__).with_suffix(".md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(\w+)`", page)) >= set(LIARS.TRICKS)

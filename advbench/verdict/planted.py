@@ -26,7 +26,10 @@ from advbench.attacks.pgd import PGD
 from advbench.attacks.random import KeyedRandom
 from advbench.attacks.threat import Threat, per_row, unit
 from advbench.backbones.base import Classifier
-from advbench.evaluation.protocol import Stage
+from advbench.devices import full_float32
+from advbench.evaluation.plan import Stage
+from advbench.verdict.look import Look
+from advbench.verdict.reading import Reading, images, of_share
 
 INNER = 999
 """Points around each image that are not adversarial."""
@@ -37,9 +40,48 @@ GAP = 0.05
 CLOSE = 1e-3
 """Of the way from the adversarial point to the nearest other: where the readout's zero is put."""
 
+IMAGES = 16
+"""Images around which the verdict plants."""
+
+EVIDENCE, PROOF = 0.05, 0.1
+"""Shares of missed images that must be exceeded for certain: 95 % and 90 % found."""
+
 PENALTY = 1e-6
 STEPS = 30
 """Of Newton's method: each moves separable points on by about one unit of the logit."""
+
+
+def planted(look: Look) -> Reading | None:
+    """Adversarial images that are known to be there, and that the protocol's search misses."""
+    job = look.job
+    if not look.follows or job.traits.stochastic or not job.threat.radius > 0:
+        return None
+    if not len(look.correct):
+        return None
+    clean = look.sample(look.correct, IMAGES)
+    attack = for_two_classes(look.stages)
+    with full_float32():
+        found = plant(
+            job.model, clean, job.threat, attack, seed=job.seed, batch_size=job.batch_size
+        )
+    look.forwards, look.backwards = look.forwards + found.forwards, look.backwards + found.backwards
+    data = {key: getattr(found, key) for key in ("images", "separated", "identical", "by_chance")}
+    if found.identical > found.separated:
+        why = (
+            f"around {found.identical} of {images(found.images)} a point at distance eps has the "
+            "same features as points nearer by: the model hides how it changes"
+        )
+        reading = of_share(found.identical, found.images, EVIDENCE, why, **data)
+        return replace(reading, weight="evidence")
+    missed = found.separated - found.reached
+    why = (
+        f"of {images(found.separated)} near which an adversarial image was planted, the search "
+        f"misses {missed} (random points: {found.separated - found.by_chance})"
+    )
+    reading = of_share(missed, found.separated, EVIDENCE, why, proof=PROOF, **data)
+    if not reading.triggered:
+        return reading
+    return replace(reading, why=f"{why}: it may miss others too, and the number may be too high")
 
 
 @dataclass(frozen=True)

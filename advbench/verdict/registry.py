@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advbench.verdict import gradients, outputs, records
+from advbench.verdict import gradients, outputs, planted, records
 from advbench.verdict.indicator import Indicator
 
 PINTOR = "Pintor et al. 2022, arXiv 2106.09947"
@@ -222,6 +222,22 @@ INDICATORS = (
         source=f"{ATHALYE}, section 4 (EOT)",
         settles="protocol=adaptive protocol.draws=50",
         measure=records.eot_plateau,
+    ),
+    Indicator(
+        id="planted",
+        weight="proof",
+        kind="gradient",
+        question="gradient",
+        cost="dear",
+        about=(
+            "Near each of a few images an adversarial image of a binary readout of the features is "
+            "planted, so that one exists for certain. The search of the protocol, on that readout, "
+            "has to find it. Proof if the lower end of the exact 95 % interval of the share that "
+            "it misses is above 10 %, evidence above 5 %."
+        ),
+        source="Zimmermann et al. 2022, arXiv 2206.13991",
+        settles="protocol=adaptive, with surrogates that follow another gradient",
+        measure=planted.planted,
     ),
     Indicator(
         id="silent_success",

@@ -114,6 +114,7 @@ def attack(
 ) -> dict[str, Any]:
     """Reported and true robust accuracy, in %, of n images; or why it was refused."""
     began = time.monotonic()
+    n = min(n, len(entry.test[0]))
     row = {"name": entry.name, "kind": entry.kind, "seed": seed, "n": n, "protocol": protocol}
     try:
         evaluation = case(entry, zoo, seed, n, PROTOCOLS[protocol])

@@ -138,6 +138,14 @@ CASES: dict[str, tuple[list[Callable[[], Look]], list[Callable[[], Look]]]] = {
         [lambda: look(net(), EOT, [5, 8], traits=NOISY)],
         [lambda: look(net(), EOT, [5, 0], traits=NOISY)],
     ),
+    "planted": (
+        [
+            lambda: look(liar("Negated"), n=12),
+            lambda: look(liar("Detached"), n=12),
+            lambda: look(liar("HardLabels"), n=12, eps=0.02),
+        ],
+        [lambda: look(net(), n=12)],
+    ),
     "silent_success": ([lambda: look(net())], [lambda: look(net(), eps=0.01)]),
     "norm": ([lambda: kept(0.3), right_again], [lambda: kept(0.0)]),
 }
@@ -164,7 +172,7 @@ def test_it_triggers_and_is_quiet(name: str) -> None:
 
 
 def test_every_indicator_is_tried() -> None:
-    assert set(CASES) == set(BY_ID) and len(INDICATORS) == len(BY_ID) >= 18
+    assert set(CASES) == set(BY_ID) and len(INDICATORS) == len(BY_ID) >= 19
 
 
 @pytest.mark.parametrize("indicator", INDICATORS, ids=lambda i: i.id)

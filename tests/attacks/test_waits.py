@@ -9,6 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
+from made_up_searches import SHAPE, net
+from pretend_cuda import HOME, Waits, on_device, pretending
 from torch import nn
 
 from advbench.attacks.apgd import APGD
@@ -26,8 +28,6 @@ from advbench.evaluation.protocol import Stage
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.search import Search
 from advbench.evaluation.store import Store
-from tests.made_up_searches import SHAPE, net
-from tests.pretend_cuda import HOME, Waits, on_device, pretending
 
 N = 10
 RADII = {"linf": 0.004, "l2": 0.015, "l1": 0.04}  # so small that most samples withstand

@@ -170,10 +170,10 @@ class torchvision(ExternalBackbone):
         names = zoo.list_models(module=zoo)
         if name not in names:
             raise UserError(f"torchvision has no classifier '{name}'{did_you_mean(name, names)}")
-        known = zoo.get_model_weights(name).__members__
-        if weights is not None and weights not in known:
-            raise UserError(f"{name} has no weights '{weights}'{did_you_mean(weights, known)}")
-        options: dict[str, Any] = {"weights": weights and known[weights]}
+        valid = zoo.get_model_weights(name).__members__
+        if weights is not None and weights not in valid:
+            raise UserError(f"{name} has no weights '{weights}'{did_you_mean(weights, valid)}")
+        options: dict[str, Any] = {"weights": weights and valid[weights]}
         if name in AUXILIARY:
             options["aux_logits"] = False
             if weights is None:
@@ -183,7 +183,7 @@ class torchvision(ExternalBackbone):
         if not fetches_weights():
             options["weights"] = None
         mean, std = self.mean, self.std
-        transforms = known[weights or "DEFAULT"].transforms()
+        transforms = valid[weights or "DEFAULT"].transforms()
         if weights is not None or (mean is None and std is None):
             mean, std = transforms.mean, transforms.std
         model = zoo.get_model(name, **options)

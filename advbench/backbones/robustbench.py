@@ -46,10 +46,10 @@ class Entry:
 
     def __post_init__(self) -> None:
         if (self.data, self.threat) not in BUDGETS:
-            known = [f"{data}/{threat}" for data, threat in BUDGETS]
+            names = [f"{data}/{threat}" for data, threat in BUDGETS]
             raise UserError(
                 f"RobustBench has no '{self.data}/{self.threat}'"
-                f"{did_you_mean(f'{self.data}/{self.threat}', known)}"
+                f"{did_you_mean(f'{self.data}/{self.threat}', names)}"
             )
 
     @property
@@ -88,9 +88,9 @@ def load(
     """
     model_zoo, enums, utils = _package()
     data, threat = enums.BenchmarkDataset(entry.data), enums.ThreatModel(entry.threat)
-    known: Mapping[str, Mapping[str, Any]] = model_zoo.model_dicts[data][threat]
-    if entry.name not in known:
-        hint = did_you_mean(entry.name, known)
+    entries: Mapping[str, Mapping[str, Any]] = model_zoo.model_dicts[data][threat]
+    if entry.name not in entries:
+        hint = did_you_mean(entry.name, entries)
         raise UserError(f"RobustBench has no '{entry.name}' in {entry.data}/{entry.threat}{hint}")
     file = Path(folder) / entry.data / entry.threat / f"{entry.name}.pt"
     if pretrained and not download and not file.is_file():
@@ -101,7 +101,7 @@ def load(
     try:
         with redirect_stdout(sys.stderr):  # it prints
             if not pretrained:
-                return known[entry.name]["model"]().eval()
+                return entries[entry.name]["model"]().eval()
             model = utils.load_model(
                 entry.name, model_dir=folder, dataset=entry.data, threat_model=entry.threat
             )
@@ -164,14 +164,14 @@ class zoo(ExternalBackbone):
     def build(self) -> Classifier:
         entry = Entry(self.dataset, self.threat_model, self.name)
         self.check_channels()
-        wanted = self.pretrained and fetches_weights()
-        model = load(entry, self.folder, wanted, download=may_download())
+        downloads = self.pretrained and fetches_weights()
+        model = load(entry, self.folder, downloads, download=may_download())
         x = probe_images([3, *self.input_shape[1:]])
         with self.refusal(), torch.no_grad():
             before = model(x)
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
         last = linears[-1] if linears else None
-        whole = UserError(
+        problem = UserError(
             f"{self.title} does not end in one linear layer, so it can't be trained "
             f"here; to evaluate it as it is: advbench eval "
             f"model={PREFIX}{self.dataset}/{self.threat_model}/{self.name}"
@@ -179,10 +179,10 @@ class zoo(ExternalBackbone):
         try:
             classifier = self.split(model, last, mean=None, std=None)
         except UserError as error:  # it took the images before it was taken apart
-            raise whole from error
+            raise problem from error
         if last is not None and last.out_features == self.num_classes:
             with torch.no_grad():
                 after = classifier.eval()(x)
             if not torch.allclose(before, after, atol=1e-4, rtol=1e-4):
-                raise whole
+                raise problem
         return classifier

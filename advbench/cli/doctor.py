@@ -143,17 +143,19 @@ def machine() -> Iterator[Finding]:
 
 def disks(root: Path, outputs: Path) -> Iterator[Finding]:
     for name, path in (("runs", outputs), ("data", root)):
-        there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        usage = shutil.disk_usage(there)
+        existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        usage = shutil.disk_usage(existing)
         value = f"{usage.free / GIB:.1f} of {usage.total / GIB:.0f} GiB free at '{path}'"
-        writable = os.access(there, os.W_OK)
+        writable = os.access(existing, os.W_OK)
         yield Finding("disk", name, value if writable else f"{value}, which can't be written")
 
 
 def data_sets(root: Path) -> Iterator[Finding]:
     yield Finding("data", "digits", "inside scikit-learn")
-    known = [v for v in vars(torchvision_sets).values() if isinstance(v, torchvision_sets.Known)]
-    for source in known:
+    published = [
+        v for v in vars(torchvision_sets).values() if isinstance(v, torchvision_sets.Known)
+    ]
+    for source in published:
         files = [root / source.folder.format(part=part) for part in ("train", "test")]
         files = list(dict.fromkeys(files))
         missing = [path for path in files if not path.exists()]
@@ -165,18 +167,18 @@ def data_sets(root: Path) -> Iterator[Finding]:
             value = f"no {missing[0]}: {command('train', fetch)}"
         yield Finding("data", source.name, value)
     folder = root / "imagenet"
-    there = all((folder / part).is_dir() for part in ("train", "val"))
+    complete = all((folder / part).is_dir() for part in ("train", "val"))
     missing = f"no {folder}/train and {folder}/val: fetch it from image-net.org, then data.root=DIR"
-    yield Finding("data", "imagenet", f"at {folder}" if there else missing)
+    yield Finding("data", "imagenet", f"at {folder}" if complete else missing)
 
 
 def extras() -> Iterator[Finding]:
-    wanted: dict[str, list[str]] = {}
+    requirements: dict[str, list[str]] = {}
     for line in requires("advbench") or ():
         requirement = Requirement(line)
         for extra in _extras_of(requirement):
-            wanted.setdefault(extra, []).append(requirement.name)
-    for extra, names in wanted.items():
+            requirements.setdefault(extra, []).append(requirement.name)
+    for extra, names in requirements.items():
         missing = [name for name in names if _version(name) is None]
         have = ", ".join(f"{name} {_version(name)}" for name in names if name not in missing)
         command = f"pip install 'advbench[{extra}]' for {', '.join(missing)}" if missing else ""
@@ -247,8 +249,8 @@ def _attacked(protocol: str, threat: Threat, precision: str) -> tuple[bool, str]
     results = api.evaluate(
         model.to(device), x, y, threat=threat, protocol=attack, precision=precision
     )
-    left = round((results.robust.acc or 0) * len(y))
-    return left == truth, f"{left} of {len(y)} hold, {truth} by the closed form"
+    robust = round((results.robust.acc or 0) * len(y))
+    return robust == truth, f"{robust} of {len(y)} hold, {truth} by the closed form"
 
 
 def _trained() -> tuple[bool, str]:
@@ -303,11 +305,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--data-root", default="data", help="where data sets are; default: data")
     parser.add_argument("--json", action="store_true", help="for programs")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     from advbench.runs import directory
 
-    findings = examine(Path(given.data_root), directory.OUTPUTS)
-    if given.json:
+    findings = examine(Path(options.data_root), directory.OUTPUTS)
+    if options.json:
         print(json.dumps(to_json(findings), indent=2))
     else:
         show(findings)

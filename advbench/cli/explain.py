@@ -53,10 +53,10 @@ def of(problem: BaseException) -> str | None:
             return _of_the_other_verb(group)
     if (message := _of_the_machine(problem)) is not None:
         return message
-    known = [link for link in chain if isinstance(link, HydraException | OmegaConfBaseException)]
+    links = [link for link in chain if isinstance(link, HydraException | OmegaConfBaseException)]
     # The one that names the key, or else the innermost.
-    told = [link for link in known if "full_key:" in str(link)] or known[-1:]
-    return _first_line(told[0]) if told else None
+    specific = [link for link in links if "full_key:" in str(link)] or links[-1:]
+    return _first_line(specific[0]) if specific else None
 
 
 def _of_the_machine(problem: BaseException) -> str | None:
@@ -67,8 +67,8 @@ def _of_the_machine(problem: BaseException) -> str | None:
         if isinstance(link, RecursionError):
             return "a value or a file is nested too deeply to be read"
         if isinstance(link, MemoryError) or "can't allocate memory" in str(link):
-            told = f" ({reason_of(link):.120})" if str(link) else ""
-            return f"the memory is full{told}: take a smaller batch size, n or model"
+            reason = f" ({reason_of(link):.120})" if str(link) else ""
+            return f"the memory is full{reason}: take a smaller batch size, n or model"
         if isinstance(link, UnicodeDecodeError):
             return f"{_being_read(link)} is not a text in UTF-8: {link.reason}"
         if isinstance(link, yaml.YAMLError):
@@ -91,8 +91,8 @@ def _being_read(problem: BaseException) -> str:
 
 def _no_such_group(problem: ConfigCompositionException) -> str | None:
     """The group of ours that this subcommand does not have."""
-    found = re.match(r"Could not override '(\w+)'\. No match in the defaults list", str(problem))
-    return found[1] if found and found[1] in GROUPS else None
+    match = re.match(r"Could not override '(\w+)'\. No match in the defaults list", str(problem))
+    return match[1] if match and match[1] in GROUPS else None
 
 
 def _of_the_other_verb(group: str) -> str:
@@ -110,8 +110,8 @@ def _of_values(problem: ValueError) -> str | None:
         code = trace.tb_frame.f_code
         if code.co_name == "update" and "omegaconf" in code.co_filename:
             # The error itself names but the last part.
-            whole, _, key = str(trace.tb_frame.f_locals["key"]).rpartition(".")
-            return f"'{whole}' is a list, without a key '{key}': set it whole, {whole}=[...]"
+            parent, _, key = str(trace.tb_frame.f_locals["key"]).rpartition(".")
+            return f"'{parent}' is a list, without a key '{key}': set it whole, {parent}=[...]"
         trace = trace.tb_next
     return None
 
@@ -136,7 +136,7 @@ def _of_a_file(word: str) -> str | None:
         return f"a run is given with {setting('run', word)}"
     if not path.is_file():
         return None
-    known = {
+    kinds = {
         ".py": f"a model of your own is given with {setting('model', f'{word}:FACTORY')}",
         ".npz": f"data of your own are given with data=npz {setting('data.path', word)}",
         ".pt": f"weights are given with {setting('weights', word)}",
@@ -144,7 +144,7 @@ def _of_a_file(word: str) -> str | None:
         ".safetensors": f"weights are given with {setting('weights', word)}",
         ".yaml": "a config of your own is NAME in DIR/GROUP/NAME.yaml: --config-dir DIR GROUP=NAME",
     }
-    return known.get(path.suffix)
+    return kinds.get(path.suffix)
 
 
 def _first_line(problem: BaseException) -> str:
@@ -171,9 +171,9 @@ def _missing(problem: MissingConfigException) -> str:
         if top not in GROUPS:
             see = "" if top == "hydra" else f" (see: advbench list {top})"
             return f"no {group} '{name}'{did_you_mean(name, problem.options)}{see}"
-        known = {*options(top), *(problem.options if not inner else ())}
-        wanted = f"{inner}/{name}".lstrip("/")  # in a folder of the group, such as paper/hpm
-        return f"no {top} '{wanted}'{did_you_mean(wanted, known)} (see: advbench list {top})"
+        names = {*options(top), *(problem.options if not inner else ())}
+        option = f"{inner}/{name}".lstrip("/")  # in a folder of the group, such as paper/hpm
+        return f"no {top} '{option}'{did_you_mean(option, names)} (see: advbench list {top})"
     return _first_line(problem)
 
 
@@ -197,8 +197,8 @@ def _unknown_key(problem: OmegaConfBaseException) -> str:
     more = ""
     if prefix in GROUPS and keys and parent.get("_target_", "") is None:  # left to the run
         more = f" (a key that only the run's own {prefix} has: +{full}=VALUE)"
-    known = [f"{prefix}.{key}".lstrip(".") for key in keys if key not in ("_target_", "hydra")]
-    hint = more or _elsewhere(full, parent) or _near(full, known, parent)
+    valid = [f"{prefix}.{key}".lstrip(".") for key in keys if key not in ("_target_", "hydra")]
+    hint = more or _elsewhere(full, parent) or _near(full, valid, parent)
     return f"no key '{full}'{hint}"
 
 
@@ -207,9 +207,9 @@ def _elsewhere(full: str, node: Any) -> str:
     prefix, _, word = full.rpartition(".")
     if isinstance(node, DictConfig):
         leaves = _leaves(OmegaConf.to_container(node._get_root(), resolve=False))
-        found = [key for key in leaves if key.rpartition(".")[2] == word]
-        if found:
-            return f"; did you mean {_either(found)}?"
+        matches = [key for key in leaves if key.rpartition(".")[2] == word]
+        if matches:
+            return f"; did you mean {_either(matches)}?"
     group = prefix or "data"  # whose files are named most often
     if group not in GROUPS:
         return ""

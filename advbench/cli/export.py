@@ -17,6 +17,6 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("run", help="the directory of a finished evaluation")
     parser.add_argument("--out", metavar="FILE", help="default: print it")
-    given = parser.parse_args(arguments)
-    model_info.export(Path(given.run), None if given.out is None else Path(given.out))
+    options = parser.parse_args(arguments)
+    model_info.export(Path(options.run), None if options.out is None else Path(options.out))
     return 0

@@ -28,14 +28,14 @@ def run(subcommand: str, rest: list[str]) -> int:
     config.register()
     own_first(rest)
     keys_help.register(subcommand, OwnFirst.folder)
-    given = sys.argv
+    argv = sys.argv
     quiet = any(word in QUIET for word in rest)
     words = [word for word in rest if word not in QUIET]  # not a word of Hydra's
     _check_options(subcommand, words)
     refuse_search(subcommand, words)
     refuse_experiment(subcommand, words)
-    job = partial(_job, subcommand, there=_existing(subcommand, words), quiet=quiet)
-    task = Task(job, [given[0], subcommand, *rest])
+    job = partial(_job, subcommand, existing=_existing(subcommand, words), quiet=quiet)
+    task = Task(job, [argv[0], subcommand, *rest])
     sys.argv = [f"advbench {subcommand}", *with_presets(words)]
     application = hydra.main(
         version_base="1.3", config_path="pkg://advbench.configs", config_name=subcommand
@@ -46,7 +46,7 @@ def run(subcommand: str, rest: list[str]) -> int:
     except Exception as problem:
         return task.settle(problem)
     finally:
-        sys.argv = given
+        sys.argv = argv
         task.close()
 
 
@@ -61,10 +61,10 @@ def _check_options(subcommand: str, words: list[str]) -> None:
 
     parser = get_args_parser()
     parser.error = refuse
-    given = parser.parse_args(words)
-    if given.multirun and given.cfg:
+    parsed = parser.parse_args(words)
+    if parsed.multirun and parsed.cfg:
         raise UserError("--cfg shows the config of one run: leave out -m, with one value per key")
-    for word in given.overrides:
+    for word in parsed.overrides:
         group, _, value = word.partition("=")
         if group in GROUPS and value.startswith("["):
             raise UserError(f"{word}: a list is not an option; choose one with {group}=NAME")
@@ -74,12 +74,12 @@ def _existing(subcommand: str, rest: list[str]) -> set[Path]:
     """Which directories on the way to the runs there are, before Hydra makes the others."""
     from advbench.runs import directory
 
-    said = [word.partition("=")[2] for word in rest if word.startswith(DIRECTORIES)]
-    wanted = [Path(name).absolute() for name in (*said, directory.OUTPUTS / subcommand)]
-    return {path for name in wanted for path in (name, *name.parents) if path.exists()}
+    names = [word.partition("=")[2] for word in rest if word.startswith(DIRECTORIES)]
+    folders = [Path(name).absolute() for name in (*names, directory.OUTPUTS / subcommand)]
+    return {path for name in folders for path in (name, *name.parents) if path.exists()}
 
 
-def _job(subcommand: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int, float | None]:
+def _job(subcommand: str, cfg: Any, existing: set[Path], quiet: bool) -> tuple[int, float | None]:
     """Returns the exit code, and what a search maximises."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -100,7 +100,7 @@ def _job(subcommand: str, cfg: Any, there: set[Path], quiet: bool) -> tuple[int,
     with suppress(ValueError):
         folder = folder.relative_to(Path.cwd())
     home, screen = Home(folder, exact), Screen(quiet=quiet)
-    with _tidy(folder, there), _noted(screen):
+    with _tidy(folder, existing), _noted(screen):
         _check_overrides(subcommand, cfg, hydra_cfg)
         plugins = config.load_plugins(cfg.plugins)
         if subcommand == "train":
@@ -155,16 +155,18 @@ def _check_overrides(subcommand: str, cfg: Any, hydra_cfg: Any) -> None:
 
 
 @contextmanager
-def _tidy(folder: Path, there: set[Path]) -> Any:
+def _tidy(folder: Path, existing: set[Path]) -> Any:
     """A mistake leaves no empty directories behind that were not there before."""
     try:
         yield
     except UserError:
-        home = folder.absolute()
-        if home not in there and [path.name for path in home.glob("*")] == ["multirun.yaml"]:
-            (home / "multirun.yaml").unlink()  # Hydra's note of a sweep that came to nothing
-        for empty in (home, *home.parents):
-            if empty in there:
+        run_folder = folder.absolute()
+        if run_folder not in existing and [path.name for path in run_folder.glob("*")] == [
+            "multirun.yaml"
+        ]:
+            (run_folder / "multirun.yaml").unlink()  # Hydra's note of a sweep that came to nothing
+        for empty in (run_folder, *run_folder.parents):
+            if empty in existing:
                 break
             try:
                 empty.rmdir()

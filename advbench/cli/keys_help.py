@@ -28,9 +28,9 @@ def register(subcommand: str, folder: Path | None) -> None:
 def text(subcommand: str, folder: Path | None = None) -> str:
     """A line for each key that the subcommand takes; for a group, its options below."""
     lines = []
-    for key, what in documented(config.SCHEMAS[subcommand]).items():
+    for key, description in documented(config.SCHEMAS[subcommand]).items():
         group = key in config.GROUPS
-        lines += _wrapped(f"{key}=NAME" if group else key, what)
+        lines += _wrapped(f"{key}=NAME" if group else key, description)
         lines += _wrapped("", ", ".join(_options(subcommand, key, folder))) if group else ()
     presets = _experiments(subcommand, folder)
     if presets:
@@ -39,20 +39,20 @@ def text(subcommand: str, folder: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(name: str, what: str) -> list[str]:
+def _wrapped(name: str, description: str) -> list[str]:
     indent = " " * COLUMN
-    return wrap(what, WIDTH, initial_indent=name.ljust(COLUMN), subsequent_indent=indent)
+    return wrap(description, WIDTH, initial_indent=name.ljust(COLUMN), subsequent_indent=indent)
 
 
 def documented(schema: type) -> dict[str, str]:
     """The fields of a schema, and the line below each."""
     (node,) = ast.parse(dedent(inspect.getsource(schema))).body
     assert isinstance(node, ast.ClassDef)
-    found = {}
+    descriptions = {}
     for field, below in zip(node.body, node.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            found[ast.unparse(field.target)] = ast.literal_eval(below.value)
-    return found
+            descriptions[ast.unparse(field.target)] = ast.literal_eval(below.value)
+    return descriptions
 
 
 def _options(subcommand: str, group: str, folder: Path | None) -> Iterator[str]:

@@ -56,18 +56,18 @@ def find(paths: Sequence[Path]) -> list[Run]:
 
     Raises UserError for a missing path, and where there is none.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for path in paths:
         if not path.exists():
             hint = ": make a run with 'advbench train'" if path == directory.OUTPUTS else ""
             raise UserError(f"there is no '{path}'{hint}")
         for folder in _folders(path):
-            if folder.resolve() not in found and (run := look(folder)) is not None:
-                found[folder.resolve()] = run
-    if not found:
-        where = ", ".join(map(str, paths))
-        raise UserError(f"there are no runs in {where}: make one with 'advbench train'")
-    return sorted(_apart(found.values()), key=lambda run: (run.changed, str(run.folder)))
+            if folder.resolve() not in runs and (run := look(folder)) is not None:
+                runs[folder.resolve()] = run
+    if not runs:
+        listed = ", ".join(map(str, paths))
+        raise UserError(f"there are no runs in {listed}: make one with 'advbench train'")
+    return sorted(_apart(runs.values()), key=lambda run: (run.changed, str(run.folder)))
 
 
 def _apart(runs: Iterable[Run]) -> list[Run]:
@@ -75,24 +75,26 @@ def _apart(runs: Iterable[Run]) -> list[Run]:
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         alike.setdefault((run.kind, run.what), []).append(run)
-    told = []
+    parts = []
     for group in alike.values():
         keys = dict.fromkeys(key for run in group for key in run.settings)
         differ = [k for k in keys if len({str(run.settings.get(k)) for run in group}) > 1]
         for run in group:
-            own = [f"{k}={run.settings[k]}" for k in differ if k in run.settings][:MOST_SETTINGS]
-            told.append(replace(run, what=" ".join([run.what, *own])))
-    return told
+            different = [f"{k}={run.settings[k]}" for k in differ if k in run.settings][
+                :MOST_SETTINGS
+            ]
+            parts.append(replace(run, what=" ".join([run.what, *different])))
+    return parts
 
 
 def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The plain values of a run's config by full key."""
-    found: dict[str, Any] = {"seed": cfg.get("seed")}
+    values: dict[str, Any] = {"seed": cfg.get("seed")}
     for group, node in cfg.items():
         if isinstance(node, Mapping) and group != "choices":
             plain = {k: v for k, v in node.items() if not isinstance(v, dict | list)}
-            found |= {f"{group}.{k}": v for k, v in plain.items() if k != "_target_"}
-    return found
+            values |= {f"{group}.{k}": v for k, v in plain.items() if k != "_target_"}
+    return values
 
 
 def look(folder: Path) -> Run | None:
@@ -133,8 +135,8 @@ def show(paths: Sequence[Path]) -> None:
     rows = [_row(run) for run in everything]
     for row in rows:
         table.add_row(*row)
-    wanted = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
-    if wanted <= console.width:
+    width = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
+    if width <= console.width:
         console.print(table)
     else:
         for state, kind, when, robust, what, name in rows:

@@ -75,8 +75,8 @@ def _written(status: int) -> int:
         sys.stdout.flush()
     except OSError as problem:  # said already where it is not of now
         discard(sys.stdout)
-        gone = isinstance(problem, BrokenPipeError)
-        return status or (141 if gone else _refuse(problem))
+        closed = isinstance(problem, BrokenPipeError)
+        return status or (141 if closed else _refuse(problem))
     except (AttributeError, ValueError):  # there is none, or it is closed
         pass
     return status

@@ -168,19 +168,19 @@ class Task:
         swept = {
             word.partition("=")[0] for word in self.command if "," in word or word.endswith(")")
         }
-        own = [word for word in overrides if word.partition("=")[0] in swept]
-        return f"[{' '.join([str(number), *own])}]"
+        different = [word for word in overrides if word.partition("=")[0] in swept]
+        return f"[{' '.join([str(number), *different])}]"
 
     def _own_command(self, hydra_cfg: Any) -> list[str]:
         """The command of this job alone."""
         program, subcommand, *rest = self.command
-        kept = [
+        flags = [
             word
             for word in rest
             if word not in MULTIRUN and (word.startswith("-") or "=" not in word)
         ]
         searched = [word for word in rest if word.startswith("hydra.searchpath=")]
-        return [program, subcommand, *kept, *searched, *overrides(hydra_cfg)]
+        return [program, subcommand, *flags, *searched, *overrides(hydra_cfg)]
 
 
 def overrides(hydra_cfg: Any) -> list[str]:
@@ -214,10 +214,10 @@ def with_presets(words: Sequence[str]) -> list[str]:
     """The words of a command, with what a search by Optuna needs and they do not say."""
     if f"{SEARCH}optuna" not in words:
         return list(words)
-    said = {word.partition("=")[0] for word in words}
-    if "hydra/sweeper/sampler" in said:  # not all of them have a seed
-        said.add("hydra.sweeper.sampler.seed")
-    return [*words, *(preset for preset in PRESETS if preset.partition("=")[0] not in said)]
+    keys = {word.partition("=")[0] for word in words}
+    if "hydra/sweeper/sampler" in keys:  # not all of them have a seed
+        keys.add("hydra.sweeper.sampler.seed")
+    return [*words, *(preset for preset in PRESETS if preset.partition("=")[0] not in keys)]
 
 
 def _speaks(message: str) -> bool:
@@ -256,8 +256,8 @@ def _take_gpu(place: Path | None) -> None:
     count = torch.cuda.device_count()
     if place is None or count < 2:
         return
-    said = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = said.split(",") if said else [str(i) for i in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
     mine = names[os.getpid() % len(names)]
     for name in names:
         lock = FileLock(place / f"gpu-{name}.lock")

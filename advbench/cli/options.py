@@ -102,13 +102,13 @@ def list_main(arguments: list[str]) -> int:
     parser.add_argument(
         "--config-dir", "-cd", type=Path, metavar="DIR", help="list options of your own too"
     )
-    given = parser.parse_args(arguments)
-    if given.group in ("run", "runs"):
-        list_runs.show([Path(path) for path in given.paths or [directory.OUTPUTS]])
-    elif given.paths:
-        raise UserError(f"list {given.group} takes no paths; 'advbench list runs PATH' does")
+    options = parser.parse_args(arguments)
+    if options.group in ("run", "runs"):
+        list_runs.show([Path(path) for path in options.paths or [directory.OUTPUTS]])
+    elif options.paths:
+        raise UserError(f"list {options.group} takes no paths; 'advbench list runs PATH' does")
     else:
-        show(given.group, given.config_dir)
+        show(options.group, options.config_dir)
     return 0
 
 
@@ -119,6 +119,6 @@ def copy_main(arguments: list[str]) -> int:
     )
     parser.add_argument("config", help="GROUP/NAME, such as experiment/cifar10_pgd_at")
     parser.add_argument("folder", nargs="?", default=".", help="default: here")
-    given = parser.parse_args(arguments)
-    print(copy(given.config, Path(given.folder)))
+    options = parser.parse_args(arguments)
+    print(copy(options.config, Path(options.folder)))
     return 0

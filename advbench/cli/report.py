@@ -48,62 +48,62 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="a file instead of the screen")
 
 
-def run(given: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Do what was asked for. Raises UserError for options that do not go together."""
-    paths = given.paths or [directory.OUTPUTS]
-    if given.html is not None or given.plots is not None:
-        _draw(paths, given)
+    paths = options.paths or [directory.OUTPUTS]
+    if options.html is not None or options.plots is not None:
+        _draw(paths, options)
         return
-    if given.compare:
-        named = given.out and formats.SUFFIXES.get(given.out.suffix)  # words need none
-        form = given.format or named
-        if given.others or len(given.paths) > 2:
-            said = compare_seeds.text(given.paths, given.others or (), given.mix, form)
+    if options.compare:
+        named = options.out and formats.SUFFIXES.get(options.out.suffix)  # words need none
+        form = options.format or named
+        if options.others or len(options.paths) > 2:
+            comparison = compare_seeds.text(options.paths, options.others or (), options.mix, form)
         else:
-            said = compare.text(paths, given.mix, form)
-        _put(said, given.out)
+            comparison = compare.text(paths, options.mix, form)
+        _put(comparison, options.out)
         return
-    if given.others:
+    if options.others:
         raise UserError("--with names the second group of --compare: add --compare")
-    if given.validation:
+    if options.validation:
         table = validation.table(paths)
-        form = formats.form_of(given.format, given.out)
+        form = formats.form_of(options.format, options.out)
         if form is None:
             terminal.show([table])
         else:
-            _put(formats.render_validation(table, form), given.out)
+            _put(formats.render_validation(table, form), options.out)
         return
-    form = formats.form_of(given.format, given.out)
-    found = groups(find(paths))
-    if given.sweep is not None:
-        boards = [leaderboard.sweep(found, given.sweep.split(","), given.mix)]
-        if bare := len(found) - len(boards[0].groups):
-            print(printable(f"left out: {bare} without {given.sweep}"), file=sys.stderr)
+    form = formats.form_of(options.format, options.out)
+    results = groups(find(paths))
+    if options.sweep is not None:
+        boards = [leaderboard.sweep(results, options.sweep.split(","), options.mix)]
+        if bare := len(results) - len(boards[0].groups):
+            print(printable(f"left out: {bare} without {options.sweep}"), file=sys.stderr)
     else:
-        boards = leaderboard.boards(found, given.mix)
+        boards = leaderboard.boards(results, options.mix)
     if form is None:
         terminal.show(boards)
     else:
-        _put(formats.render(boards, form), given.out)
+        _put(formats.render(boards, form), options.out)
     apart = leaderboard.apart(boards)
     if apart and form in (None, "md", "latex"):
         print(printable(f"{apart}: --mix puts them into one table"), file=sys.stderr)
 
 
-def _draw(paths: list[Path], given: argparse.Namespace) -> None:
+def _draw(paths: list[Path], options: argparse.Namespace) -> None:
     """The page, the figures, or both. Raises UserError beside options of tables."""
     tables = ("sweep", "compare", "validation", "mix", "format", "out")
-    beside = [f"--{key}" for key in tables if getattr(given, key)]
+    beside = [f"--{key}" for key in tables if getattr(options, key)]
     if beside:
         raise UserError(f"{beside[0]} is for tables: leave it out beside --html and --plots")
-    if given.html is not None:
+    if options.html is not None:
         from advbench.report import page
 
-        page.write(paths, given.html)
-    if given.plots is not None:
+        page.write(paths, options.html)
+    if options.plots is not None:
         from advbench.report import figures
 
-        figures.save(paths, given.plots)
+        figures.save(paths, options.plots)
 
 
 def _put(text: str, out: Path | None) -> None:

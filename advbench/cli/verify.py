@@ -33,10 +33,10 @@ def main(arguments: list[str]) -> int:
         "--images", metavar="FILE", help="adversarial images that were made elsewhere"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    given = parser.parse_intermixed_args(arguments)
-    runs = [word for word in given.words if "=" not in word or Path(word).is_dir()]
-    settings = [word for word in given.words if word not in runs]
-    if len(runs) != (given.images is None):
+    options = parser.parse_intermixed_args(arguments)
+    runs = [word for word in options.words if "=" not in word or Path(word).is_dir()]
+    settings = [word for word in options.words if word not in runs]
+    if len(runs) != (options.images is None):
         raise UserError("give the directory of one evaluation, or --images FILE model=... data=...")
 
     from advbench import config
@@ -45,16 +45,16 @@ def main(arguments: list[str]) -> int:
     cfg = _composed(settings)
     plugins = config.load_plugins(cfg.plugins)
     named = {word.partition("=")[0].lstrip("+").partition(".")[0] for word in settings}
-    found = (
+    checked = (
         verify_run(Path(runs[0]), cfg, plugins, named)
         if runs
-        else verify_images(Path(given.images), cfg, plugins)
+        else verify_images(Path(options.images), cfg, plugins)
     )
-    if given.json:
-        print(json.dumps(found.to_json(), indent=2))
+    if options.json:
+        print(json.dumps(checked.to_json(), indent=2))
     else:
-        print("\n".join(found.lines()))
-    return 0 if found.stands else 1
+        print("\n".join(checked.lines()))
+    return 0 if checked.stands else 1
 
 
 def _composed(settings: list[str]) -> Any:

@@ -75,8 +75,8 @@ def target_of(node: Any, group: str, plugins: tuple[str, ...] = ()) -> Callable[
     name = None if node is None else node.get("_target_")
     if not name:
         raise UserError(f"no {group} is chosen: give {group}=NAME (see: advbench list {group})")
-    home = GROUPS[group]
-    allowed = (home if isinstance(home, tuple) else (home,)) + plugins
+    module = GROUPS[group]
+    allowed = (module if isinstance(module, tuple) else (module,)) + plugins
     module_name, _, attribute = str(name).rpartition(".")
     module_name = MOVED.get(module_name, module_name)
     name = f"{module_name}.{attribute}"
@@ -171,20 +171,20 @@ def checked(
     """
     parameters = _schema(target, given)
     schema = OmegaConf.structured(parameters)
-    known = [f.name for f in dataclasses.fields(parameters)]
+    names = [f.name for f in dataclasses.fields(parameters)]
     for key, value in values.items():
         if key in given:
             continue
-        if key not in known:
-            raise UserError(f"no key '{where}.{key}'{did_you_mean(key, known)}")
+        if key not in names:
+            raise UserError(f"no key '{where}.{key}'{did_you_mean(key, names)}")
         try:
             OmegaConf.update(schema, key, value)
         except OmegaConfBaseException as problem:
             lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
             named = [line.split(": ")[1] for line in lines if line.startswith("full_key: ")]
-            place = ".".join([where, *(named or [key])[:1]])
-            raise UserError(f"{place}: {lines[0].rstrip('.')}") from problem
-    for key in known:
+            key_name = ".".join([where, *(named or [key])[:1]])
+            raise UserError(f"{key_name}: {lines[0].rstrip('.')}") from problem
+    for key in names:
         if OmegaConf.is_missing(schema, key):
             raise UserError(f"{where}.{key} has no value: give {where}.{key}=...")
     arguments = OmegaConf.to_container(schema)

@@ -28,10 +28,10 @@ def shipped(group: str, name: str) -> DictConfig:
 
 def options(group: str) -> Mapping[str, Any]:
     """The shipped options of a group and their files; those of a subfolder as FOLDER/NAME."""
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for file in (importlib.resources.files("advbench.configs") / group).iterdir():
         if file.name.endswith(".yaml"):
-            found[file.name.removesuffix(".yaml")] = file
+            files[file.name.removesuffix(".yaml")] = file
         elif file.is_dir():
-            found |= {f"{file.name}/{n}": f for n, f in options(f"{group}/{file.name}").items()}
-    return dict(sorted(found.items()))
+            files |= {f"{file.name}/{n}": f for n, f in options(f"{group}/{file.name}").items()}
+    return dict(sorted(files.items()))

@@ -29,25 +29,25 @@ def spelled_out(node: Any, group: str = "defense") -> Any:
     key = INSIDE[group]
     if node is None or node.get(key) is None:
         return node
-    given = plain(node)[key]
+    value = plain(node)[key]
     if group == "recipe":
-        return OmegaConf.create({**plain(node), key: _named(given, group)})
-    if not isinstance(given, list):
-        raise UserError(f"defense.members={given} is not a list: give defense.members=[sparta,hpm]")
-    return OmegaConf.create({**plain(node), key: [_named(member, group) for member in given]})
+        return OmegaConf.create({**plain(node), key: _named(value, group)})
+    if not isinstance(value, list):
+        raise UserError(f"defense.members={value} is not a list: give defense.members=[sparta,hpm]")
+    return OmegaConf.create({**plain(node), key: [_named(member, group) for member in value]})
 
 
-def _named(given: Any, group: str) -> Any:
+def _named(choice: Any, group: str) -> Any:
     """The node of a component inside another of its group."""
-    if isinstance(given, dict) and "_target_" in given:
-        return spelled_out(OmegaConf.create(given), group)
-    if isinstance(given, str):
-        given = {given: {}}
-    if not (isinstance(given, dict) and [type(v) for v in given.values()] == [dict]):
+    if isinstance(choice, dict) and "_target_" in choice:
+        return spelled_out(OmegaConf.create(choice), group)
+    if isinstance(choice, str):
+        choice = {choice: {}}
+    if not (isinstance(choice, dict) and [type(v) for v in choice.values()] == [dict]):
         raise UserError(
-            f"{group}.{INSIDE[group]}: {given!r} is no {group}: give NAME or {{NAME: {{KEY: 1}}}}"
+            f"{group}.{INSIDE[group]}: {choice!r} is no {group}: give NAME or {{NAME: {{KEY: 1}}}}"
         )
-    ((name, values),) = given.items()
+    ((name, values),) = choice.items()
     node = _option(group, str(name))
     for key, value in values.items():
         if key not in node:
@@ -79,17 +79,19 @@ def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
     """The node, or where it is left to the run, the run's with the values that were given."""
     if node is not None and node.get("_target_") is not None:
         return node
-    given = {} if node is None else plain(node)
-    if trained is None and not {"norm", "eps"} - {k for k, v in given.items() if v is not None}:
+    overrides = {} if node is None else plain(node)
+    if trained is None and not {"norm", "eps"} - {k for k, v in overrides.items() if v is not None}:
         trained = OmegaConf.create({group: shipped(group, "linf_8")})  # a threat in full
     if trained is None:
         raise UserError(f"a model of your own needs its {group}: give {FROM_THE_RUN[group]}")
     merged = OmegaConf.create(plain(trained[group]))
     if "download" in merged:  # a run that came from elsewhere does not decide this
         merged.download = False
-    if given.get("norm") not in (None, merged.get("norm")) and given.get("eps") is None:
-        raise UserError(f"threat.norm={given['norm']} needs a budget: give threat.eps=... as well")
-    for key, value in given.items():
+    if overrides.get("norm") not in (None, merged.get("norm")) and overrides.get("eps") is None:
+        raise UserError(
+            f"threat.norm={overrides['norm']} needs a budget: give threat.eps=... as well"
+        )
+    for key, value in overrides.items():
         if value is None:
             continue
         takers = [member for member in merged.get("members") or () if key in member]

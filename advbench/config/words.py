@@ -10,8 +10,10 @@ from typing import Any
 
 def command(subcommand: str, settings: Mapping[str, Any]) -> str:
     """``advbench SUBCOMMAND KEY=VALUE ...``, without values that are None or empty."""
-    said = {key: value for key, value in settings.items() if value not in (None, [], "")}
-    return " ".join(["advbench", subcommand, *(word(key, value) for key, value in said.items())])
+    nonempty = {key: value for key, value in settings.items() if value not in (None, [], "")}
+    return " ".join(
+        ["advbench", subcommand, *(word(key, value) for key, value in nonempty.items())]
+    )
 
 
 def word(key: str, value: Any) -> str:

@@ -75,9 +75,9 @@ class Archive:
         """Raises UserError unless all these arrays are there."""
         missing = [key for key in keys if key not in self.names]
         if missing:
-            there = ", ".join(sorted(self.names)) or "nothing"
+            present = ", ".join(sorted(self.names)) or "nothing"
             raise UserError(
-                f"'{self.path}' has no {' and no '.join(missing)} (it holds: {there}): add what "
+                f"'{self.path}' has no {' and no '.join(missing)} (it holds: {present}): add what "
                 f"is missing with np.savez, or name another file with {self._option}=FILE.npz"
             )
 
@@ -96,10 +96,10 @@ class Archive:
             with zipfile.ZipFile(self.path) as file, file.open(f"{key}.npy") as array:
                 shape, fortran, dtype = _header(array)
                 claimed = math.prod(shape) * dtype.itemsize
-                held = file.getinfo(f"{key}.npy").file_size - array.tell()
+                available = file.getinfo(f"{key}.npy").file_size - array.tell()
                 if dtype.hasobject:
                     raise ValueError("allow_pickle")
-                if claimed > held:
+                if claimed > available:
                     raise ValueError(f"it is not the {size(claimed)} that it claims")
                 yield array, shape, fortran, dtype
         except DAMAGE as error:

@@ -52,11 +52,11 @@ class Augment:
         """The same, from a config node too. Raises UserError for an unknown key."""
         if isinstance(value, Augment):
             return value
-        known = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)]
         for key in value:
-            if key not in known:
-                raise UserError(f"there is no data.augment.{key}{did_you_mean(str(key), known)}")
-        return cls(**{key: value[key] for key in known if key in value})
+            if key not in names:
+                raise UserError(f"there is no data.augment.{key}{did_you_mean(str(key), names)}")
+        return cls(**{key: value[key] for key in names if key in value})
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) floats in [0, 1] -> the same shape, type and range.
@@ -106,7 +106,7 @@ class Augment:
         for length in (height, width):
             centre = torch.randint(0, length, (count, 1), generator=generator, device=x.device)
             first = centre - self.cutout // 2
-            place = torch.arange(length, device=x.device)
-            inside.append((place >= first) & (place < first + self.cutout))
+            positions = torch.arange(length, device=x.device)
+            inside.append((positions >= first) & (positions < first + self.cutout))
         hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
         return x.masked_fill(hole, 0.0)

@@ -121,10 +121,13 @@ class ArraySplit(Split):
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _on(self, device: Device) -> tuple[Tensor, Tensor]:
-        home = place(device)
-        if home not in self._copies:
-            self._copies[home] = (self.images.to(home), self.labels.to(home))
-        return self._copies[home]
+        target_device = place(device)
+        if target_device not in self._copies:
+            self._copies[target_device] = (
+                self.images.to(target_device),
+                self.labels.to(target_device),
+            )
+        return self._copies[target_device]
 
     def batches(
         self, order: Tensor, batch_size: int, device: Device, seed: int | None = None
@@ -234,10 +237,10 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     while missing := count - quota.sum():
         quota[order[quota[order] < most[order]][:missing]] += 1
     rank = np.arange(len(y)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    held = rank < np.repeat(quota, sizes)
+    held_out = rank < np.repeat(quota, sizes)
     return (
-        torch.from_numpy(np.sort(by_class[~held])),
-        torch.from_numpy(np.sort(by_class[held])),
+        torch.from_numpy(np.sort(by_class[~held_out])),
+        torch.from_numpy(np.sort(by_class[held_out])),
     )
 
 
@@ -294,18 +297,18 @@ class Splits:
 
     @cached_property
     def _parts(self) -> tuple[Split, Split]:
-        whole = self._source.open("train")
-        count = max(1, round(self._val * len(whole))) if self._val < 1 else int(self._val)
-        if count >= len(whole):
+        complete = self._source.open("train")
+        count = max(1, round(self._val * len(complete))) if self._val < 1 else int(self._val)
+        if count >= len(complete):
             raise UserError(
                 f"data.val={self._val:g} leaves nothing to train on: the training split of "
-                f"{self._source.name} has {len(whole)} samples"
+                f"{self._source.name} has {len(complete)} samples"
             )
         try:
-            rest, held = hold_out(whole.labels, count, self._split_seed)
+            rest, held_out = hold_out(complete.labels, count, self._split_seed)
         except UserError as problem:
             raise UserError(f"data.val={self._val:g}: in {self._source.name} {problem}") from None
-        return whole.subset(rest), whole.subset(held)
+        return complete.subset(rest), complete.subset(held_out)
 
     @property
     def has_train(self) -> bool:
@@ -376,15 +379,15 @@ class Splits:
         return (0.0,) * channels, (1.0,) * channels
 
     def _per_channel(
-        self, name: Literal["mean", "std"], given: Sequence[float] | None, channels: int
+        self, name: Literal["mean", "std"], values: Sequence[float] | None, channels: int
     ) -> tuple[float, ...]:
-        if given is None:
+        if values is None:
             return self._moments[name == "std"]
-        if len(given) != channels:
+        if len(values) != channels:
             raise UserError(
-                f"data.{name} has {len(given)} values and {self._source.name} has {channels} "
+                f"data.{name} has {len(values)} values and {self._source.name} has {channels} "
                 f"channels: give one per channel, or null"
             )
-        if name == "std" and min(given) <= 0:
-            raise UserError(f"data.std={list(given)}: images are divided by it, give numbers > 0")
-        return tuple(float(value) for value in given)
+        if name == "std" and min(values) <= 0:
+            raise UserError(f"data.std={list(values)}: images are divided by it, give numbers > 0")
+        return tuple(float(value) for value in values)

@@ -38,8 +38,8 @@ def rectangles(lam: Tensor, row: Tensor, column: Tensor, height: int, width: int
     for centre, length in ((row, height), (column, width)):
         side = (length * (1 - lam).sqrt()).long()
         first = (centre - side // 2)[:, None]
-        place = torch.arange(length, device=lam.device)
-        inside.append((place >= first) & (place < first + side[:, None]))
+        positions = torch.arange(length, device=lam.device)
+        inside.append((positions >= first) & (positions < first + side[:, None]))
     return inside[0][:, :, None] & inside[1][:, None, :]
 
 
@@ -56,8 +56,8 @@ def mixed(
     share = inside.sum((1, 2)) / inside[0].numel()
     other = y[partner]
     classes = torch.arange(num_classes, device=y.device)
-    own = (y[:, None] == classes) * (1 - share)[:, None]
-    shares = own + (other[:, None] == classes) * share[:, None]
+    weights = (y[:, None] == classes) * (1 - share)[:, None]
+    shares = weights + (other[:, None] == classes) * share[:, None]
     return (
         torch.where(inside[:, None], x[partner], x),
         torch.where(share > 0.5, other, y),

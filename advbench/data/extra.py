@@ -42,17 +42,17 @@ class StoredSplit(Split):
             room = 0.0
             if device.type == "cuda":
                 room = ROOM * torch.cuda.mem_get_info(device)[0]
-            home = device if self.images.nbytes <= room else torch.device("cpu")
-            self._homes[device] = self.images.to(home), self.labels.to(home)
+            storage = device if self.images.nbytes <= room else torch.device("cpu")
+            self._homes[device] = self.images.to(storage), self.labels.to(storage)
         return self._homes[device]
 
     def batches(
         self, order: Tensor, batch_size: int, device: Device, seed: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        there = place(device)
+        storage = place(device)
         # All at once: a copy to a device for each batch would wait for what the device does.
-        for chunk in order.to(self._home(there)[0].device).split(batch_size):
-            yield self.fetch(chunk, there)
+        for chunk in order.to(self._home(storage)[0].device).split(batch_size):
+            yield self.fetch(chunk, storage)
 
     def fetch(self, index: Tensor, device: Device) -> tuple[Tensor, Tensor]:
         device = place(device)

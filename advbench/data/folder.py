@@ -113,16 +113,16 @@ class FolderSource(Source):
             raise self._missing(part)
         folder = self._folders[part]
         numbers = {name: number for number, name in enumerate(self.classes)}
-        found = {}
+        images = {}
         for name in self._classes_of(folder):
             if name not in numbers:
                 raise UserError(
                     f"'{folder / name}' is a class that the training part does not have"
                     f"{did_you_mean(name, numbers)}"
                 )
-            found[name] = numbers[name]
+            images[name] = numbers[name]
         try:
-            samples = make_dataset(str(folder), found, extensions=IMG_EXTENSIONS)
+            samples = make_dataset(str(folder), images, extensions=IMG_EXTENSIONS)
         except FileNotFoundError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"'{folder}': {reason}; add images or remove the folder") from None

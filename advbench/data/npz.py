@@ -51,18 +51,18 @@ class NpzSource(Source):
         if count is None:
             self._require(self._reference)
             key = f"y_{self._reference}"
-            what = self._file.what(key)
-            labels = as_labels(self._file.read(key), what)
+            source = self._file.what(key)
+            labels = as_labels(self._file.read(key), source)
             lowest, count = int(labels.min()), int(labels.max()) + 1
             if self.has_train and (lowest > 0 or count < 2):
                 raise UserError(
-                    f"{what} has labels from {lowest} to {count - 1}: number the classes from 0, "
+                    f"{source} has labels from {lowest} to {count - 1}: number the classes from 0, "
                     f"or say how many there are with data.num_classes=K"
                 )
             # Identifiers or the rare labels of a few samples: a guess would be wrong either way.
             if count > len(labels):
                 raise UserError(
-                    f"{what} has {len(labels)} labels and one of them is "
+                    f"{source} has {len(labels)} labels and one of them is "
                     f"{count - 1}: say how many classes there are with data.num_classes=K"
                 )
         return tuple(str(label) for label in range(count))

@@ -85,9 +85,9 @@ class DigitsSource(Source):
     def open(self, part: Part) -> Split:
         table = _digits_table()
         images, labels = table[:, :-1].reshape(-1, 8, 8) / 16, table[:, -1].astype(np.int64)
-        whole = array_split(images, labels, "x of digits", "y of digits", 10)
-        train, test = hold_out(whole.labels, 360, seed=0)
-        return whole.subset(train if part == "train" else test)
+        complete = array_split(images, labels, "x of digits", "y of digits", 10)
+        train, test = hold_out(complete.labels, 360, seed=0)
+        return complete.subset(train if part == "train" else test)
 
 
 def _digits_table() -> np.ndarray:

@@ -180,8 +180,8 @@ class TorchvisionSource(Source):
         except FAILURES as error:
             data = self._fetch(part, _one_line(error))
         x, y = np.asarray(data.data), np.asarray(data.targets)
-        what = f"the {part} part of {self.name}"
-        return array_split(x, y, f"x of {what}", f"y of {what}", len(self.classes))
+        label = f"the {part} part of {self.name}"
+        return array_split(x, y, f"x of {label}", f"y of {label}", len(self.classes))
 
     def _read(self, part: Part, download: bool) -> Any:
         return self._known.read(str(self._root), train=part == "train", download=download)
@@ -206,11 +206,11 @@ class TorchvisionSource(Source):
             with FileLock(self._root / f".{self.name}.lock"):
                 return self._read(part, download=True)
         except FAILURES as error:
-            again = _one_line(error)
-            if again == reason:  # torchvision takes the files for sound and did not fetch them
+            second = _one_line(error)
+            if second == reason:  # torchvision takes the files for sound and did not fetch them
                 raise damaged from None
             raise UserError(
-                f"downloading {self.name} failed ({again}): try again later, "
+                f"downloading {self.name} failed ({second}): try again later, "
                 f"or put the files under '{self._root}' by hand, from {self._known.page}"
             ) from None
 

@@ -198,8 +198,8 @@ class RoutedTrunk(nn.Module):
 
     def take(self) -> dict[PartName, Tensor]:
         """t of each part that ran since the last call, (N,), with its graph."""
-        kept, self.kept = self.kept, {}
-        return kept
+        values, self.kept = self.kept, {}
+        return values
 
     def extra_repr(self) -> str:
         return f"switch={self.switch}"

@@ -124,16 +124,16 @@ class Chain(Defense):
         """
         classes = [type(member).__name__.lower() for member in self.members]
         labels = [
-            name if classes.count(name) == 1 else f"{name}{place}"
-            for place, name in enumerate(classes, start=1)
+            name if classes.count(name) == 1 else f"{name}{position}"
+            for position, name in enumerate(classes, start=1)
         ]
         noisy = [member.traits(model).stochastic for member in self.members]
         surrogates: list[tuple[str, str, Surrogate]] = []
-        for place, member in enumerate(self.members):
-            draws = any(noisy[:place] + noisy[place + 1 :])
+        for position, member in enumerate(self.members):
+            draws = any(noisy[:position] + noisy[position + 1 :])
             for name, surrogate in member.surrogates(model).items():
                 drawn = replace(surrogate, stochastic=surrogate.stochastic or draws)
-                surrogates.append((labels[place], name, drawn))
+                surrogates.append((labels[position], name, drawn))
         uses = Counter(name for _, name, _ in surrogates)
         named = {
             name if uses[name] == 1 else f"{label}.{name}": surrogate

@@ -170,11 +170,11 @@ class JumpReLU(Defense):
             "double": (2.0, "twice the jump: only the largest units count"),
         }
         surrogates = {}
-        for name, (slope, softness, what) in slopes.items():
+        for name, (slope, softness, reason) in slopes.items():
             copy = twin(model)
             for site in _sites(copy):
                 site.slope, site.softness = slope, softness
-            why = f"backwards {what}, where the jump itself has no gradient"
+            why = f"backwards {reason}, where the jump itself has no gradient"
             surrogates[name] = Surrogate(copy, exact=True, loss="ce", why=why)
         for name, (factor, why) in factors.items():
             copy = twin(model)

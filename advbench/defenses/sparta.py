@@ -157,9 +157,9 @@ class Sparta(Defense):
     """phi is not trained."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (("share", self.share, SHARES), ("form", self.form, FORMS)):
-            if value not in known:
-                raise UserError(f"no defense.{name} '{value}'{did_you_mean(value, known)}")
+        for name, value, allowed in (("share", self.share, SHARES), ("form", self.form, FORMS)):
+            if value not in allowed:
+                raise UserError(f"no defense.{name} '{value}'{did_you_mean(value, allowed)}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"defense.kernel={self.kernel} is not 1, 3, 5 or another odd number")
         if not 0 < self.beta < math.inf:
@@ -216,41 +216,41 @@ class Sparta(Defense):
             UserError: for weights without phi, or with another sharing, width, site or kernel.
         """
         run = f"defense.weights={self.weights}"
-        theirs: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+        sources: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
         for key, weight in weights.items():
             name = key.removesuffix(".phi.weight")
             bias = weights.get(f"{name}.phi.bias")
             if name != key and bias is not None:
-                theirs.setdefault(self._group(name, len(bias)), []).append((weight, bias))
-        if not theirs:
+                sources.setdefault(self._group(name, len(bias)), []).append((weight, bias))
+        if not sources:
             raise UserError(f"{run} has no phi: name a run of defense=sparta")
         shared = all(
             torch.equal(*pair)
-            for same in theirs.values()
+            for same in sources.values()
             for other in same
             for pair in zip(same[0], other, strict=True)
         )
-        one_for_all = all(len(bias) == 1 for same in theirs.values() for _, bias in same)
+        one_for_all = all(len(bias) == 1 for same in sources.values() for _, bias in same)
         if not shared or one_for_all != (self.share == "net"):
             raise UserError(
                 f"{run} was not trained with defense.share={self.share}: give the share of that run"
             )
-        ours = {
+        targets = {
             self._group(name, len(site.phi.bias)): site.phi
             for name, site in model.named_modules()
             if isinstance(site, Site)
         }
-        if missing := [str(group) for group in ours if group not in theirs]:
-            what, cure = {
+        if missing := [str(group) for group in targets if group not in sources]:
+            problem, cure = {
                 "site": ("at", "take a run of the same backbone"),
                 "stage": ("of width", "take a backbone of those widths, or share=net in both"),
             }[self.share]
             raise UserError(
-                f"{run} has no phi {what} {', '.join(missing[:5])}"
+                f"{run} has no phi {problem} {', '.join(missing[:5])}"
                 f"{', ...' if len(missing) > 5 else ''}: {cure}"
             )
-        for group, phi in ours.items():
-            weight, _ = theirs[group][0]
+        for group, phi in targets.items():
+            weight, _ = sources[group][0]
             if weight.shape != phi.weight.shape:
                 raise UserError(
                     f"phi is {_size(weight)} in {run} and {_size(phi.weight)} here"
@@ -258,9 +258,9 @@ class Sparta(Defense):
                     "give the backbone and the defense.kernel of that run"
                 )
         with torch.no_grad():
-            for group, phi in ours.items():
-                for own, given in zip((phi.weight, phi.bias), theirs[group][0], strict=True):
-                    own.copy_(given)
+            for group, phi in targets.items():
+                for parameter, value in zip((phi.weight, phi.bias), sources[group][0], strict=True):
+                    parameter.copy_(value)
 
     def surrogates(self, model: Any) -> Mapping[str, Surrogate]:
         if self.form == "relu":

@@ -92,8 +92,8 @@ def adapted(
         return model, notices
     part = None if isinstance(answer, Tensor) else _logits_of(answer, num_classes)
     if part is not None:
-        what = f"'{part}'" if isinstance(part, str) else f"number {part + 1}"
-        notices.append(f"the model returns {type(answer).__name__}: its logits are {what} of it")
+        label = f"'{part}'" if isinstance(part, str) else f"number {part + 1}"
+        notices.append(f"the model returns {type(answer).__name__}: its logits are {label} of it")
     if writes:
         notices.append("the model writes into its input: it works on a copy")
     if part is None and not writes:
@@ -169,10 +169,10 @@ def _logits_of(answer: Any, num_classes: int | None) -> str | int | None:
     }
     if "logits" in rows:
         return "logits"
-    found = [key for key, value in rows.items() if value.shape[1] == num_classes] or list(rows)
-    if len(found) > 1:
+    candidates = [key for key, value in rows.items() if value.shape[1] == num_classes] or list(rows)
+    if len(candidates) > 1:
         raise UserError(
-            f"the model returns several tensors that could be its logits ({len(found)} in a "
+            f"the model returns several tensors that could be its logits ({len(candidates)} in a "
             f"{type(answer).__name__}): return the logits alone, (N, K)"
         )
-    return found[0] if found else None
+    return candidates[0] if candidates else None

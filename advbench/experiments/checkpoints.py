@@ -46,8 +46,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: The file can't be read, or names or shapes differ; the first are named.
     """
-    given = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
-    state = {name: tensor for name, tensor in read_weights(path).items() if name not in given}
+    buffers = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    state = {name: tensor for name, tensor in read_weights(path).items() if name not in buffers}
     problems = _differences(model.state_dict(), state)
     if problems:
         raise _no_match(path, problems)
@@ -84,25 +84,25 @@ def load_checkpoint(model: nn.Module, spec: str) -> list[str]:
         UserError: Nothing in the file fits, or several sets of weights do.
     """
     path, key = _split(spec)
-    content, own = _read(path), model.state_dict()
-    found = dict(_states(content))
-    if not found:
+    content, expected = _read(path), model.state_dict()
+    states = dict(_states(content))
+    if not states:
         raise UserError(f"'{path}' holds no state_dict: save model.state_dict()")
     fits = {
         f"{name}.{fit.strip}".strip("."): (name, fit)
-        for name, state in found.items()
-        for fit in _fits(own, state)
+        for name, state in states.items()
+        for fit in _fits(expected, state)
     }
     if key is not None:
         chosen = {label: fit for label, fit in fits.items() if f"{label}.".startswith(f"{key}.")}
         if not chosen:
-            there = ", ".join(label for label in fits if label) or "none that can be named"
-            raise UserError(f"'{path}' has no weights '{key}' that fit; there are: {there}")
+            labels = ", ".join(label for label in fits if label) or "none that can be named"
+            raise UserError(f"'{path}' has no weights '{key}' that fit; there are: {labels}")
         fits = chosen
     if "" in fits:
         fits = {"": fits[""]}
     if not fits:
-        name, problems = _nearest(own, found)
+        name, problems = _nearest(expected, states)
         inside = f" (in '{name}')" if name else ""
         raise _no_match(path, problems, inside)
     if len(fits) > 1:
@@ -112,7 +112,7 @@ def load_checkpoint(model: nn.Module, spec: str) -> list[str]:
         )
     ((name, fit),) = fits.values()
     model.load_state_dict(fit.state, strict=False)
-    return [f"weights: {line}" for line in _told(name, fit, own)]
+    return [f"weights: {line}" for line in _told(name, fit, expected)]
 
 
 def _split(spec: str) -> tuple[Path, str | None]:
@@ -174,25 +174,25 @@ def _states(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str,
             yield from _states(value, f"{name}.{key}" if name else str(key), depth + 1)
 
 
-def _fits(own: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[Fit]:
+def _fits(expected: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[Fit]:
     """How the tensors fit the model: as they are, or with one prefix less or more."""
-    if not _differences(own, state):
+    if not _differences(expected, state):
         yield Fit(state)
         return
     for strip in _prefixes(state):
         inside = {key.removeprefix(strip): v for key, v in state.items() if key.startswith(strip)}
-        for add in ["", *_common_prefixes(own)]:
+        for add in ["", *_common_prefixes(expected)]:
             renamed = {add + key: value for key, value in inside.items()}
-            placed = {key: value for key, value in renamed.items() if key in own}
-            lacking = [key for key in own if key not in placed and not _harmless(key)]
-            if lacking or _wrong_shapes(own, placed):
+            placed = {key: value for key, value in renamed.items() if key in expected}
+            lacking = [key for key in expected if key not in placed and not _harmless(key)]
+            if lacking or _wrong_shapes(expected, placed):
                 continue
             # Under a prefix there may be other nets; beside the names as they are, only counters.
             outside = [key for key in state if not key.startswith(strip)]
-            outside += [strip + key.removeprefix(add) for key in renamed if key not in own]
+            outside += [strip + key.removeprefix(add) for key in renamed if key not in expected]
             if not strip and not add and not all(map(_harmless, outside)):
                 continue
-            if any(not _harmless(key) for key in renamed if key not in own):
+            if any(not _harmless(key) for key in renamed if key not in expected):
                 continue
             yield Fit(placed, strip, add, tuple(outside))
             if not strip:  # nothing else would be as near
@@ -202,65 +202,65 @@ def _fits(own: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[Fit]:
 
 def _prefixes(state: Mapping[str, Any]) -> list[str]:
     """What the names may begin with beside the model's own, the shortest first."""
-    found = {""}
+    prefixes = {""}
     for key in state:
         parts = key.split(".")[:-1][:DEEPEST]
-        found |= {".".join(parts[: i + 1]) + "." for i in range(len(parts))}
-    return sorted(found, key=len)
+        prefixes |= {".".join(parts[: i + 1]) + "." for i in range(len(parts))}
+    return sorted(prefixes, key=len)
 
 
-def _common_prefixes(own: Mapping[str, Any]) -> list[str]:
+def _common_prefixes(expected: Mapping[str, Any]) -> list[str]:
     """What all names of the model begin with, as those of a wrapped model do."""
-    return [p for p in _prefixes(own) if p and all(key.startswith(p) for key in own)]
+    return [p for p in _prefixes(expected) if p and all(key.startswith(p) for key in expected)]
 
 
 def _harmless(key: str) -> bool:
     return key.rpartition(".")[2] in HARMLESS
 
 
-def _wrong_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+def _wrong_shapes(expected: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """Keys whose tensors have another shape than the model's."""
     return [
         key
-        for key, value in own.items()
+        for key, value in expected.items()
         if key in state
         and isinstance(value, Tensor)
         and getattr(state[key], "shape", None) != value.shape
     ]
 
 
-def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+def _differences(expected: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """What keeps the tensors from being the model's, in words."""
-    missing = [key for key in own if key not in state]
-    unknown = [key for key in state if key not in own]
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
     shapes = [
-        f"'{key}' is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
-        for key in _wrong_shapes(own, state)
+        f"'{key}' is {tuple(state[key].shape)} and should be {tuple(expected[key].shape)}"
+        for key in _wrong_shapes(expected, state)
     ]
     return [
-        f"{len(keys)} {what}: {_listed(keys)}"
-        for what, keys in (("missing", missing), ("unknown", unknown))
+        f"{len(keys)} {kind}: {_listed(keys)}"
+        for kind, keys in (("missing", missing), ("unknown", unknown))
         if keys
     ] + shapes[:1]
 
 
 def _nearest(
-    own: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]
+    expected: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, list[str]]:
     """The set of weights that lacks the least, and what it lacks."""
 
     def lacking(name: str) -> int:
-        best = len(own)
-        for prefix in _prefixes(found[name]):
-            have = sum(prefix + key in found[name] for key in own)
-            best = min(best, len(own) - have)
+        best = len(expected)
+        for prefix in _prefixes(states[name]):
+            have = sum(prefix + key in states[name] for key in expected)
+            best = min(best, len(expected) - have)
         return best
 
-    name = min(found, key=lacking)
-    state = found[name]
-    prefix = max(_prefixes(state), key=lambda p: sum(p + key in state for key in own))
+    name = min(states, key=lacking)
+    state = states[name]
+    prefix = max(_prefixes(state), key=lambda p: sum(p + key in state for key in expected))
     inside = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
-    return name, _differences(own, inside)
+    return name, _differences(expected, inside)
 
 
 def _no_match(path: Path, problems: list[str], inside: str = "") -> UserError:
@@ -273,7 +273,7 @@ def _listed(keys: list[str] | tuple[str, ...]) -> str:
     return f"{', '.join(map(repr, keys[:NAMED]))}{', ...' if len(keys) > NAMED else ''}"
 
 
-def _told(name: str, fit: Fit, own: Mapping[str, Any]) -> Iterator[str]:
+def _told(name: str, fit: Fit, expected: Mapping[str, Any]) -> Iterator[str]:
     """What was done to load the weights."""
     done = []
     if name:
@@ -286,6 +286,6 @@ def _told(name: str, fit: Fit, own: Mapping[str, Any]) -> Iterator[str]:
         yield ", ".join(done)
     if fit.left_out:
         yield f"{len(fit.left_out)} left out that the model does not have: {_listed(fit.left_out)}"
-    kept = [key for key in own if key not in fit.state]
-    if kept:
-        yield f"{len(kept)} counters not in the file: {_listed(kept)}"
+    unchanged = [key for key in expected if key not in fit.state]
+    if unchanged:
+        yield f"{len(unchanged)} counters not in the file: {_listed(unchanged)}"

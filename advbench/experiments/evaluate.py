@@ -95,19 +95,19 @@ def _folder(home: Home, name: str, plan: Plan, needs_images: bool) -> Path:
     for folder in sorted(home.folder.glob(f"{glob.escape(name)}-*")):
         if is_home(folder, plan, needs_images):
             return folder
-    own = {"behaviour": plan.behaviour, "keep_images": plan.keep_images}
-    return home.of(name, {**plan.identity, **own})
+    execution = {"behaviour": plan.behaviour, "keep_images": plan.keep_images}
+    return home.of(name, {**plan.identity, **execution})
 
 
 def _resumed(cfg: DictConfig, home: Home) -> tuple[Home, DictConfig]:
     """The directory and the config of the evaluation that is resumed, where one is named."""
     if cfg.resume is None:
         return home, cfg
-    asked = cfg
+    overrides = cfg
     home, cfg = resumed(cfg.resume, "eval")
-    if (asked.model, asked.weights) != (cfg.model, cfg.weights):
-        again = directory.going_on(home.folder, cfg)
-        raise UserError(f"model=FILE.py runs code, so name it again: {again}")
+    if (overrides.model, overrides.weights) != (cfg.model, cfg.weights):
+        command = directory.going_on(home.folder, cfg)
+        raise UserError(f"model=FILE.py runs code, so name it again: {command}")
     return home, cfg
 
 

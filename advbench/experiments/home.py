@@ -71,14 +71,14 @@ def kept_config(cfg: DictConfig, choices: Mapping[str, str]) -> DictConfig:
     Files of data are kept with their whole path, so that a command in another directory finds
     them, and not others of that name.
     """
-    kept = OmegaConf.create(config.plain(cfg))
+    saved = OmegaConf.create(config.plain(cfg))
     for key in FILES:
-        if kept.data is not None and isinstance(file := kept.data.get(key), str):
-            kept.data[key] = str(Path(file).expanduser().absolute())
-    with open_dict(kept):
-        kept.choices = {
+        if saved.data is not None and isinstance(file := saved.data.get(key), str):
+            saved.data[key] = str(Path(file).expanduser().absolute())
+    with open_dict(saved):
+        saved.choices = {
             group: name
             for group, name in choices.items()
             if group in (*config.GROUPS, "experiment") and group != "logger" and name is not None
         }
-    return kept
+    return saved

@@ -28,13 +28,13 @@ def backbone_node(node: DictConfig, info: Info) -> DictConfig:
 
     A run keeps this, so its model can be built without its data.
     """
-    known: dict[str, Any] = {
+    values: dict[str, Any] = {
         "num_classes": info.num_classes,
         "input_shape": list(info.input_shape),
         "mean": [float(v) for v in info.mean],
         "std": [float(v) for v in info.std],
     }
-    fields = {key: value for key, value in known.items() if node.get(key) is None}
+    fields = {key: value for key, value in values.items() if node.get(key) is None}
     return OmegaConf.create({**config.plain(node), **fields})
 
 

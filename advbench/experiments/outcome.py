@@ -25,7 +25,7 @@ def show_training(summary: Summary, folder: Path, screen: Screen, command: str) 
     val, n = summary.val, summary.val["n"]
     robust = "" if val.get("robust") is None else f", robust {100 * val['robust']:.1f} %"
     best = f"best epoch {summary.best_epoch} of {summary.epochs}: validation accuracy"
-    said = f"{best} clean {100 * val['clean']:.1f} %{robust} (n = {n})"
+    summary_line = f"{best} clean {100 * val['clean']:.1f} %{robust} (n = {n})"
     rows = _facts()
     rows.add_row("best epoch", f"{summary.best_epoch} of {summary.epochs}")
     rows.add_row("clean", _share(val["clean"], n))
@@ -33,8 +33,8 @@ def show_training(summary: Summary, folder: Path, screen: Screen, command: str) 
         rows.add_row("robust", f"{_share(val['robust'], n)}  {val['attack']}")
     note = f"on {n} validation images, by which the epoch was chosen: a little high"
     screen.outcome(
-        f"{said}: {folder}",
-        [f"{said}, {summary.seconds:.0f} s", f"next: {command}"],
+        f"{summary_line}: {folder}",
+        [f"{summary_line}, {summary.seconds:.0f} s", f"next: {command}"],
         _panel(str(folder), [rows, Text(note, "dim")], duration(summary.seconds)),
         [f"next: {command}"],
     )
@@ -76,9 +76,9 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     threat = Threat(results.threat["norm"], results.threat["eps"])
     title = f"{results.run}, {threat}, {results.protocol['name']} {results.protocol['version']}"
     panel = _panel(title, parts, duration(results.provenance["seconds"]))
-    said = "" if label is None else f", {label}"
+    label_text = "" if label is None else f", {label}"
     screen.outcome(
-        f"robust {results.bound()}{said}; clean {results.clean}: {folder}",
+        f"robust {results.bound()}{label_text}; clean {results.clean}: {folder}",
         lines,
         panel,
     )

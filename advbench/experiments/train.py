@@ -50,11 +50,11 @@ def train(
     screen: Screen,
 ) -> Path:
     """Train what the config says, or resume it. Returns the run's directory."""
-    asked = cfg
+    overrides = cfg
     if cfg.resume is not None:
         home, cfg = resumed(cfg.resume, "train")
-    told = asked.logger or cfg.get("logger")
-    logger = config.build(told, "logger", plugins=plugins) if told else None
+    logger_node = overrides.logger or cfg.get("logger")
+    logger = config.build(logger_node, "logger", plugins=plugins) if logger_node else None
     threat: Threat = config.build(cfg.threat, "threat", plugins=plugins)
     splits: Splits = config.build(cfg.data, "data", plugins=plugins)
     recipe_node = config.spelled_out(cfg.recipe, "recipe")
@@ -164,7 +164,7 @@ def _teachers(
     """
     if recipe is not None and recipe.get("of") is not None:
         return _teachers(recipe.of, plugins, data, info)
-    found = {}
+    teachers = {}
     for key in TEACHERS:
         if recipe is None or not (run := recipe.get(key)):
             continue
@@ -183,14 +183,14 @@ def _teachers(
                 f"{key}={run} was trained on {before} and the student is to learn {now}: "
                 "take a run on the same data"
             )
-        found[key] = model
-    return found
+        teachers[key] = model
+    return teachers
 
 
 def _published(data: DictConfig) -> str | None:
     """The name of a published data set; None for the user's own, of which the name says little."""
-    home, _, name = str(data.get("_target_")).rpartition(".")
-    return name if home == "advbench.data.sources" and "name" not in data else None
+    module, _, name = str(data.get("_target_")).rpartition(".")
+    return name if module == "advbench.data.sources" and "name" not in data else None
 
 
 def _check_fit(backbone: Any, info: Info) -> None:
@@ -198,9 +198,9 @@ def _check_fit(backbone: Any, info: Info) -> None:
     if backbone is None:
         return
     for key, has in (("num_classes", info.num_classes), ("input_shape", list(info.input_shape))):
-        told = backbone.get(key)
-        if told is not None and told != has:
+        declared = backbone.get(key)
+        if declared is not None and declared != has:
             raise UserError(
-                f"backbone.{key}={told} does not fit {info.name}, which has {has}: "
+                f"backbone.{key}={declared} does not fit {info.name}, which has {has}: "
                 f"leave backbone.{key} out"
             )

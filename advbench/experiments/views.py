@@ -74,11 +74,11 @@ class EvaluationView(NullProgress):
         self.name, self.before, self.total = name, 0, total
         self.meter = Meter()
         self.meter.at(0)
-        place = ""
+        prefix = ""
         if name in self.stages:
-            place = f"[{self.stages.index(name) + 1}/{len(self.stages)}] "
-        self.bar.begin(f"{place}{name}")
-        self.screen.line(f"{place}{name}: {total} samples")
+            prefix = f"[{self.stages.index(name) + 1}/{len(self.stages)}] "
+        self.bar.begin(f"{prefix}{name}")
+        self.screen.line(f"{prefix}{name}: {total} samples")
 
     def update(
         self,

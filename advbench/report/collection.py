@@ -136,20 +136,22 @@ class Entry:
 
         try:
             trained = config.read(run / CONFIG)
-            own = settings.with_roles(trained, trained.defense)
+            expected = settings.with_roles(trained, trained.defense)
         except (UserError, AttributeError, KeyError, TypeError, ValueError):
             return False  # something else lives there
-        told, defense = self.results.settings, self.config.get("defense")
-        given = defense if isinstance(defense, Mapping) else {}
-        chosen = {"defense" if k == "_target_" else k for k, v in given.items() if v is not None}
+        recorded, defense = self.results.settings, self.config.get("defense")
+        overrides = defense if isinstance(defense, Mapping) else {}
+        chosen = {
+            "defense" if k == "_target_" else k for k, v in overrides.items() if v is not None
+        }
 
         def open_to(key: str, role: Role) -> bool:
             word = key.rpartition(".")[2]  # other runs were looked up from elsewhere
             return bool(role & Role.NAMES_RUN) or (key.startswith("defense") and word in chosen)
 
-        return {"backbone", "recipe", SEED} <= told.keys() and all(
-            told.get(key, value) == value or open_to(key, role)
-            for key, (value, role) in own.items()
+        return {"backbone", "recipe", SEED} <= recorded.keys() and all(
+            recorded.get(key, value) == value or open_to(key, role)
+            for key, (value, role) in expected.items()
         )
 
     @cached_property
@@ -161,8 +163,8 @@ class Entry:
         from advbench.evaluation.store import read_samples
 
         if not (self.folder / "samples.parquet").is_file():
-            again = "it did not finish: resume it with the same command"
-            why = again if self.results.missing else "only results.json is left of it"
+            advice = "it did not finish: resume it with the same command"
+            why = advice if self.results.missing else "only results.json is left of it"
             raise UserError(f"'{self.folder}' has no samples.parquet: {why}")
         try:
             return read_samples(self.folder)
@@ -188,8 +190,8 @@ def find(paths: Sequence[Path]) -> list[Entry]:
             raise UserError(f"there is no '{path}'")
         files += [path] if path.is_file() else sorted(path.rglob(RESULTS))
     if not files:
-        where = ", ".join(map(str, paths))
-        raise UserError(f"there are no results in {where}: make some with 'advbench eval'")
+        listed = ", ".join(map(str, paths))
+        raise UserError(f"there are no results in {listed}: make some with 'advbench eval'")
     entries = []
     for file in {file.resolve(): file for file in files}.values():
         try:
@@ -296,10 +298,10 @@ def groups(entries: Iterable[Entry]) -> list[Group]:
         settings = {k: v for k, v in entry.results.settings.items() if k != SEED}
         same = (sorted(entry.conditions.items()), sorted(settings.items()), entry.results.missing)
         alike.setdefault(repr(same), []).append(entry)
-    found = []
+    collected = []
     for members in alike.values():
-        found += [Group(tuple(part)) for part in _by_training(members)]
-    return found
+        collected += [Group(tuple(part)) for part in _by_training(members)]
+    return collected
 
 
 def _by_training(members: list[Entry]) -> list[list[Entry]]:
@@ -309,13 +311,13 @@ def _by_training(members: list[Entry]) -> list[list[Entry]]:
         parts = {}
         for entry in members:
             parts.setdefault(entry.results.protocol.get(SEED), []).append(entry)
-    found = []
+    collected = []
     for part in parts.values():
         if _distinct(part):
-            found.append(sorted(part, key=lambda entry: entry.seed or 0))
+            collected.append(sorted(part, key=lambda entry: entry.seed or 0))
         else:
-            found += [[entry] for entry in part]
-    return found
+            collected += [[entry] for entry in part]
+    return collected
 
 
 def _distinct(members: list[Entry]) -> bool:
@@ -329,17 +331,17 @@ def varying(entries: Iterable[Entry]) -> list[str]:
 
     Keys that tell apart runs of other NAMES are those names. The training seed is none of them.
     """
-    found: dict[str, None] = {}
+    keys: dict[str, None] = {}
     families: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         families.setdefault(tuple(entry.name(key) for key in NAMES), []).append(entry)
     for i, name in enumerate(NAMES):
         if len({key[i] for key in families}) > 1:
-            found[name] = None
+            keys[name] = None
     for family in families.values():
         values: dict[str, set[str]] = {}
         for entry in family:
             for key, value in entry.results.settings.items():
                 values.setdefault(key, set()).add(repr(value))
-        found |= dict.fromkeys(k for k, v in sorted(values.items()) if len(v) > 1 and k != SEED)
-    return list(found)
+        keys |= dict.fromkeys(k for k, v in sorted(values.items()) if len(v) > 1 and k != SEED)
+    return list(keys)

@@ -144,8 +144,8 @@ def comparable(a: Entry, b: Entry, mix: bool = False) -> list[str]:
     wording = Wording([Group((a,)), Group((b,))])
     differing = differences([a.conditions, b.conditions])
     if any(key == "data" or key.startswith("data.") for key in differing):
-        known = [wording.of(entry)["data"] for entry in (a, b)]
-        raise UserError(f"A is of {known[0]} and B of {known[1]}: other images can't be paired")
+        data = [wording.of(entry)["data"] for entry in (a, b)]
+        raise UserError(f"A is of {data[0]} and B of {data[1]}: other images can't be paired")
     unlike = [key for key in differing if key != "n"]
     if unlike and not mix:
         raise UserError(
@@ -161,10 +161,10 @@ def _two(paths: Sequence[Path]) -> tuple[Entry, Entry]:
         )
     entries = []
     for path in paths:
-        found = find([path])
-        if len(found) != 1:
-            raise UserError(f"'{path}' holds {len(found)} evaluations: name the directory of one")
-        entries += found
+        matches = find([path])
+        if len(matches) != 1:
+            raise UserError(f"'{path}' holds {len(matches)} evaluations: name the directory of one")
+        entries += matches
     return entries[0], entries[1]
 
 
@@ -190,8 +190,8 @@ def _compared(a: Entry, b: Entry, notes: list[str]) -> Comparison:
         a_right, b_right = int(right_a.sum()), int(right_b.sum())
         return Paired(both, a_right - both, b_right - both, len(common) - either)
 
-    def lost(fell: np.ndarray, stages: Sequence[str], held: np.ndarray) -> dict[str, int]:
-        counts = {name: int(((fell == i) & held).sum()) for i, name in enumerate(stages)}
+    def lost(fell: np.ndarray, stages: Sequence[str], robust: np.ndarray) -> dict[str, int]:
+        counts = {name: int(((fell == i) & robust).sum()) for i, name in enumerate(stages)}
         return {name: count for name, count in counts.items() if count}
 
     return Comparison(
@@ -214,9 +214,9 @@ def evidence_of(entry: Entry) -> Evidence:
         evidence = Evidence.of(records)
     except ValueError as problem:
         raise UserError(f"'{entry.folder}/samples.parquet' is damaged: {problem}") from problem
-    held = int((evidence.fell < 0).sum())
+    robust = int((evidence.fell < 0).sum())
     share = (entry.results.robust if entry.results.attacked else entry.results.clean).acc or 0.0
-    if (len(evidence), held) != (entry.n, round(share * entry.n)):
+    if (len(evidence), robust) != (entry.n, round(share * entry.n)):
         raise UserError(f"'{entry.folder}': samples.parquet is not that of results.json")
     return evidence
 
@@ -280,10 +280,9 @@ def sentence(paired: Paired, word: str) -> str:
     points = 100 * paired.difference
     if paired.p >= ALPHA:
         agreed = low <= 0 <= high
-        said = "no difference shown" if agreed else BORDERLINE
-        return (
-            f"{said}: A - B = {points:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]; {shares}"
-        )
+        result = "no difference shown" if agreed else BORDERLINE
+        interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+        return f"{result}: A - B = {points:+.1f} points {interval}; {shares}"
     if points < 0:
         points, low, high = -points, -high, -low
     more = "more" if paired.difference > 0 else "less"
@@ -296,11 +295,11 @@ def sentence(paired: Paired, word: str) -> str:
 def _who(entry: Entry, other: Entry) -> str:
     """An evaluation by the names of its model and by the settings that the other has not."""
     names = [entry.name(key) for key in NAMES if entry.name(key) != UNKNOWN]
-    own = entry.results.settings
+    values = entry.results.settings
     names += [
-        f"{key}={text_of(own[key])}"
+        f"{key}={text_of(values[key])}"
         for key in varying([entry, other])
-        if key in own.keys() - set(NAMES)
+        if key in values.keys() - set(NAMES)
     ]
     seed = [] if entry.seed is None else [f"seed {entry.seed}"]
     return f"{', '.join([*names, *seed]) or entry.results.run} ({entry.folder})"

@@ -175,30 +175,30 @@ def text(
         raise UserError(f"--compare takes two groups of evaluations: {HOW}")
     entries = find(paths)
     first, second = (entries, find(others)) if others else two_groups(entries)
-    found = of(first, second, mix)
+    comparison = of(first, second, mix)
     if form == "json":
         plain = {
             "schema": SCHEMA,
-            "pairs": [[entry.folder.as_posix() for entry in pair] for pair in found.pairs],
-            "n": found.n,
-            "robust": found.robust and asdict(found.robust),
-            "clean": asdict(found.clean),
-            "notes": list(found.notes),
+            "pairs": [[entry.folder.as_posix() for entry in pair] for pair in comparison.pairs],
+            "n": comparison.n,
+            "robust": comparison.robust and asdict(comparison.robust),
+            "clean": asdict(comparison.clean),
+            "notes": list(comparison.notes),
         }
         return json.dumps(plain, indent=2) + "\n"
-    return "".join(f"{printable(line)}\n" for line in _lines(found))
+    return "".join(f"{printable(line)}\n" for line in _lines(comparison))
 
 
-def _lines(found: Comparison) -> list[str]:
-    first, second = found.pairs[0]
+def _lines(comparison: Comparison) -> list[str]:
+    first, second = comparison.pairs[0]
     keys = varying([first, second])
     lines = []
     for name, entry in (("A", first), ("B", second)):
         values = [f"{key}={text_of(entry.results.settings.get(key))}" for key in keys]
         lines.append(f"{name}: {', '.join(values) or entry.results.run}")
-    seeds = ", ".join(str(pair[0].seed) for pair in found.pairs)
-    lines += [f"on the same {found.n} images, paired by the seeds {seeds}", ""]
-    for name, part in (("robust", found.robust), ("clean", found.clean)):
+    seeds = ", ".join(str(pair[0].seed) for pair in comparison.pairs)
+    lines += [f"on the same {comparison.n} images, paired by the seeds {seeds}", ""]
+    for name, part in (("robust", comparison.robust), ("clean", comparison.clean)):
         if part is None:
             lines.append("robust: no comparison, for they were not all attacked")
             continue
@@ -211,20 +211,20 @@ def _lines(found: Comparison) -> list[str]:
         each = ", ".join(f"{100 * value:+.1f}" for value in part.by_seed)
         spread = "" if part.sd is None else f"; sd {100 * part.sd:.1f}"
         lines.append(f"  by seed: {each}{spread}")
-    lines += ["", *found.notes]
+    lines += ["", *comparison.notes]
     lines.append("[95 % interval for other images, each counted once; sd: over training seeds]")
     return lines
 
 
 def _by_seed(entries: Sequence[Entry], name: str) -> dict[int, Entry]:
-    found: dict[int, Entry] = {}
+    members: dict[int, Entry] = {}
     for entry in entries:
         if entry.seed is None:
             raise UserError(f"'{entry.folder}' has no training seed to pair it by")
-        if entry.seed in found:
+        if entry.seed in members:
             raise UserError(f"{name} has the seed {entry.seed} twice: '{entry.folder}'")
-        found[entry.seed] = entry
-    return found
+        members[entry.seed] = entry
+    return members
 
 
 def _list(seeds: Sequence[int] | dict[int, Entry]) -> str:

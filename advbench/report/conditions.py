@@ -21,8 +21,8 @@ WEAK = ("pgd", "fgsm", "apgd", "fab", "square", "curve", "torchattacks")
 class Wording:
     """Conditions in words, with what is not as shipped and what tells them from each other."""
 
-    def __init__(self, found: Sequence[Group]) -> None:
-        self.among = [group.first.conditions for group in found]
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.among = [group.first.conditions for group in groups]
         self._inside: dict[str, list[str]] = {}
         self._namesakes: set[str] = set()
         for name in {each["protocol"] for each in self.among}:
@@ -32,7 +32,7 @@ class Wording:
         for name in {each["data"] for each in self.among}:
             if len({each["data.sha256"] for each in self.among if each["data"] == name}) > 1:
                 self._namesakes.add(name)
-        self._texts = [self.of(group.first) for group in found]
+        self._texts = [self.of(group.first) for group in groups]
 
     def told(self, differing: Iterable[str]) -> str:
         """Why the evaluations are not ranked together."""
@@ -49,15 +49,15 @@ class Wording:
 
     def of(self, entry: Entry) -> dict[str, str]:
         """By column: data, n, threat and protocol."""
-        own = entry.conditions
-        data = f"{own['data']} {own['data.split'] or ''}".strip()
-        if own["data"] in self._namesakes:
-            data += f" {str(own['data.sha256'])[:8]}"
+        conditions = entry.conditions
+        data = f"{conditions['data']} {conditions['data.split'] or ''}".strip()
+        if conditions["data"] in self._namesakes:
+            data += f" {str(conditions['data.sha256'])[:8]}"
         return {
             "data": data,
-            "n": str(own["n"]),
+            "n": str(conditions["n"]),
             "threat": entry.threat_name,
-            "protocol": protocol_of(entry, self._inside[own["protocol"]]),
+            "protocol": protocol_of(entry, self._inside[conditions["protocol"]]),
         }
 
 
@@ -68,9 +68,9 @@ def differences(conditions: Iterable[Mapping[str, Any]], every: bool = False) ->
     """
     everywhere = list(conditions)
     keys = dict.fromkeys(key for each in everywhere for key in each)
-    found = [key for key in keys if len({repr(each.get(key)) for each in everywhere}) > 1]
-    implied = () if every else tuple(f"{key}." for key in ("protocol", "data") if key in found)
-    return [key for key in found if not key.startswith(implied)]
+    differing = [key for key in keys if len({repr(each.get(key)) for each in everywhere}) > 1]
+    implied = () if every else tuple(f"{key}." for key in ("protocol", "data") if key in differing)
+    return [key for key in differing if not key.startswith(implied)]
 
 
 def place(group: Group) -> Any:
@@ -116,18 +116,18 @@ def text_of(value: Any) -> str:
 def protocol_of(entry: Entry, telling: Iterable[str] = ()) -> str:
     """Title, version, whether it is weak, and parameters: those that are not as shipped, and those
     that are ``telling`` it from others, by key of the config."""
-    own = entry.conditions
-    given = {key.removeprefix("protocol."): own.get(key) for key in telling}
-    given |= unusual(entry.results)
-    inside = ["weak"] if is_weak(own["protocol"]) else []
-    inside += [f"{key} {text_of(value)}" for key, value in given.items()]
+    conditions = entry.conditions
+    changes = {key.removeprefix("protocol."): conditions.get(key) for key in telling}
+    changes |= unusual(entry.results)
+    inside = ["weak"] if is_weak(conditions["protocol"]) else []
+    inside += [f"{key} {text_of(value)}" for key, value in changes.items()]
     return entry.protocol + (f" ({', '.join(inside)})" if inside else "")
 
 
 def unusual(results: Results) -> dict[str, Any]:
     """Parameters of its protocol that are not those of the shipped config of that name."""
-    shipped, own = _shipped(results.protocol["name"]), results.protocol
-    return {key: own[key] for key in shipped if key in own and own[key] != shipped[key]}
+    shipped, actual = _shipped(results.protocol["name"]), results.protocol
+    return {key: actual[key] for key in shipped if key in actual and actual[key] != shipped[key]}
 
 
 @cache

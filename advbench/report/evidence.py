@@ -48,9 +48,9 @@ class Evidence:
             raise ValueError("there are no records of the clean images")
         first = records[CLEAN]
         n = len(first)
-        told = np.where(first.broken, UNKNOWN, first.label)
-        truth = told if labels is None else labels[first.sample]
-        if labels is not None and (truth != told)[~first.broken].any():
+        predicted = np.where(first.broken, UNKNOWN, first.label)
+        truth = predicted if labels is None else labels[first.sample]
+        if labels is not None and (truth != predicted)[~first.broken].any():
             raise ValueError("the labels are not the evaluation's")
         final, margin = first.label.copy(), first.margin.astype(float)
         fell = np.where(first.broken, 0, -1)
@@ -59,12 +59,12 @@ class Evidence:
             stage = records[name]
             if not np.isin(stage.sample, first.sample).all():
                 raise ValueError(f"stage {name} has samples that the clean images lack")
-            place = np.searchsorted(first.sample, stage.sample)
-            margin[place] = np.fmin(margin[place], stage.margin)
-            new = stage.broken & (fell[place] < 0)
-            final[place[new]] = stage.label[new]
-            fell[place[new]] = column
-            distance[place[new]] = stage.distance[new]
+            position = np.searchsorted(first.sample, stage.sample)
+            margin[position] = np.fmin(margin[position], stage.margin)
+            new = stage.broken & (fell[position] < 0)
+            final[position[new]] = stage.label[new]
+            fell[position[new]] = column
+            distance[position[new]] = stage.distance[new]
         return cls(
             stages=names,
             sample=first.sample,
@@ -101,9 +101,9 @@ class Evidence:
     def by_class(self) -> tuple[np.ndarray, np.ndarray]:
         """Still correct after each of ``columns``, and samples: (classes, columns), (classes,)."""
         classes, columns = self.classes(), self.columns()
-        held = np.stack([(self.fell < 0) | (self.fell > c) for c in columns], 1)
+        robust = np.stack([(self.fell < 0) | (self.fell > c) for c in columns], 1)
         mine = self.truth[None, :] == classes[:, None]
-        return (mine @ held.astype(np.int64)), mine.sum(1)
+        return (mine @ robust.astype(np.int64)), mine.sum(1)
 
     def confusion(self) -> tuple[np.ndarray, np.ndarray]:
         """Classes and counts (true class, class after the attack), of samples of known class."""

@@ -29,37 +29,37 @@ def save(paths: Sequence[Path], folder: Path) -> None:
     with style():
         shared = [_write(plate, folder) for plate in _together(entries)]
         print(f"{folder}: {', '.join(shared)}")
-        library, taken = Library(), set[str]()
+        library, names = Library(), set[str]()
         for entry in entries:
-            name = _free(entry.folder.resolve().name, taken)
-            own = [_write(plate, folder / name) for plate in _alone(entry, library)]
-            print(f"{folder / name}: {', '.join(own)}", flush=True)
+            name = _free(entry.folder.resolve().name, names)
+            written = [_write(plate, folder / name) for plate in _alone(entry, library)]
+            print(f"{folder / name}: {', '.join(written)}", flush=True)
 
 
 def _together(entries: Sequence[Entry]) -> Iterator[Plate]:
     """Figures over evaluations that may be ranked together, with their conditions in the name."""
-    taken = set[str]()
+    names = set[str]()
     for same in group_figures.ranked(entries):
         first = same[0]
         about = slug(f"{first.data}-{first.threat_name}-{first.results.protocol['name']}")
-        found = [group_figures.board_plate(same), group_figures.curves_plate(same)]
+        plates = [group_figures.board_plate(same), group_figures.curves_plate(same)]
         for sweep in group_figures.sweeps(same):
-            found += [
+            plates += [
                 Plate(f"{plate.name}-{slug(sweep.key)}", plate.title, plate.caption, plate.draw)
                 for plate in sweep.plates()
             ]
-        for plate in found:
+        for plate in plates:
             if plate is not None:
-                name = _free(f"{plate.name}-{about}", taken)
+                name = _free(f"{plate.name}-{about}", names)
                 yield Plate(name, plate.title, plate.caption, plate.draw)
 
 
 def _alone(entry: Entry, library: Library) -> Iterator[Plate]:
-    found = run_figures.read(entry, library)
-    yield from found.plates()
-    if plate := found.learning_plate():
+    dossier = run_figures.read(entry, library)
+    yield from dossier.plates()
+    if plate := dossier.learning_plate():
         yield plate
-    if (shown := found.gallery) is not None:
+    if (shown := dossier.gallery) is not None:
         yield Plate("images", "Images", "", lambda: plots.pictures(shown))
 
 
@@ -84,11 +84,11 @@ def slug(text: str) -> str:
     return safe if len(safe) <= LONGEST else f"{safe[: LONGEST // 2]}_{safe[-LONGEST // 3 :]}"
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _free(name: str, names: set[str]) -> str:
     """The name as a file name, numbered if it was given out before."""
     base = free = slug(name)
     number = 2
-    while free in taken:
+    while free in names:
         free, number = f"{base}-{number}", number + 1
-    taken.add(free)
+    names.add(free)
     return free

@@ -67,10 +67,10 @@ class Library:
                 self._known[key] = self._opened(node, entry)
             except (UserError, OSError) as problem:
                 self._known[key] = str(problem)
-        found = self._known[key]
-        if isinstance(found, str):
-            raise UserError(found)
-        return found
+        opened = self._known[key]
+        if isinstance(opened, str):
+            raise UserError(opened)
+        return opened
 
     def _node(self, entry: Entry) -> dict[str, Any]:
         if not isinstance(entry.config.get("data"), Mapping):
@@ -149,28 +149,28 @@ def gallery(entry: Entry, opened: Opened) -> Gallery | None:
     """
     from advbench.evaluation.store import read_images
 
-    if (kept := read_images(entry.folder)) is None:
+    if (saved := read_images(entry.folder)) is None:
         return None
-    shown = np.nan_to_num(kept.x.transpose(0, 2, 3, 1)).clip(0, 1)
-    images = dict(zip(kept.ids.tolist(), shown, strict=True))
-    found: dict[int, tuple[int, float]] = {}
+    shown = np.nan_to_num(saved.x.transpose(0, 2, 3, 1)).clip(0, 1)
+    images = dict(zip(saved.ids.tolist(), shown, strict=True))
+    changes: dict[int, tuple[int, float]] = {}
     for name, stage in entry.records.items():
         if name != CLEAN:
             rows = np.flatnonzero(stage.alone)
             for sample, label, size in zip(
                 stage.sample[rows], stage.label[rows], stage.distance[rows], strict=True
             ):
-                found.setdefault(int(sample), (int(label), float(size)))
+                changes.setdefault(int(sample), (int(label), float(size)))
     labels = opened.labels
-    chosen = _varied([sample for sample in images if sample in found], labels)
+    chosen = _varied([sample for sample in images if sample in changes], labels)
     pictures = []
     for sample in chosen:
         clean = opened.image(sample)
         if clean.shape != images[sample].shape:
             raise UserError(f"the images of '{entry.folder}' have another size than the data")
-        label, distance = found[sample]
-        truth, taken = (class_name(opened.names, int(k)) for k in (labels[sample], label))
-        pictures.append(Picture(sample, clean, images[sample], truth, taken, distance))
+        label, distance = changes[sample]
+        truth, predicted = (class_name(opened.names, int(k)) for k in (labels[sample], label))
+        pictures.append(Picture(sample, clean, images[sample], truth, predicted, distance))
     if not pictures:
         return None
     largest = max(float(np.abs(picture.delta).max()) for picture in pictures)
@@ -184,12 +184,12 @@ def class_name(names: Sequence[str], label: int) -> str:
 
 def _varied(samples: Sequence[int], labels: np.ndarray) -> list[int]:
     """PICTURES of the samples, one of each class before the second of any, sorted by class."""
-    seen: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     ranked = []
     for sample in sorted(s for s in samples if 0 <= s < len(labels)):
         label = int(labels[sample])
-        ranked.append((seen[label], label, sample))
-        seen[label] += 1
+        ranked.append((counts[label], label, sample))
+        counts[label] += 1
     return [sample for _, _, sample in sorted(sorted(ranked)[:PICTURES], key=lambda r: r[1:])]
 
 

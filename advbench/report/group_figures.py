@@ -71,7 +71,7 @@ class Sweep:
 
 def sweeps(same: Sequence[Entry]) -> list[Sweep]:
     """What was swept among evaluations that may be ranked together."""
-    found = []
+    collected = []
     families: dict[tuple[str, str], dict[float, list[tuple[Mean, Mean, Group]]]] = {}
     for group in groups(e for e in same if not e.results.missing):
         clean, robust = group.clean, group.robust
@@ -86,11 +86,13 @@ def sweeps(same: Sequence[Entry]) -> list[Sweep]:
             values.setdefault(float(value), []).append((clean, robust, group))
     for (key, _), values in families.items():
         if len(values) >= FEWEST_IN_SWEEP:
-            lowest = {v: min(values[v], key=lambda found: found[1].acc) for v in sorted(values)}
+            lowest = {
+                v: min(values[v], key=lambda collected: collected[1].acc) for v in sorted(values)
+            }
             rows = tuple((v, clean, robust) for v, (clean, robust, _) in lowest.items())
             repeated = any(len(alike) > 1 for alike in values.values())
-            found.append(Sweep(key, lowest[min(values)][-1].first, rows, repeated))
-    return found
+            collected.append(Sweep(key, lowest[min(values)][-1].first, rows, repeated))
+    return collected
 
 
 def labels(found: Sequence[Group]) -> list[str]:
@@ -126,8 +128,8 @@ def _model(entry: Entry) -> str:
     return ", ".join(names) or entry.results.run
 
 
-def _hollow(found: Sequence[Group]) -> str:
-    return f" {plots.HOLLOW}." if any(group.unfinished for group in found) else ""
+def _hollow(shown: Sequence[Group]) -> str:
+    return f" {plots.HOLLOW}." if any(group.unfinished for group in shown) else ""
 
 
 def _over_seeds(shares: Iterable[Mean | None]) -> str:
@@ -142,15 +144,15 @@ def _over_seeds(shares: Iterable[Mean | None]) -> str:
 
 def board_plate(same: Sequence[Entry]) -> Plate:
     """The leaderboard, for print."""
-    found = sorted(groups(same), key=rank)
+    ordered = sorted(groups(same), key=rank)
     rows = {
         f"unfinished: {name}" if group.unfinished else name: (group.clean, group.robust)
-        for name, group in zip(labels(found), found, strict=True)
+        for name, group in zip(labels(ordered), ordered, strict=True)
     }
     return Plate(
         "leaderboard",
         "Leaderboard",
-        f"Bars: Wilson 95 %.{_hollow(found)}{_over_seeds(group.clean for group in found)}",
+        f"Bars: Wilson 95 %.{_hollow(ordered)}{_over_seeds(group.clean for group in ordered)}",
         lambda: plots.board(rows),
     )
 
@@ -164,21 +166,21 @@ def curves_plate(same: Sequence[Entry]) -> Plate | None:
     for entry in same:
         results = entry.results
         if plots.radii(results) and not results.missing:
-            known = sorted(results.settings.items()), results.provenance.get("model_sha256")
-            models.setdefault(repr((results.run, known)), []).append(entry)
+            identity = sorted(results.settings.items()), results.provenance.get("model_sha256")
+            models.setdefault(repr((results.run, identity)), []).append(entry)
     lowest = [min(alike, key=_robust) for alike in models.values()]
-    found = [Group((entry,)) for entry in sorted(lowest, key=_robust, reverse=True)]
-    shown = found[: len(plots.SERIES)]
+    curves = [Group((entry,)) for entry in sorted(lowest, key=_robust, reverse=True)]
+    shown = curves[: len(plots.SERIES)]
     if len(shown) < 2:
         return None
     rows = {name: group.first.results for name, group in zip(labels(shown), shown, strict=True)}
-    left = f" The best {len(shown)} of {len(found)}." if len(found) > len(shown) else ""
+    omitted = f" The best {len(shown)} of {len(curves)}." if len(curves) > len(shown) else ""
     repeated = any(len(alike) > 1 for alike in models.values())
-    left += " Of repeated evaluations the lowest." if repeated else ""
+    omitted += " Of repeated evaluations the lowest." if repeated else ""
     return Plate(
         "curves",
         "Robust accuracy over the radius",
-        f"{same[0].data}, {same[0].n} images. Bands: Wilson 95 %.{left}",
+        f"{same[0].data}, {same[0].n} images. Bands: Wilson 95 %.{omitted}",
         lambda: plots.curve(rows),
     )
 

@@ -69,11 +69,11 @@ class Board:
 
     @property
     def title(self) -> str:
-        own = columns_of(self.differing)
+        columns = columns_of(self.differing)
         texts = self.wording.of(self.groups[0].first)
         texts["n"] = f"n = {texts['n']}"
         sweep = f"{', '.join(self.swept)}: " if self.swept else ""
-        return sweep + ", ".join(text for column, text in texts.items() if column not in own)
+        return sweep + ", ".join(text for column, text in texts.items() if column not in columns)
 
     def sheet(self) -> Sheet:
         """The table in words."""
@@ -155,13 +155,13 @@ def sweep(found: Sequence[Group], keys: Sequence[str], mix: bool = False) -> Boa
     Evaluations that have none of the keys are left out. Raises UserError for an unknown key, and
     for other conditions that differ, unless ``mix``.
     """
-    own = [{*group.first.results.settings, *NAMES, *group.first.conditions} for group in found]
-    known = set[str]().union(*own) - {SEED}
+    values = [{*group.first.results.settings, *NAMES, *group.first.conditions} for group in found]
+    names = set[str]().union(*values) - {SEED}
     for key in keys:
-        if key not in known:
-            ends = sorted(full for full in known if full.endswith(f".{key}"))
-            raise UserError(f"no result has '{key}'{did_you_mean((ends or [key])[0], known)}")
-    found = [group for group, mine in zip(found, own, strict=True) if mine & set(keys)]
+        if key not in names:
+            ends = sorted(full for full in names if full.endswith(f".{key}"))
+            raise UserError(f"no result has '{key}'{did_you_mean((ends or [key])[0], names)}")
+    found = [group for group, mine in zip(found, values, strict=True) if mine & set(keys)]
     wording = Wording(found)
     settings = {key for group in found for key in (*group.first.results.settings, *NAMES)}
     differing = [key for key in differences(wording.among) if key not in keys]

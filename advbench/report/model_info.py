@@ -71,13 +71,13 @@ def model_info(results: Results) -> dict[str, Any]:
     }
     if name in WIDER:
         info["external"] = robust
-    told = results.provenance
-    others = "".join(f", {key} {text_of(value)}" for key, value in unusual(results).items())
+    provenance = results.provenance
+    changes = "".join(f", {key} {text_of(value)}" for key, value in unusual(results).items())
     info["footnote"] = (
-        f"advbench {told.get('advbench') or UNKNOWN}, protocol {name} "
-        f"{results.protocol['version']}{others}, n = {results.data['n']} test images, "
+        f"advbench {provenance.get('advbench') or UNKNOWN}, protocol {name} "
+        f"{results.protocol['version']}{changes}, n = {results.data['n']} test images, "
         f"95 % interval [{_percent(low)}, {_percent(high)}]; "
-        f"model sha256 {(told.get('model_sha256') or UNKNOWN)[:16]}"
+        f"model sha256 {(provenance.get('model_sha256') or UNKNOWN)[:16]}"
     )
     info["unreliable"] = "" if label is None else label == "unreliable"
     return info
@@ -103,8 +103,8 @@ def export(run: Path, out: Path | None) -> None:
         write_json(out, info)
         print(out)
     empty = [key for key, value in info.items() if value == ""]
-    place = f"model_info/{info['dataset']}/{THREATS[results.threat['norm']]}/NAME.json"
-    print(printable(f"for {place}; to be filled in: {', '.join(empty)}"), file=sys.stderr)
+    target = f"model_info/{info['dataset']}/{THREATS[results.threat['norm']]}/NAME.json"
+    print(printable(f"for {target}; to be filled in: {', '.join(empty)}"), file=sys.stderr)
 
 
 def _percent(share: float) -> str:

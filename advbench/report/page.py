@@ -71,8 +71,8 @@ def page(entries: Sequence[Entry]) -> str:
         for i, entry in enumerate(ordered):
             drawn = i < MOST_FIGURES and not figures.full
             bare += not drawn
-            known = varied[entry], anchors[entry]
-            runs.append(_run(entry, *known, library, trainings, figures if drawn else None))
+            details = varied[entry], anchors[entry]
+            runs.append(_run(entry, *details, library, trainings, figures if drawn else None))
     models = len({repr(model_of(entry)) for entry in entries})
     css, script = _asset("page.css"), _asset("page.js")
     policy = (
@@ -226,23 +226,23 @@ def _evidence(
     """Figures and images, and what could not be shown."""
     if figures is None:
         return {"figures": [], "trained_at": None, "gallery": None, "notes": []}
-    found = run_figures.read(entry, library)
-    drawn, trained_at = [figures.draw(plate) for plate in found.plates()], None
-    plate = found.learning_plate()
+    dossier = run_figures.read(entry, library)
+    drawn, trained_at = [figures.draw(plate) for plate in dossier.plates()], None
+    plate = dossier.learning_plate()
     if plate is not None and entry.training is not None:
         trained_at = trainings.get(entry.training)
         if trained_at is None:
             trainings[entry.training] = anchor
             drawn.append(figures.draw(plate))
-    if found.gallery is not None:
-        figures.spent += gallery.LARGEST**2 * len(found.gallery.pictures)
-    elif found.evidence is not None and entry.config.get("adversarial") is not True:
-        found.notes.append("No images were kept; adversarial=true keeps them.")
+    if dossier.gallery is not None:
+        figures.spent += gallery.LARGEST**2 * len(dossier.gallery.pictures)
+    elif dossier.evidence is not None and entry.config.get("adversarial") is not True:
+        dossier.notes.append("No images were kept; adversarial=true keeps them.")
     return {
         "figures": drawn,
         "trained_at": trained_at,
-        "gallery": found.gallery,
-        "notes": found.notes,
+        "gallery": dossier.gallery,
+        "notes": dossier.notes,
     }
 
 
@@ -251,16 +251,16 @@ def _commands(entry: Entry, configs: bool) -> list[dict[str, str | None]]:
     trained: Mapping[str, Any] = {}
     if entry.training is not None:
         trained = config.plain(config.read(entry.training / collection.CONFIG))
-    found: list[dict[str, str | None]] = []
+    commands: list[dict[str, str | None]] = []
     evaluated, training = (entry.folder, entry.config), (entry.training, trained)
-    for what, (folder, kept) in (("Evaluation", evaluated), ("Training", training)):
-        if not kept:
+    for kind, (folder, cfg) in (("Evaluation", evaluated), ("Training", training)):
+        if not cfg:
             continue
-        again: dict[str, str | None] = {"what": what, "command": None, "problem": None}
+        repeated: dict[str, str | None] = {"what": kind, "command": None, "problem": None}
         try:
-            again["command"] = command(kept, folder)
+            repeated["command"] = command(cfg, folder)
         except UserError as problem:
-            again["problem"] = str(problem)
-        again["config"] = OmegaConf.to_yaml(OmegaConf.create(dict(kept))) if configs else None
-        found.append(again)
-    return found
+            repeated["problem"] = str(problem)
+        repeated["config"] = OmegaConf.to_yaml(OmegaConf.create(dict(cfg))) if configs else None
+        commands.append(repeated)
+    return commands

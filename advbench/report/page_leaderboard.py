@@ -36,8 +36,8 @@ LABELS = ("reliable", "inconclusive", "unreliable")
 
 def model_of(entry: Entry) -> Any:
     """What makes evaluations those of one model: its hash, or else all that is known of it."""
-    known = entry.results.provenance.get("model_sha256")
-    return known or (entry.results.run, sorted(entry.results.settings.items()))
+    digest = entry.results.provenance.get("model_sha256")
+    return digest or (entry.results.run, sorted(entry.results.settings.items()))
 
 
 def percent_text(share: float) -> str:
@@ -91,7 +91,7 @@ def _row(group: Group, varied: Sequence[str]) -> dict[str, Any]:
     settings, facets = group.first.results.settings, _facets(group.first)
     values = [f"{k} {text_of(v)}" for k, v in settings.items() if k in varied]
     means = {"clean": group.clean, "robust": group.robust}
-    said = [
+    words = [
         f"{name} {percent_text(mean.acc)} %, {interval_text(mean) or 'at most'}"
         for name, mean in means.items()
         if mean is not None
@@ -100,5 +100,5 @@ def _row(group: Group, varied: Sequence[str]) -> dict[str, Any]:
         "group": group,
         "facets": facets,
         "words": " ".join([group.first.results.run, *values, *facets.values()]).lower(),
-        "said": "; ".join(said),
+        "said": "; ".join(words),
     }

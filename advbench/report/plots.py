@@ -52,12 +52,12 @@ HOLLOW = "Hollow: unfinished, at most that much"
 
 def _after(results: Results, stages: Sequence[StageResult]) -> list[Accuracy]:
     """Accuracy on clean images and after each of the stages that were started."""
-    n, found = results.data["n"], [results.clean]
+    n, accuracies = results.data["n"], [results.clean]
     for stage in stages:
         share = stage.robust_acc or 0.0
         ended = stage.name not in results.missing
-        found.append(Accuracy.of(round(share * n), n) if ended else Accuracy(share))
-    return found
+        accuracies.append(Accuracy.of(round(share * n), n) if ended else Accuracy(share))
+    return accuracies
 
 
 def stages(results: Results) -> Figure:
@@ -67,11 +67,11 @@ def stages(results: Results) -> Figure:
         for stage in results.begun
     ]
     figure, axes = canvas(0.62 + 0.2 * len(names))
-    left = _after(results, results.begun)
+    remaining = _after(results, results.begun)
     y = range(len(names))
-    axes.step(whiskers(left)[0], y, where="pre", color=GRID, linewidth=1.2, zorder=1)
+    axes.step(whiskers(remaining)[0], y, where="pre", color=GRID, linewidth=1.2, zorder=1)
     for i in y:
-        points(axes, left[i : i + 1], [i], CLEAN if i == 0 else ROBUST)
+        points(axes, remaining[i : i + 1], [i], CLEAN if i == 0 else ROBUST)
     axes.set_yticks(y, [short(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     percent_axis(axes, "x")
@@ -140,16 +140,16 @@ def _cells(axes: Axes, share: np.ndarray, numbers: np.ndarray | None) -> None:
 
 def worst_classes(evidence: Evidence) -> np.ndarray:
     """Rows of ``by_class`` to show: all, or those with the lowest robust accuracy, ascending."""
-    held, total = evidence.by_class()
-    order = np.argsort(held[:, -1] / total, kind="stable")[:MOST_CLASSES]
+    robust, total = evidence.by_class()
+    order = np.argsort(robust[:, -1] / total, kind="stable")[:MOST_CLASSES]
     return np.sort(order) if len(total) <= MOST_CLASSES else order
 
 
 def classes(evidence: Evidence, names: Sequence[str]) -> Figure:
     """Accuracy of each class on clean images and after the stages that broke something, in %."""
     rows = worst_classes(evidence)
-    held, total = evidence.by_class()
-    share = (held / total[:, None])[rows]
+    robust, total = evidence.by_class()
+    share = (robust / total[:, None])[rows]
     figure, axes = canvas(0.75 + 0.19 * len(rows))
     _cells(axes, share, np.char.mod("%.0f", 100 * share))
     labels = [class_name(names, c) for c in evidence.classes()[rows]]
@@ -282,12 +282,12 @@ def tradeoff(key: str, rows: Sequence[Row]) -> Figure:
     deviations(axes, x, y, [robust for _, _, robust in rows], upright=True)
     axes.plot(x, y, "o", color=ROBUST)
     axes.margins(0.06)
-    for i, place in enumerate(_apart(axes, x, y)):
-        axes.annotate(f"{rows[i][0]:g}", (x[i], y[i]), (6, place), textcoords="offset points")
+    for i, position in enumerate(_apart(axes, x, y)):
+        axes.annotate(f"{rows[i][0]:g}", (x[i], y[i]), (6, position), textcoords="offset points")
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("robust accuracy (%)")
-    told = f"\n{WIDE}" if wide else ""
-    axes.set_title(f"at the points: {short(key, 40)}{told}", loc="left", color=MUTED)
+    note = f"\n{WIDE}" if wide else ""
+    axes.set_title(f"at the points: {short(key, 40)}{note}", loc="left", color=MUTED)
     return figure
 
 
@@ -333,11 +333,11 @@ def sweep(key: str, rows: Sequence[Row]) -> Figure:
 def _legible(values: Sequence[float]) -> list[float]:
     """The values in order, without those whose tick would touch the one before; both ends stay."""
     least = 0.12 * (values[-1] - values[0])
-    kept = [values[0]]
+    shown = [values[0]]
     for value in values[1:-1]:
-        if value - kept[-1] >= least and values[-1] - value >= least:
-            kept.append(value)
-    return [*kept, values[-1]]
+        if value - shown[-1] >= least and values[-1] - value >= least:
+            shown.append(value)
+    return [*shown, values[-1]]
 
 
 def board(rows: Mapping[str, tuple[Share | None, Share | None]]) -> Figure:
@@ -367,11 +367,11 @@ def pictures(shown: Gallery) -> Figure:
     figure, axes = canvas(1.15 * len(shown.pictures) + 0.3, len(shown.pictures), 3)
     for row, picture in zip(axes, shown.pictures, strict=True):
         parts = (picture.clean, shown.change(picture), picture.adversarial)
-        for place, image in zip(row, parts, strict=True):
-            place.imshow(to_uint8(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            place.set_xticks([])
-            place.set_yticks([])
-            place.grid(False)
+        for panel, image in zip(row, parts, strict=True):
+            panel.imshow(to_uint8(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.grid(False)
         row[0].set_ylabel(f"#{picture.sample}", color=MUTED)
         row[0].set_title(short(picture.truth, 18))
         row[1].set_title(f"{shown.norm} {picture.distance:.3g}, times {shown.factor:.3g}")

@@ -121,40 +121,40 @@ class Dossier:
 
 def read(entry: Entry, library: Library) -> Dossier:
     """Read everything there is. Never raises for files that are missing, damaged or strange."""
-    found = Dossier(entry)
+    dossier = Dossier(entry)
     try:
         directory.refuse_links(entry.folder)
         records = entry.records
     except UserError as problem:
-        found.notes.append(f"No figures from single images: {problem}.")
-        _read_training(found)
-        return found
+        dossier.notes.append(f"No figures from single images: {problem}.")
+        _read_training(dossier)
+        return dossier
     opened: Opened | None = None
     try:
         opened = library.open(entry)
-        found.names = opened.names
+        dossier.names = opened.names
     except UserError as problem:
-        found.notes.append(f"The data could not be opened ({problem}): no clean images to show.")
+        dossier.notes.append(f"The data could not be opened ({problem}): no clean images to show.")
     try:
-        found.evidence = Evidence.of(records, opened.labels if opened else None)
+        dossier.evidence = Evidence.of(records, opened.labels if opened else None)
         if opened is not None:
-            found.gallery = gallery(entry, opened)
+            dossier.gallery = gallery(entry, opened)
     except (ValueError, IndexError, UserError) as problem:
-        found.notes.append(f"Left out: {problem}.")
-    _read_training(found)
-    return found
+        dossier.notes.append(f"Left out: {problem}.")
+    _read_training(dossier)
+    return dossier
 
 
-def _read_training(found: Dossier) -> None:
-    folder = found.entry.training
+def _read_training(dossier: Dossier) -> None:
+    folder = dossier.entry.training
     if folder is None:
         return
     try:
         directory.refuse_links(folder)
-        found.learning = read_metrics(folder / "metrics.csv")
-        found.best = _best_epoch(folder / directory.SUMMARY)
+        dossier.learning = read_metrics(folder / "metrics.csv")
+        dossier.best = _best_epoch(folder / directory.SUMMARY)
     except (UserError, OSError) as problem:
-        found.notes.append(f"No learning curves: {problem}.")
+        dossier.notes.append(f"No learning curves: {problem}.")
 
 
 def _best_epoch(path: Path) -> int | None:

@@ -36,9 +36,9 @@ def style() -> Iterator[None]:
     import matplotlib
     from matplotlib import font_manager
 
-    there = {font.name for font in font_manager.fontManager.ttflist}
+    installed = {font.name for font in font_manager.fontManager.ttflist}
     settings: Any = {
-        "font.family": [name for name in FAMILIES if name in there],
+        "font.family": [name for name in FAMILIES if name in installed],
         "font.size": 8,
         "axes.titlesize": 8,
         "axes.labelsize": 8,
@@ -117,15 +117,15 @@ def deviations(
 
     upright: the shares are on the y axis. Returns whether there are any.
     """
-    found = False
+    drawn = False
     for across, along, share in zip(x, y, shares, strict=True):
         if (sd := getattr(share, "sd", None)) is not None:
             error = (100 * sd, None) if upright else (None, 100 * sd)
             axes.errorbar(
                 across, along, *error, fmt="none", ecolor=MUTED, elinewidth=5, alpha=0.3, zorder=1
             )
-            found = True
-    return found
+            drawn = True
+    return drawn
 
 
 def percent_axis(axes: Axes, which: str = "y") -> None:

@@ -27,7 +27,7 @@ def show(boards: Sequence[Board | Validation]) -> None:
     sheets = [board.sheet() for board in boards]
     for sheet in sheets:
         fitted = _fitted(sheet, console.width)
-        console.print(_table(fitted, whole=_width(fitted) <= console.width))
+        console.print(_table(fitted, complete=_width(fitted) <= console.width))
         console.print()
     for note in notes_of(sheets):
         console.print(_rich(note), style="dim")
@@ -37,8 +37,8 @@ def _rich(text: str) -> str:
     return "\n".join(escape(printable(line)) for line in text.split("\n"))
 
 
-def _table(sheet: Sheet, whole: bool) -> Table:
-    """whole: it fits. Where it does not, numbers are folded, for a number cut off is another."""
+def _table(sheet: Sheet, complete: bool) -> Table:
+    """complete: it fits. Otherwise numbers are folded: a number cut off would be another number."""
     table = Table(
         title=_rich(sheet.title),
         title_justify="left",
@@ -48,7 +48,7 @@ def _table(sheet: Sheet, whole: bool) -> Table:
     )
     for heading, right in zip(sheet.headings, sheet.right, strict=True):
         side = "right" if right else "left"
-        table.add_column(_rich(heading), justify=side, overflow="fold", no_wrap=right and whole)
+        table.add_column(_rich(heading), justify=side, overflow="fold", no_wrap=right and complete)
     for row in sheet.rows:
         table.add_row(*map(_rich, row))
     return table
@@ -80,17 +80,17 @@ def _common_words_up(sheet: Sheet) -> Sheet:
     columns = list(zip(*sheet.rows, strict=True))
     common = [not right and len(set(c)) == 1 for c, right in zip(columns, sheet.right, strict=True)]
     words = [c[0] for c, out in zip(columns, common, strict=True) if out and c[0] != UNKNOWN]
-    kept = _columns(sheet, [i for i, out in enumerate(common) if not out])
-    return replace(kept, title=", ".join([sheet.title, *words]))
+    shortened = _columns(sheet, [i for i, out in enumerate(common) if not out])
+    return replace(shortened, title=", ".join([sheet.title, *words]))
 
 
-def _columns(sheet: Sheet, kept: Sequence[int]) -> Sheet:
+def _columns(sheet: Sheet, indices: Sequence[int]) -> Sheet:
     """Some of the columns."""
     return replace(
         sheet,
-        headings=tuple(sheet.headings[i] for i in kept),
-        right=tuple(sheet.right[i] for i in kept),
-        rows=tuple(tuple(row[i] for i in kept) for row in sheet.rows),
+        headings=tuple(sheet.headings[i] for i in indices),
+        right=tuple(sheet.right[i] for i in indices),
+        rows=tuple(tuple(row[i] for i in indices) for row in sheet.rows),
     )
 
 

@@ -46,12 +46,12 @@ class Trained:
         """Read a training run. Raises UserError for a directory of something else."""
         from advbench.runs.settings import settings_of
 
-        kept = config.read(folder / CONFIG)
-        directory.refuse_edited(folder, kept)
+        cfg = config.read(folder / CONFIG)
+        directory.refuse_edited(folder, cfg)
         try:
             val = manifest.read_json(folder / SUMMARY)["val"]
             robust, attack = val.get("robust"), val.get("attack")
-            settings = settings_of(kept, kept.defense)
+            settings = settings_of(cfg, cfg.defense)
             return cls(folder, settings, int(val["n"]), float(val["clean"]), robust, attack)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise UserError(f"'{folder}' is not a finished training: {problem}") from problem
@@ -106,25 +106,27 @@ def table(paths: Sequence[Path]) -> Table:
     Raises:
         UserError: For a missing path, and if there are none.
     """
-    found: list[Trained] = []
+    trainings: list[Trained] = []
     for path in paths:
         if not path.exists():
             raise UserError(f"there is no '{path}'")
         for file in sorted(path.rglob(SUMMARY)):
             try:
-                found.append(Trained.read(file.parent))
+                trainings.append(Trained.read(file.parent))
             except UserError as problem:
                 print(printable(f"left out: {problem}"), file=sys.stderr)
-    if not found:
-        where = ", ".join(map(str, paths))
-        raise UserError(f"there is no finished training in {where}: make one with 'advbench train'")
+    if not trainings:
+        listed = ", ".join(map(str, paths))
+        raise UserError(
+            f"there is no finished training in {listed}: make one with 'advbench train'"
+        )
     alike: dict[str, list[Trained]] = {}
-    for each in found:
+    for each in trainings:
         settings = sorted((k, v) for k, v in each.settings.items() if k != SEED)
         alike.setdefault(repr((settings, each.n, each.attack)), []).append(each)
     groups = sorted((tuple(group) for group in alike.values()), key=_rank)
-    keys = dict.fromkeys((*NAMES, *(key for each in found for key in each.settings)))
-    values = {key: {repr(each.settings.get(key)) for each in found} for key in keys}
+    keys = dict.fromkeys((*NAMES, *(key for each in trainings for key in each.settings)))
+    values = {key: {repr(each.settings.get(key)) for each in trainings} for key in keys}
     return Table(tuple(groups), tuple(k for k in keys if len(values[k]) > 1 and k != SEED))
 
 
@@ -135,11 +137,11 @@ def _rank(group: Sequence[Trained]) -> Any:
 
 
 def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
         return {name: None, f"{name}_sd": None}
-    sd = statistics.stdev(known) if len(known) > 1 else None
-    return {name: statistics.fmean(known), f"{name}_sd": sd}
+    sd = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {name: statistics.fmean(numbers), f"{name}_sd": sd}
 
 
 def _cell(record: dict[str, Any], name: str) -> str:

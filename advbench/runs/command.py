@@ -81,8 +81,8 @@ def _differences(prefix: str, node: Mapping[str, Any], usual: Mapping[str, Any])
     """``KEY=VALUE`` for each value of the node that ``usual`` has not; ``+`` adds a new key."""
     for key, value in node.items():
         full = f"{prefix}.{key}" if prefix else str(key)
-        known = usual.get(key)
-        if isinstance(value, Mapping) and isinstance(known, Mapping) and "_target_" not in value:
-            yield from _differences(full, value, known)
-        elif value != known:
+        default = usual.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping) and "_target_" not in value:
+            yield from _differences(full, value, default)
+        elif value != default:
             yield setting(full if key in usual else f"+{full}", value)

@@ -47,10 +47,10 @@ def kind_in(folder: Path) -> Literal["train", "eval"] | None:
 
 def named_by_key(folder: Path, subcommand: str) -> bool:
     """Whether it is a directory that the program chose: the same command finds it again."""
-    place = folder.resolve()
+    path = folder.resolve()
     return (
-        place.parent.parts[-2:] == (*OUTPUTS.parts, subcommand)
-        and re.search(r"-[0-9a-f]{8}$", place.name) is not None
+        path.parent.parts[-2:] == (*OUTPUTS.parts, subcommand)
+        and re.search(r"-[0-9a-f]{8}$", path.name) is not None
     )
 
 
@@ -59,9 +59,9 @@ def going_on(folder: Path, kept: Mapping[Any, Any]) -> str:
 
     kept: the run's config.
     """
-    again = {key: kept.get(key) for key in ("model", "weights")}
+    repeated = {key: kept.get(key) for key in ("model", "weights")}
     plugins = list(kept.get("plugins") or ())
-    return command(str(kind_of(kept)), {"resume": str(folder), **again, "plugins": plugins})
+    return command(str(kind_of(kept)), {"resume": str(folder), **repeated, "plugins": plugins})
 
 
 def trained_to_end(folder: Path) -> bool:
@@ -138,9 +138,9 @@ def refuse_edited(folder: Path, kept: DictConfig) -> None:
         )
 
 
-def _differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _differing(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys in which two configs differ."""
-    return sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
+    return sorted(key for key in {*saved, *new} if saved.get(key) != new.get(key))
 
 
 def refuse_links(folder: Path) -> None:
@@ -230,8 +230,8 @@ def keep_config(
             )
         return
     if path.exists():
-        known, wanted = (deciding(config.plain(one)) for one in (config.read(path), cfg))
-        if differs := _differing(known, wanted):
+        saved, new = (deciding(config.plain(one)) for one in (config.read(path), cfg))
+        if differs := _differing(saved, new):
             raise UserError(
                 f"'{folder}' holds a run with another config (it differs in: "
                 f"{', '.join(differs)}); give hydra.run.dir=DIR with a new DIR"

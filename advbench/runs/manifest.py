@@ -207,13 +207,13 @@ def _belonging(folder: Path) -> Mapping[str, Mapping[str, Any]]:
         except (OSError, ValueError) as problem:
             raise Damaged(f"'{path}' can't be read ({describe(problem)}): {_cure(path)}") from None
         opened(content, path)
-        found = content.get(FILES, {}) if isinstance(content, dict) else {}
-        plain = isinstance(found, dict) and all(
-            isinstance(stamp, dict) and Path(key).name == key for key, stamp in found.items()
+        stamps = content.get(FILES, {}) if isinstance(content, dict) else {}
+        plain = isinstance(stamps, dict) and all(
+            isinstance(stamp, dict) and Path(key).name == key for key, stamp in stamps.items()
         )
         if not plain:
             raise Damaged(f"'{path}' names files in a way that advbench does not: {_cure(path)}")
-        return found
+        return stamps
     return {}
 
 
@@ -234,15 +234,15 @@ def _changed(path: Path, stamp: Mapping[str, Any]) -> str:
         return "is missing"
     if path.name == PLAN:
         return "" if plan_key(path.parent) == stamp.get("identity") else "is another evaluation's"
-    size, wanted = path.stat().st_size, stamp.get("bytes")
-    if size != wanted:
-        return _other_size(size, wanted)
+    size, expected = path.stat().st_size, stamp.get("bytes")
+    if size != expected:
+        return _other_size(size, expected)
     same = _stamp(path) == stamp
     return "" if same else "is damaged: its content is not what the run wrote"
 
 
-def _other_size(size: int, wanted: Any) -> str:
-    return "is empty" if not size else f"is damaged: it has {size} bytes, and had {wanted}"
+def _other_size(size: int, expected: Any) -> str:
+    return "is empty" if not size else f"is damaged: it has {size} bytes, and had {expected}"
 
 
 @functools.lru_cache(maxsize=256)

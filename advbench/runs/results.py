@@ -302,9 +302,9 @@ def _reader() -> TypeAdapter[Results]:
 def _first(problem: ValidationError) -> str:
     """The first thing that is wrong, in one line."""
     (error, *_) = problem.errors(include_url=False, include_context=False, include_input=False)
-    place = ".".join(map(str, error["loc"]))
+    key = ".".join(map(str, error["loc"]))
     message = " ".join(str(error["msg"]).removeprefix("Value error, ").split())
-    return f"{place}: {message}" if place else message
+    return f"{key}: {message}" if key else message
 
 
 def _refuse(constant: str) -> None:

@@ -62,10 +62,10 @@ def with_roles(trained: DictConfig, defense: Any) -> dict[str, tuple[Any, Role]]
 def _of_the_trainer(node: DictConfig) -> dict[str, tuple[Any, Role]]:
     """What changes the outcome of a training on any machine: which weights are kept too."""
     declared = config.roles_of(node, "trainer").items()
-    known = {k: role for k, role in declared if role & Role.OUTCOME and not role & Role.RESOURCE}
+    relevant = {k: role for k, role in declared if role & Role.OUTCOME and not role & Role.RESOURCE}
     return {
         "epochs" if key == "epochs" else f"trainer.{key}": (node.get(key), role)
-        for key, role in known.items()
+        for key, role in relevant.items()
     }
 
 
@@ -86,10 +86,10 @@ def _kind(run: str) -> str:
 def _data_name(trained: DictConfig) -> str:
     """What a run was trained on; of files and folders of the user's own, with their name."""
     choice, node = str(trained.choices.get("data", "own")), trained.data
-    place = node.get("path") or node.get("root")
-    if "name" not in node or place is None:
+    path = node.get("path") or node.get("root")
+    if "name" not in node or path is None:
         return choice
-    return node.name or f"{choice}:{Path(place).stem}"
+    return node.name or f"{choice}:{Path(path).stem}"
 
 
 def flat(group: str, node: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _leaves(prefix: str, node: Any, group: str | None) -> dict[str, tuple[Any, R
 
     prefix: of the keys.  group: of the node; None for a mapping that is no component.
     """
-    found: dict[str, tuple[Any, Role]] = {}
+    leaves: dict[str, tuple[Any, Role]] = {}
     values = config.plain(node)
     declared = {} if group is None else config.roles_of(values, group)
     for key, value in values.items():
@@ -110,12 +110,12 @@ def _leaves(prefix: str, node: Any, group: str | None) -> dict[str, tuple[Any, R
         if key in config.INSIDE.values():
             inside = value or [] if isinstance(value, list | None) else [value]
             names = [member["_target_"].rpartition(".")[2].lower() for member in inside]
-            found[full] = ("+".join(names), role)
+            leaves[full] = ("+".join(names), role)
             for name, member in zip(names, inside, strict=True):
-                found |= _leaves(f"{prefix}.{name}", OmegaConf.create(member), group)
+                leaves |= _leaves(f"{prefix}.{name}", OmegaConf.create(member), group)
         elif isinstance(value, dict):
             inner = _leaves(full, OmegaConf.create(value), None)
-            found |= {name: (part, role) for name, (part, _) in inner.items()}
+            leaves |= {name: (part, role) for name, (part, _) in inner.items()}
         elif key != "_target_":
-            found[full] = (str(value) if isinstance(value, list) else value, role)
-    return found
+            leaves[full] = (str(value) if isinstance(value, list) else value, role)
+    return leaves

@@ -86,8 +86,8 @@ class AttackModel(nn.Module):
                 answers.append((logits.detach(), gradient))
         return all(
             # Rounding puts some activations on the other side of a kink; a wrong fold is far off.
-            (ours - theirs).norm() <= 0.01 * theirs.norm()
-            for theirs, ours in zip(*answers, strict=True)
+            (actual - expected).norm() <= 0.01 * expected.norm()
+            for expected, actual in zip(*answers, strict=True)
         )
 
 

@@ -34,8 +34,8 @@ class Average:
         """step: t, from 0. Waits for no device, as PyTorch's ``AveragedModel`` does."""
         decay = min(self.decay, (1 + step) / (10 + step))
         # Not by state_dict: there, what modules share comes once for each of them.
-        ours: list[torch.Tensor] = [*self.module.parameters()]
-        theirs: list[torch.Tensor] = [*model.parameters()]
-        torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        averages: list[torch.Tensor] = [*self.module.parameters()]
+        values: list[torch.Tensor] = [*model.parameters()]
+        torch._foreach_lerp_(averages, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)

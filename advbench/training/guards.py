@@ -70,12 +70,14 @@ class Divergence:
         if lost:
             (step, loss), last = lost[0], self._steps_per_epoch
             epoch, batch = divmod(step, last)
-            what = (
+            problem = (
                 f"{loss:.3g}, over {EXPLODED:g} times that of a guess,"
                 if math.isfinite(loss)
                 else "not a finite number"
             )
-            raise Diverged(f"the loss is {what} at epoch {epoch + 1}, step {batch + 1} of {last}")
+            raise Diverged(
+                f"the loss is {problem} at epoch {epoch + 1}, step {batch + 1} of {last}"
+            )
 
     def check_weights(self, fabric: Fabric, epoch: int, *models: nn.Module) -> None:
         """Raises Diverged, in every process alike, if a parameter or a buffer is not finite.

@@ -306,13 +306,13 @@ class Fit:
 
     def _go_back(self, why: str) -> None:
         """To the start of the epoch, wherever in it this is, so that no save or kill matters."""
-        again = self._slowed
+        repeated = self._slowed
         seconds = self.position.seconds, self.position.epoch_seconds
         self._restore(self.checkpoints.start())
         self.position.seconds, self.position.epoch_seconds = seconds
         self.guard.forget()
         epoch = self.position.epoch + 1
-        if again:
+        if repeated:
             self._give_up(why)
         self.position.guards["diverged"] = {"epoch": epoch, "why": why, "rate": SLOWER}
         self._save_start()

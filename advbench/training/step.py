@@ -28,8 +28,8 @@ class TrainingStep(nn.Module):
         self.defense = defense
         self.memory = recipe.memory()
         # Only the recipe can make an adversarial part.
-        wanted = "clean" in defense.parts and "clean" not in recipe.parts
-        self.borrowed: tuple[PartName, ...] = ("clean",) if wanted else ()
+        needs_clean = "clean" in defense.parts and "clean" not in recipe.parts
+        self.borrowed: tuple[PartName, ...] = ("clean",) if needs_clean else ()
 
     @property
     def parts(self) -> tuple[PartName, ...]:

@@ -41,10 +41,19 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 @contextmanager
 def asking_for(accelerator: str, devices: int | str, num_nodes: int = 1) -> Iterator[None]:
-    """Raises UserError where lightning-fabric says inside that these devices are not available.
+    """Turns lightning-fabric's errors inside the block about unavailable devices into one line.
 
-    Before that for what it would do without a word: to wait for other machines that nobody started,
-    and to start more processes on a CPU than it has processors.
+    Two requests are refused before the block, because lightning-fabric would accept them silently:
+    several machines without a launcher, for which it would wait, and more processes on a CPU than
+    the CPU has processors.
+
+    Args:
+        accelerator: ``auto``, ``cpu``, ``gpu``, ...
+        devices: a number, a list, or ``auto``.
+        num_nodes: machines.
+
+    Raises:
+        UserError: these devices are not available.
     """
     if not any(name in os.environ for name in LAUNCHED):
         _check_alone(accelerator, devices, num_nodes)

@@ -58,7 +58,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
     A process that is killed at any moment leaves the old file or the new one. The file has the
     permissions of any new file, whatever those are that ``write`` gives it.
-    Raises UserError where there is no room for it.
+
+    Args:
+        path: the file.
+        write: writes the content to the path that it is called with.
+
+    Raises:
+        UserError: the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -21,7 +21,8 @@ MOST_TENSORS = 20_000
 def bounded() -> Iterator[None]:
     """Refuse what is built inside before it takes more memory than the machine has.
 
-    Raises UserError for it, and for a model of endless layers.
+    Raises:
+        UserError: the tensors take more memory than there is, or are too many.
     """
     with _Counted():
         yield

@@ -24,17 +24,16 @@ NAMED = 3  # keys that a message names
 
 @dataclass(frozen=True)
 class Fit:
-    """How the tensors of a checkpoint fit a model.
-
-    state: the tensors under the model's own names.
-    strip: the prefix that was taken off the checkpoint's names; add: the one put before them.
-    left_out: keys of the checkpoint that have no place in the model.
-    """
+    """How the tensors of a checkpoint fit a model."""
 
     state: Mapping[str, Any]
+    """The tensors, under the model's own names."""
     strip: str = ""
+    """The prefix that was taken off the checkpoint's names."""
     add: str = ""
+    """The prefix that was put before the checkpoint's names."""
     left_out: tuple[str, ...] = ()
+    """Keys of the checkpoint that the model does not have."""
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -125,9 +125,18 @@ def training_run(cfg: DictConfig) -> TrainingRun | None:
 def instantiate(
     cfg: DictConfig, run: TrainingRun | None, plugins: tuple[str, ...]
 ) -> tuple[Evaluation, ProcessGroup]:
-    """What the config says, built on its devices; and the processes that share it.
+    """The evaluation that the config describes, built on its devices.
 
-    Raises UserError where the parts do not fit.
+    Args:
+        cfg: the composed config.
+        run: the training run that is evaluated; None for a model of the user's own.
+        plugins: modules whose classes configs may name.
+
+    Returns:
+        The evaluation, and the processes that share it.
+
+    Raises:
+        UserError: the parts do not fit each other.
     """
     data, threat, resources = ingredients(cfg, run, plugins)
     protocol: Protocol = config.build(cfg.protocol, "protocol", plugins=plugins)
@@ -153,9 +162,15 @@ def instantiate(
 def ingredients(
     cfg: DictConfig, run: TrainingRun | None, plugins: tuple[str, ...]
 ) -> tuple[TestData, Threat, Resources]:
-    """The images, the threat and the devices that the config says, the first two as in the run.
+    """The images, the threat and the devices of an evaluation.
 
-    Raises UserError for what can't be built.
+    Args:
+        cfg: the composed config; images and threat that it leaves open are those of the run.
+        run: the training run that is evaluated; None for a model of the user's own.
+        plugins: modules whose classes configs may name.
+
+    Raises:
+        UserError: one of them can't be built.
     """
     resources = config.build(cfg.trainer, "trainer", plugins=plugins)
     if not isinstance(resources, Resources):

@@ -18,10 +18,12 @@ from advbench.runs import directory
 
 @dataclass(frozen=True)
 class Home:
-    """Where a run is to live: in ``folder`` itself, or in a directory of its own inside it."""
+    """The directory of a run that starts: ``folder`` itself, or a new directory inside it."""
 
     folder: Path
+    """``hydra.run.dir``, or the folder of all runs of the subcommand."""
     exact: bool
+    """Whether ``folder`` itself is the run's directory."""
 
     def of(self, name: str, identity: Mapping[str, Any]) -> Path:
         return self.folder if self.exact else self.folder / f"{name}-{short_hash(identity)}"

@@ -43,7 +43,14 @@ def assemble(
 ) -> tuple[Classifier, Defense]:
     """A model with fresh weights and its defense applied.
 
-    Raises UserError for values that no model has, and for more memory than there is.
+    Args:
+        backbone_node: the backbone's node of a config.
+        defense_node: the defense's node.
+        plugins: modules whose classes configs may name.
+
+    Raises:
+        UserError: a value is out of range, the defense does not fit the backbone, or the model
+            takes more memory than there is.
     """
     defense: Defense = config.build_defense(defense_node, plugins)
     with bounded():
@@ -73,7 +80,15 @@ def begun_from(
     """A model with the weights of another run, and its defense applied.
 
     The other run has the same defense, or none: then the defense is put on its finished model.
-    Raises UserError where it has another, or its weights do not match.
+
+    Args:
+        run: the training run that the weights come from.
+        backbone_node: the backbone's node of the new config.
+        defense_node: the defense's node.
+        plugins: modules whose classes configs may name.
+
+    Raises:
+        UserError: the other run has another defense, or its weights do not match.
     """
     if run.config.defense.get("_target_") == defense_node.get("_target_"):
         with without_weights():
@@ -109,10 +124,14 @@ def from_run(
 
     What an attacker must know of it is with it, as ``model.traits`` and ``model.defense``.
 
-    defense_node: in place of the run's own, of the same state.
+    Args:
+        run: the training run.
+        plugins: modules whose classes configs may name.
+        defense_node: replaces the run's own defense; it must have the same state.
 
-    Raises UserError for a run whose weights do not match its config, or whose config names code
-    that is not advbench's or in ``plugins``.
+    Raises:
+        UserError: the weights do not match the config, or the config names code that is neither
+            advbench's nor in ``plugins``.
     """
     node = run.config.defense if defense_node is None else defense_node
     with _of(run.folder):

@@ -210,10 +210,17 @@ def candidate(
     data: TestData,
     device: torch.device,
 ) -> Candidate:
-    """What the config of an evaluation names.
+    """The model that an evaluation attacks, with its traits and its defense.
 
-    run: the training run, where there is one.  data: the images.  device: where the model is to be.
-    Raises UserError where the parts do not fit.
+    Args:
+        cfg: the composed config of ``eval``.
+        run: the training run; None for a model of the user's own.
+        plugins: modules whose classes configs may name.
+        data: the images.
+        device: the device that the model is moved to.
+
+    Raises:
+        UserError: the parts do not fit each other.
     """
     retrofit = cfg.defense is not None and cfg.defense.get("_target_") is not None
     traits = _declared(cfg.traits)

@@ -38,8 +38,11 @@ class Verified:
     """What of a claim stands."""
 
     run: str
+    """The name of what was evaluated."""
     scores: Scores
+    """The outcome of each adversarial image, re-scored."""
     threat: str
+    """Norm and budget, for people."""
     claimed: float | None = None
     """The robust accuracy of ``results.json``; None where images came without a claim."""
     problems: tuple[str, ...] = ()
@@ -134,7 +137,13 @@ def verify_run(
 def verify_images(file: Path, cfg: DictConfig, plugins: tuple[str, ...]) -> Verified:
     """Score images that were made elsewhere: as many as the test split, in its order.
 
-    Raises UserError where file, model and data do not fit.
+    Args:
+        file: the images of the whole test split, in a format of ``Witnesses.read``.
+        cfg: the composed config of an evaluation: model, data and threat.
+        plugins: modules whose classes configs may name.
+
+    Raises:
+        UserError: file, model and data do not fit each other.
     """
     evaluation = _evaluation(cfg, plugins)
     job = evaluation.job

@@ -104,7 +104,8 @@ def clopper_pearson(successes: int, n: int) -> tuple[float, float]:
 class Accuracy:
     """A share of correct samples with its interval.
 
-    Raises ValueError for a share outside [0, 1] or outside its interval.
+    Raises:
+        ValueError: the share is outside [0, 1] or outside its interval.
     """
 
     acc: Known = None

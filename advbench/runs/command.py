@@ -20,13 +20,20 @@ from advbench.runs import directory
 
 
 def command(kept: Mapping[str, Any], folder: Path | None = None) -> str:
-    """A line for the shell: every choice and value that is not the default.
+    """The command that repeats a run: every choice and value that is not the default.
 
-    An option of the user's own is a file elsewhere, whose folder the line asks for. An experiment
-    is said as what it chooses.
+    An option of the user's own is a file elsewhere; the line has a placeholder for its folder. An
+    experiment is written as the options that it chooses.
 
-    kept: config.yaml of a training or an evaluation, plain.  folder: of the run; the line names it
-    unless the program did.  Raises UserError for a config without choices, or of another kind.
+    Args:
+        kept: ``config.yaml`` of a training or an evaluation, as plain dicts and lists.
+        folder: the run's directory; the line names it unless the program chose it.
+
+    Returns:
+        A line for the shell.
+
+    Raises:
+        UserError: the config has no choices, or is not of a training or an evaluation.
     """
     subcommand, choices = directory.kind_of(kept), kept.get("choices")
     if subcommand is None or not isinstance(choices, Mapping):

@@ -65,6 +65,7 @@ def going_on(folder: Path, kept: Mapping[Any, Any]) -> str:
 
 
 def trained_to_end(folder: Path) -> bool:
+    """Whether the training in this directory has finished."""
     return (folder / SUMMARY).is_file()
 
 
@@ -215,12 +216,17 @@ def keep_config(
     *,
     training: bool,
 ) -> None:
-    """Write config.yaml where there is none.
+    """Write ``config.yaml`` where there is none.
 
-    training: whether it is one, which is known by what decides its outcome; an evaluation compares
-    its plan instead.
-    Raises UserError for the directory of a training that decides otherwise, of something else, and
-    of a training where an evaluation is to be kept.
+    Args:
+        folder: the run's directory.
+        cfg: the resolved config.
+        training: whether the run is a training, whose config must agree with a saved one in every
+            key that decides the outcome; an evaluation compares its plan instead.
+
+    Raises:
+        UserError: the directory holds a training with another config, something else, or, for an
+            evaluation, a training.
     """
     path = folder / CONFIG
     if path.exists() and not training:

@@ -139,7 +139,8 @@ class Provenance(TypedDict):
 class Results:
     """The outcome of an evaluation.
 
-    Raises ValueError (``pydantic.ValidationError``) for numbers that contradict each other.
+    Raises:
+        ValueError: numbers contradict each other (``pydantic.ValidationError``).
     """
 
     run: Text

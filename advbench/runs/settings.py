@@ -70,6 +70,7 @@ def _of_the_trainer(node: DictConfig) -> dict[str, tuple[Any, Role]]:
 
 
 def without_seed(run: str) -> str:
+    """The name of a run's directory without the parts that its seed decides."""
     return re.sub(BY_RUN, "", Path(run).resolve().name)
 
 

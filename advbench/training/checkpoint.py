@@ -48,7 +48,11 @@ def save_weights(weights: nn.Module | dict[str, Tensor], path: Path) -> None:
 def read_best(path: Path) -> dict[str, Tensor]:
     """The weights of the best epoch, of a run that was interrupted under an earlier version.
 
-    Raises UserError for a damaged file.
+    Args:
+        path: ``best.safetensors`` of that run.
+
+    Raises:
+        UserError: the file is damaged.
     """
     try:
         return load_file(path)

@@ -41,8 +41,12 @@ def resumed(run: str, kind: str) -> tuple[Home, DictConfig]:
 def kept_in(folder: Path, kind: str) -> DictConfig:
     """The config of a run with every key that its subcommand has; an earlier version had fewer.
 
-    Raises UserError for keys that there are not, for a lack of components, and for values of
-    another type.
+    Args:
+        folder: the run's directory.
+        kind: ``train`` or ``eval``.
+
+    Raises:
+        UserError: a key is unknown, a component is missing, or a value has another type.
     """
     path = folder / directory.CONFIG
     kept, known = config.read(path), OmegaConf.structured(config.SCHEMAS[kind])

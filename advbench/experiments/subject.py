@@ -94,17 +94,17 @@ class Candidate:
         """Other victims: those that the defense names, the undefended model that it was put on, and
         the runs ``transfer``. Raises UserError for runs that can't be attacked in its place.
         """
-        found = surrogates_of(self.defense, self.model, self.traits)
+        surrogates = surrogates_of(self.defense, self.model, self.traits)
         if self.base is not None:
             why = "the undefended model that the defense was put on"
-            name = "undefended" if "base" in found else "base"
-            found[name] = Surrogate(self.base, exact=False, loss="ce", why=why)
+            name = "undefended" if "base" in surrogates else "base"
+            surrogates[name] = Surrogate(self.base, exact=False, loss="ce", why=why)
         for run in transfer:
             name = f"transfer-{run.name}"
-            if name in found:
+            if name in surrogates:
                 raise UserError(f"two runs of transfer have one name, '{run.name}': rename one")
-            found[name] = _other(run, self.model, data, plugins)
-        return found
+            surrogates[name] = _other(run, self.model, data, plugins)
+        return surrogates
 
     def defended(
         self,
@@ -196,8 +196,8 @@ def from_factory(
     settings = {"model": f"{Path(file).name}:{factory}"}
     if weights is not None:
         settings["weights"] = Path(weights).name
-    own = {key: v for key, v in asdict(traits).items() if v != getattr(Traits(), key)}
-    settings |= {f"traits.{key}": value for key, value in own.items()}
+    declared = {key: v for key, v in asdict(traits).items() if v != getattr(Traits(), key)}
+    settings |= {f"traits.{key}": value for key, value in declared.items()}
     return Candidate(
         name, model, traits, code=code, settings=settings, notices=tuple(notices), foreign=True
     )
@@ -226,9 +226,9 @@ def candidate(
     traits = _declared(cfg.traits)
     if run is None:
         fetch = bool((cfg.data or {}).get("download"))
-        own = from_factory(cfg.model, cfg.weights, traits, data, fetch)
-        given = {} if cfg.defense is None else flat("defense", cfg.defense)
-        if not retrofit and any(value is not None for value in given.values()):
+        subject = from_factory(cfg.model, cfg.weights, traits, data, fetch)
+        overrides = {} if cfg.defense is None else flat("defense", cfg.defense)
+        if not retrofit and any(value is not None for value in overrides.values()):
             raise UserError("a model of your own has no defense to set: give defense=NAME")
     else:
         if traits != Traits():
@@ -237,12 +237,12 @@ def candidate(
             )
         # A retrofit comes on top of the run's own defense, as that was.
         node = None if retrofit else config.inherit(cfg.defense, run.config, "defense")
-        own = from_training_run(run, plugins, node)
-    own = replace(own, code={**hashes(cfg.plugins), **own.code})
+        subject = from_training_run(run, plugins, node)
+    subject = replace(subject, code={**hashes(cfg.plugins), **subject.code})
     if retrofit:
         defense: Defense = config.build_defense(cfg.defense, plugins)
-        own = own.defended(defense, flat("defense", cfg.defense), data, device)
-    return own
+        subject = subject.defended(defense, flat("defense", cfg.defense), data, device)
+    return subject
 
 
 def evaluation_of(
@@ -331,12 +331,14 @@ def evaluation_of(
 
 def _declared(node: DictConfig) -> Traits:
     """What the user says of a model of their own. Raises UserError for values that are unknown."""
-    given = {} if node is None else {k: v for k, v in config.plain(node).items() if v is not None}
-    values, hints = config.checked(Traits, given, "traits"), get_type_hints(Traits)
+    declared = (
+        {} if node is None else {k: v for k, v in config.plain(node).items() if v is not None}
+    )
+    values, hints = config.checked(Traits, declared, "traits"), get_type_hints(Traits)
     for key in ("gradient", "output"):
-        known = get_args(hints[key])
-        if values[key] not in known:
-            raise UserError(f"no traits.{key} '{values[key]}'{did_you_mean(values[key], known)}")
+        allowed = get_args(hints[key])
+        if values[key] not in allowed:
+            raise UserError(f"no traits.{key} '{values[key]}'{did_you_mean(values[key], allowed)}")
     traits = Traits(**values)
     if traits.batch_size is not None and traits.batch_size < 1:
         raise UserError(f"traits.batch_size={traits.batch_size} is not at least 1")

@@ -214,7 +214,7 @@ def test_without_an_attack_there_is_no_robust_accuracy(tmp_path: Path) -> None:
 def test_the_verdict_and_what_it_rests_on(tmp_path: Path) -> None:
     for terminal in (True, False):
         text, _ = ended(JUDGED, tmp_path, terminal)
-        assert "unreliable" in text and "flat: the gradient vanishes" in text
+        assert "unreliable" in text and "flat (proof): the gradient vanishes" in text
         assert "never said" not in text
     assert ", unreliable;" in ended(JUDGED, tmp_path, terminal=True, quiet=True)[0]
 

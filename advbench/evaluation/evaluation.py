@@ -153,7 +153,7 @@ class Evaluation:
         group.wait()
         if folder is not None and (known := finished_results(folder)) is not None:
             clear_journal(folder)  # of a process that was killed before it could
-            return known
+            return self._judged_again(known, folder, plan, progress, group)
         store = Store(folder, group.rank)
         if store.unchecked and group.rank == 0:
             progress.note(f"the interrupted evaluation was {manifest.UNCHECKED}")
@@ -214,6 +214,29 @@ class Evaluation:
             stages = extended(stages, follow_up.stages)
             if group.rank == 0:
                 job.progress.note(follow_up.reason)
+
+    def _judged_again(
+        self,
+        known: Results,
+        folder: Path,
+        plan: Plan,
+        progress: Progress,
+        group: ProcessGroup,
+    ) -> Results:
+        """The results of a finished evaluation, with the verdict where it lacks what is wanted."""
+        if self.judge is None or not known.attacked or not self.judge.adds_to(known.verdict):
+            return known
+        if group.rank == 0:
+            progress.note("the attacks are finished; the verdict is computed")
+        ran = {stage.name: stage for stage in (*plan.stages, *plan.follow_ups)}
+        stages = tuple(ran[row.name] for row in known.stages)
+        job = replace(self.job, progress=progress)
+        findings = self._findings(job, stages, Store.finished(folder), group)
+        results = replace(known, verdict=self.judge.verdict(findings.indicators))
+        if group.rank == 0:
+            results.save(folder / RESULTS, (PLAN, SAMPLES, IMAGES, CONFIG))
+        group.wait()
+        return results
 
     def _findings(
         self, job: Job, stages: tuple[Stage, ...], store: Store, group: ProcessGroup

@@ -66,6 +66,11 @@ class Findings:
 class Judge(Protocol):
     """Computes the indicators, and the verdict from them; ``advbench.verdict`` implements it."""
 
+    @property
+    def only(self) -> bool:
+        """Whether nothing is to be attacked: the verdict alone is wanted."""
+        ...
+
     def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[Indicator]:
         """The indicators, triggered or not.
 
@@ -76,6 +81,10 @@ class Judge(Protocol):
             stages: that ran, each on all samples that it was to attack.
             store: what they found, of all processes.
         """
+        ...
+
+    def adds_to(self, verdict: Verdict) -> bool:
+        """Whether its verdict would hold more than one that is known."""
         ...
 
     def verdict(self, indicators: Sequence[Indicator]) -> Verdict:

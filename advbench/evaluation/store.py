@@ -134,6 +134,15 @@ class Store:
         """Whether a part is of an earlier version, which kept no checksums."""
         self.read_journal()
 
+    @classmethod
+    def finished(cls, folder: Path) -> Store:
+        """That of a finished evaluation, to be read. Raises as ``read_samples``."""
+        store = cls(None)
+        store._parts = {stage: [records] for stage, records in read_samples(folder).items()}
+        if (images := read_images(folder)) is not None:
+            store._images = {"": [(images.ids, images.x)]}
+        return store
+
     def read_journal(self) -> None:
         """Take in what all processes have written."""
         if self.folder is None:

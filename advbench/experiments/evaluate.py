@@ -54,6 +54,8 @@ def evaluate(
         raise UserError(
             "strict=true needs a verdict, and there is none without an attack or with verdict=none"
         )
+    if evaluation.judge is not None and evaluation.judge.only and finished is None:
+        raise UserError("verdict=only needs a finished evaluation: leave it out to attack")
     with directory.occupied(folder) if group.rank == 0 else nullcontext():
         if group.rank == 0:
             directory.keep_config(folder, kept, training=False)
@@ -84,7 +86,8 @@ def evaluate(
 def _judged(evaluation: Evaluation, plan: Plan, finished: Results | None) -> bool:
     """Whether there is a verdict, or will be one."""
     if finished is not None:
-        return finished.verdict.get("label") is not None
+        known = finished.verdict.get("label") is not None
+        return known or (evaluation.judge is not None and finished.attacked)
     return evaluation.judge is not None and bool(plan.stages)
 
 

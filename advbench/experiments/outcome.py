@@ -16,6 +16,7 @@ from advbench.runs.accuracy import Accuracy, wilson
 from advbench.runs.results import MEASURES, Results, StageResult
 from advbench.text import duration, percent
 from advbench.training.summary import Summary
+from advbench.verdict import words
 
 COLOURS = {"reliable": "green", "inconclusive": "yellow", "unreliable": "bold red"}
 
@@ -43,7 +44,8 @@ def show_training(summary: Summary, folder: Path, screen: Screen, command: str) 
 def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     """The end of an evaluation. Without a verdict nothing is said of one."""
     label = results.verdict.get("label")
-    signs = [i for i in results.verdict.get("indicators", ()) if i.get("triggered")]
+    signs, asked = words.triggered(results.verdict), words.answers(results.verdict)
+    steps = words.next_steps(results.verdict)
     lines = [
         f"  after {stage.name}: {_left(results, stage)} "
         f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"
@@ -53,7 +55,9 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     lines += [f"  {MEASURES[k]}: {100 * value:.1f} %" for k, value in results.measures.items()]
     if label is not None:
         lines.append(f"verdict: {label}")
-        lines += [f"  {sign['id']}: {sign['why']}" for sign in signs]
+        lines += [f"  {question} {answer}" for question, answer in asked.items()]
+        lines += [f"  {sign['id']} ({sign['class']}): {sign['why']}" for sign in signs]
+        lines += [f"  to settle it: {'; '.join(steps)}"] if steps else []
     if results.missing:
         lines.append(_unfinished(results))
     lines.append(f"results: {folder}")
@@ -65,8 +69,12 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
         facts.add_row(MEASURES[name], f"{100 * value:.1f} %")
     if label is not None:
         facts.add_row("verdict", Text(label, COLOURS.get(label, "")))
+        for question, answer in asked.items():
+            facts.add_row("", Text(f"{question} {answer}"))
         for sign in signs:
-            facts.add_row("", f"{sign['id']}: {sign['why']}")
+            facts.add_row("", Text(f"{sign['id']} ({sign['class']}): {sign['why']}", "not bold"))
+        if steps:
+            facts.add_row("to settle it", Text("; ".join(steps), "not bold"))
     parts = [facts]
     if results.stages:
         parts += [Text(), _stages(results)]

@@ -26,6 +26,7 @@ from advbench.files import write_text
 from advbench.report import collection, gallery, group_figures, run_figures, svg
 from advbench.report.collection import Entry
 from advbench.report.conditions import protocol_of, text_of
+from advbench.report.indicator_pictures import picture
 from advbench.report.page_leaderboard import (
     LABELS,
     interval_text,
@@ -38,6 +39,7 @@ from advbench.report.style import style
 from advbench.runs.command import command
 from advbench.runs.results import MEASURES
 from advbench.text import count, duration, size
+from advbench.verdict import words
 
 MOST_FIGURES = 20
 """Evaluations with figures; drawing takes a second for each."""
@@ -117,6 +119,9 @@ def templates() -> Environment:
         text=text_of,
         named=_named,
         png=gallery.png,
+        picture=picture,
+        answers=words.answers,
+        next_steps=words.next_steps,
     )
     return environment
 

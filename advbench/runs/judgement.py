@@ -11,6 +11,8 @@ from advbench.runs.accuracy import OPEN, Count, Flag, Number, Plain, Text
 
 Label = Literal["reliable", "inconclusive", "unreliable"]
 
+Question = Literal["number", "gradient"]
+
 Class = Annotated[
     Literal["proof", "evidence", "thin"],
     Field(description="How much it weighs when it is triggered, see ``advbench.verdict.label``."),
@@ -27,7 +29,7 @@ class Indicator(_Class):
     """Such as ``zero_gradient``."""
     kind: Text
     """Two pieces of evidence count as two only if their kinds differ."""
-    question: Literal["number", "gradient"]
+    question: Question
     """What it answers: is the number too high, or does the model hide its gradient?"""
     value: NotRequired[Plain]
     """What was measured."""
@@ -57,6 +59,8 @@ class Verdict(TypedDict):
     """Null without indicators, while unfinished, and where nothing was attacked."""
     indicators: NotRequired[list[Indicator]]
     """What the label rests on."""
+    looked_at: NotRequired[list[Text]]
+    """Ids of all indicators that were computed, those that do not apply to the model too."""
     forwards: NotRequired[Count]
     """Rows passed forward to compute them."""
     backwards: NotRequired[Count]

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from advbench.runs.judgement import Indicator as Entry
+from advbench.runs.judgement import Question
 from advbench.verdict.look import Look
 from advbench.verdict.reading import Class, Reading
 
 Cost = Literal["free", "cheap", "dear"]
 """Free: no passes, from the records and the plan. Cheap: a keyed look at a few samples. Dear:
 searches of its own."""
-
-Question = Literal["number", "gradient"]
-"""Is the number too high, or does the model hide its gradient?"""
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,14 @@ class Judgement:
     effort: none, free, cheap or all; protocol leaves it to the protocol, which is cheap for a suite
         of attacks, all for adaptive and free for a single attack.
     indicators: these alone, by id, whatever they cost.
+    only: attack nothing; compute the verdict anew on an evaluation that is finished.
 
     Raises UserError for an effort or an id that does not exist.
     """
 
     effort: str = "protocol"
     indicators: list[str] | None = None
+    only: bool = False
 
     def __post_init__(self) -> None:
         known = (*COSTS, "protocol")
@@ -60,7 +62,7 @@ class Judgement:
                 else indicator.id in self.indicators
             )
         )
-        return IndicatorJudge(chosen, protocol.effort != "free") if chosen else None
+        return IndicatorJudge(chosen, protocol.effort != "free", self.only) if chosen else None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class IndicatorJudge:
     """In order."""
     complete: bool
     """Whether the protocol is a whole suite of attacks."""
+    only: bool = False
+    """Whether nothing is to be attacked."""
 
     def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[Entry]:
         records = {name: store.records(name) for name in (CLEAN, *(s.name for s in stages))}
@@ -79,4 +83,8 @@ class IndicatorJudge:
         return [entry for entry in entries if entry is not None]
 
     def verdict(self, indicators: Sequence[Entry]) -> Verdict:
-        return label.verdict(indicators)
+        return label.verdict(indicators, [indicator.id for indicator in self.chosen])
+
+    def adds_to(self, verdict: Verdict) -> bool:
+        known = set(verdict.get("looked_at", ()))
+        return self.only or not {indicator.id for indicator in self.chosen} <= known

@@ -21,11 +21,15 @@ def label(indicators: Sequence[Indicator]) -> Label:
     return "inconclusive" if classes else "reliable"
 
 
-def verdict(indicators: Sequence[Indicator]) -> Verdict:
-    """The verdict as it stands in ``results.json``."""
+def verdict(indicators: Sequence[Indicator], looked_at: Sequence[str]) -> Verdict:
+    """The verdict as it stands in ``results.json``.
+
+    looked_at: ids of the indicators that were computed, those that did not apply too.
+    """
     return Verdict(
         label=label(indicators),
         indicators=list(indicators),
+        looked_at=list(looked_at),
         forwards=sum(indicator.get("forwards", 0) for indicator in indicators),
         backwards=sum(indicator.get("backwards", 0) for indicator in indicators),
     )

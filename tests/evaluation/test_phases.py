@@ -189,6 +189,11 @@ class Says:
     def indicators(self, *_: Any) -> list[Any]:
         return [{"id": "made_up", "triggered": True}]
 
+    only = False
+
+    def adds_to(self, verdict: Any) -> bool:
+        return False
+
     def verdict(self, indicators: Any) -> Any:
         return {"label": "reliable", "indicators": []}
 

@@ -354,10 +354,29 @@ def test_curves_and_sweeps(tmp_path: Path) -> None:
 def test_verdict_is_shown(tmp_path: Path) -> None:
     sign = {"id": "masking", "value": 0.25, "threshold": 0.1, "triggered": True, "why": "FGSM wins"}
     sign |= {"class": "proof", "kind": "gradient", "question": "gradient"}
-    verdict = {"label": "unreliable", "indicators": [sign]}
+    verdict: Any = {"label": "unreliable", "indicators": [sign]}
+    curve = {
+        "id": "curve",
+        "triggered": False,
+        "why": "w",
+        "data": {"eps": [1, 2], "broken": [0, 1]},
+    }
+    odd = {"id": "odd", "triggered": False, "why": "w", "data": {"cosines": [1, "<script>"]}}
+    cosines = {"id": "way", "triggered": False, "why": "w", "data": {"cosines": [-1, 0.5]}}
+    more = {"class": "thin", "kind": "k", "question": "number"}
+    verdict["indicators"] += [{**one, **more} for one in (curve, odd, cosines)]
     write(tmp_path / "a", results(verdict=verdict), bare=True)
-    told = "Verdict unreliable Indicator Value Threshold Triggered masking FGSM wins 0.25 0.1 yes"
-    assert told in page(tmp_path).text
+    found = page(tmp_path)
+    told = "Indicator Value Threshold Triggered masking proof FGSM wins 0.25 0.1 yes"
+    assert told in found.text and "Verdict unreliable" in found.text
+    assert "does the model hide its gradient? yes (masking)" in found.text
+    assert "is the number too high? not known" in found.text
+    text = pages.page(find([tmp_path]))
+    assert text.count("share of broken images over eps") == 1
+    assert (
+        text.count("image by image, from -1 to 1") == 1
+        and "<script>" not in text.split("odd")[1][:400]
+    )
 
 
 def test_hundreds(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""The verdict in words: two questions, and what to do next."""
+
+from __future__ import annotations
+
+from advbench.runs.judgement import Indicator, Question, Verdict
+from advbench.text import count
+
+ASKED = {
+    "number": "is the number too high?",
+    "gradient": "does the model hide its gradient?",
+}
+"""The questions that are kept apart: one of the model's user, and one of its author."""
+ANSWERS = {"proof": "yes", "evidence": "probably", "thin": "perhaps"}
+"""By the strongest class of what is triggered."""
+
+
+def triggered(verdict: Verdict) -> list[Indicator]:
+    """The indicators that are, the strongest first."""
+    found = [sign for sign in verdict.get("indicators", ()) if sign["triggered"]]
+    return sorted(found, key=lambda sign: list(ANSWERS).index(sign["class"]))
+
+
+def answers(verdict: Verdict) -> dict[str, str]:
+    """Each question with its answer; nothing without a label."""
+    if verdict.get("label") is None or not verdict.get("indicators"):
+        return {}
+    return {ASKED[question]: _answer(verdict, question) for question in ("number", "gradient")}
+
+
+def _answer(verdict: Verdict, question: Question) -> str:
+    signs = [sign for sign in triggered(verdict) if sign["question"] == question]
+    if signs:
+        return f"{ANSWERS[signs[0]['class']]} ({', '.join(sign['id'] for sign in signs)})"
+    if triggered(verdict) and question == "number":
+        return "not known: no image shows it, but the gradient that was followed misleads"
+    of = sum(sign["question"] == question for sign in verdict.get("indicators", ()))
+    return f"no sign of it ({count(of, 'indicator')})" if of else "nothing was computed on it"
+
+
+def next_steps(verdict: Verdict) -> list[str]:
+    """What settles the doubts, without repetition, the strongest first."""
+    return list(dict.fromkeys(sign["settles"] for sign in triggered(verdict) if "settles" in sign))

@@ -9,8 +9,9 @@ a few seconds on the images of --data: on such a net what an engine does between
 is most of the time. With RUN it is the model of a finished training.
 
 Both tools attack the same images, which withstand our APGD, so that all of them stay to the end,
-with the same number of threads, in one process. Each attack runs alone, the tools in turns, --pairs
-times; the ratio is the median over the pairs, so that a machine whose pace changes does no harm.
+with the same number of threads, each tool in a process of its own: our engine makes the C library
+keep freed memory, which would help the other one too. Each attack runs alone, the tools in turns,
+--pairs times; the ratio is the median over the pairs, for a machine whose pace changes.
 The suite's ratio is that of the sums. The floor is the time that our passes alone take on the
 search's copy of the model, in batches of the same size, timed in the same pair.
 
@@ -22,9 +23,11 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,16 +163,24 @@ class Work:
         return seconds, robust, counted.forwards, counted.backwards
 
 
+def alone(work: Work, tool: str, member: str, threads: int) -> tuple[float, int, int, int]:
+    """``Work.by`` in a process of the tool's own."""
+    logging.disable()
+    torch.set_num_threads(threads)
+    with attackable(work.model):  # for both: gradients of inputs alone
+        return work.by(tool, member)
+
+
 def floor(fast: nn.Module, clean: Clean, forwards: int, backwards: int) -> float:
     """Seconds of so many rows' passes alone; each backward row had a forward one."""
     n = len(clean.x)
 
     @torch.no_grad()
-    def alone() -> None:
+    def forward() -> None:
         fast(clean.x)
 
     return (
-        (forwards - backwards) * typical(alone) + backwards * typical(lambda: ask(fast, clean))
+        (forwards - backwards) * typical(forward) + backwards * typical(lambda: ask(fast, clean))
     ) / n
 
 
@@ -237,14 +248,18 @@ def main() -> None:
     print(f"{threat}, {len(y)} images that withstand APGD-CE, share {given.share:g}")
     print("| attack | robust | forwards, backwards / image | s | ratio | floor s | time / floor |")
     print("|---|---|---|---|---|---|---|")
+    pools = {
+        tool: ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        for tool in TOOLS
+    }
     totals, rows = dict.fromkeys((*TOOLS, "floor"), 0.0), {}
     for member in given.members:
         seconds, floors, last = {tool: [] for tool in TOOLS}, [], {}
         for _ in range(given.pairs):
-            with attackable(model):  # for both: gradients of inputs alone
-                for tool in TOOLS:
-                    last[tool] = work.by(tool, member)
-                    seconds[tool].append(last[tool][0])
+            for tool, pool in pools.items():
+                last[tool] = pool.submit(alone, work, tool, member, given.threads).result()
+                seconds[tool].append(last[tool][0])
+            with attackable(model):
                 floors.append(floor(fast, clean, *last["advbench"][2:]))
         ratio = statistics.median(map(lambda a, b: a / b, *seconds.values()))
         middle = {tool: statistics.median(seconds[tool]) for tool in TOOLS}

@@ -65,8 +65,8 @@ def kept_in(folder: Path, kind: str) -> DictConfig:
     return OmegaConf.create(config.plain(typed))  # pyright: ignore[reportArgumentType]
 
 
-GROUPS = {*config.GROUPS} - {"logger"}
-"""Components that every config of a run has, if only as null."""
+GROUPS = {*config.GROUPS} - {"logger", "verdict"}
+"""Components that the config of a run of any version has, if only as null."""
 FILES = ("path", "extra")
 """Keys of ``data`` that name the user's own arrays, whose content is hashed beside the config."""
 

@@ -191,6 +191,14 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
         yield read_json(path)
 
 
+def key(row: dict[str, Any]) -> tuple[str, int]:
+    return row["name"], row["seed"]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -228,15 +236,15 @@ def summary(known: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(known: Sequence[dict[str, Any]]) -> str:
-    lines: list[str] = []
+    text: list[str] = []
     for half, chosen in (
         ("Calibration", [r for r in known if r["seed"] < CALIBRATION]),
         ("Held out", [r for r in known if r["seed"] >= CALIBRATION]),
     ):
         if chosen:
             seeds = ", ".join(map(str, sorted({r["seed"] for r in chosen})))
-            lines += [f"### {half}: seeds {seeds}", "", "| | |", "|---|---|", *summary(chosen), ""]
-    lines += [
+            text += [f"### {half}: seeds {seeds}", "", "| | |", "|---|---|", *summary(chosen), ""]
+    text += [
         "### Every model",
         "",
         "| model | kind | seed | clean | reported | true | verdict | triggered |",
@@ -245,12 +253,12 @@ def table(known: Sequence[dict[str, Any]]) -> str:
     for r in sorted(known, key=lambda r: (r["kind"], r["name"], r["seed"])):
         who = f"| {r['name']} | {r['kind'].replace('_', ' ')} | {r['seed']} |"
         if "refused" in r:
-            lines.append(f"{who} | | | refused | {r['refused'][:60]}... |")
+            text.append(f"{who} | | | refused | {r['refused'][:60]}... |")
             continue
         ids = ", ".join(f"{i['id']} ({i['class']})" for i in r["indicators"] if i["triggered"])
         numbers = " | ".join(f"{100 * r[key]:.0f}" for key in ("clean", "robust", "true"))
-        lines.append(f"{who} {numbers} | {outcome(r)} | {ids} |")
-    return "\n".join(lines)
+        text.append(f"{who} {numbers} | {outcome(r)} | {ids} |")
+    return "\n".join(text)
 
 
 def main() -> None:
@@ -276,15 +284,17 @@ def main() -> None:
                     write_json(path, row)
                     print(json.dumps({k: v for k, v in row.items() if k != "stages"}), flush=True)
     elif args.what == "judge":
-        judged = []
+        judged = {} if not args.out.exists() else {key(row): row for row in lines(args.out)}
         for row in rows(args.folder):
-            if "refused" not in row:
-                row = judge(ENTRIES[row["name"]], zoo, row, args.folder, args.effort)
-            judged.append(row)
-            print(row["name"], row["seed"], outcome(row), flush=True)
-        write_text(args.out, "".join(json.dumps(row) + "\n" for row in judged))
+            if row["name"] in args.names and row["seed"] in args.seeds:
+                if "refused" not in row:
+                    row = judge(ENTRIES[row["name"]], zoo, row, args.folder, args.effort)
+                judged[key(row)] = row
+                text = "".join(json.dumps(judged[one]) + "\n" for one in sorted(judged))
+                write_text(args.out, text)
+                print(row["name"], row["seed"], outcome(row), flush=True)
     else:
-        print(table([json.loads(line) for line in args.out.read_text().splitlines()]))
+        print(table(lines(args.out)))
 
 
 if __name__ == "__main__":

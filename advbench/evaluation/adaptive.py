@@ -11,10 +11,18 @@ from advbench.attacks.base import Attack
 from advbench.attacks.square import Square
 from advbench.defenses.base import Surrogate
 from advbench.errors import UserError
+from advbench.evaluation.phases import Findings, FollowUp
+from advbench.evaluation.plan import Plan
 from advbench.evaluation.protocol import Effort, Protocol, Stage, Subject
 from advbench.evaluation.protocols import WHY, autoattack, why
 
 Surrogates = Mapping[str, Surrogate]
+
+
+SETTLES_GRADIENT, SETTLES_EFFORT = "square-long", "apgd-margin-longest"
+"""Stages that follow where an indicator of the verdict asks for them."""
+NOT_BY_ATTACK = ("outputs", "records")
+"""Kinds of indicators that no attack settles."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,15 @@ class AdaptiveProtocol(MSAProtocol):
     still breaks samples, up to 16 times as many; and the images that break other models
     (``transfer=[RUN]``: the undefended twin, a robust model of the same data).
 
+    Then the verdict is computed. Where an indicator is triggered, what settles it follows: Square
+    with four times the queries where the gradient misleads, and five times the steps where the
+    search had not converged.
+
     steps, restarts: of the longer searches.
     """
 
     name: ClassVar[str] = "adaptive"
+    version: ClassVar[str] = "2"
     effort: ClassVar[Effort] = "all"
     steps: int = 200
     restarts: int = 3
@@ -144,6 +157,34 @@ class AdaptiveProtocol(MSAProtocol):
             *self.searches(transfer, subject),
             *self.targeted(transfer, subject),
         ]
+
+    def may_follow(self, subject: Subject) -> list[Stage]:
+        """What settles the doubts that the verdict's indicators raise."""
+        stages = []
+        if self.square:
+            why = f"black box, {4 * self.square} queries: what the gradient hides"
+            stages.append(Stage(SETTLES_GRADIENT, Square(steps=4 * self.square), why))
+        if subject.traits.gradient != "none" and not subject.traits.stochastic:
+            l1 = subject.threat.norm == "l1"
+            attack = APGD(steps=5 * self.steps, loss_name="margin", large_radius=l1)
+            why = f"margin, {5 * self.steps} steps: what fewer steps left"
+            stages.append(Stage(SETTLES_EFFORT, attack, why))
+        return stages
+
+    def follow_up(self, plan: Plan, findings: Findings) -> FollowUp | None:
+        ran = {stage.name for stage in findings.stages}
+        asked: dict[str, list[str]] = {}
+        for sign in findings.indicators:
+            if sign["triggered"] and sign["kind"] not in NOT_BY_ATTACK:
+                effort = sign["kind"] == "effort"
+                asked.setdefault(SETTLES_EFFORT if effort else SETTLES_GRADIENT, []).append(
+                    sign["id"]
+                )
+        stages = tuple(s for s in plan.follow_ups if s.name in asked.keys() - ran)
+        if not stages:
+            return None
+        reasons = (f"{stage.name} follows, for {', '.join(asked[stage.name])}" for stage in stages)
+        return FollowUp(stages, "; ".join(reasons))
 
     def longer(self, subject: Subject) -> list[Stage]:
         """More steps and starts on the margin, for everyone whose loss is not their own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from advbench.runs.judgement import Indicator, Question, Verdict
 from advbench.text import count
+from advbench.verdict.registry import INDICATORS
 
 ASKED = {
     "number": "is the number too high?",
@@ -40,3 +41,16 @@ def _answer(verdict: Verdict, question: Question) -> str:
 def next_steps(verdict: Verdict) -> list[str]:
     """What settles the doubts, without repetition, the strongest first."""
     return list(dict.fromkeys(sign["settles"] for sign in triggered(verdict) if "settles" in sign))
+
+
+def table() -> str:
+    """All indicators as a table in Markdown, as ``docs/verdict.md`` shows it."""
+    rows = [
+        "| indicator | class | asks | cost | what triggers it | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| `{one.id}` | {one.weight} | {one.question} | {one.cost} | {one.about} | {one.source} |"
+        for one in INDICATORS
+    ]
+    return "\n".join(rows)

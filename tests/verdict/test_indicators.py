@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from advbench.verdict.gradients import median_interval
 from advbench.verdict.look import Look
 from advbench.verdict.reading import of_share
 from advbench.verdict.registry import INDICATORS
+from advbench.verdict.words import table
 
 NOISY = Traits(stochastic=True)
 EOT = [stage("eot20", draws=20), stage("eot40", draws=40)]
@@ -245,3 +247,8 @@ def test_a_probability_that_is_declared_is_followed_by_its_logarithm() -> None:
 def test_fab_is_not_repeated() -> None:
     assert AutoAttackProtocol.effort == "cheap"
     assert BY_ID["silent_success"].entry(look(net(), [stage("fab-t", FAB())])) is None
+
+
+def test_the_docs_show_every_indicator() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "verdict.md").read_text()
+    assert table() in text and table().count("\n") == len(INDICATORS) + 1

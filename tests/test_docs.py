@@ -36,6 +36,7 @@ PAGES = {
     "tutorial": 12,
     "your-own-model": 7,
     "liars": 2,
+    "verdict": 5,
     "python": 2,
     "structure": 1,
     "adding": 9,

@@ -2,6 +2,7 @@
 
 from advbench.attacks.apgd import APGD
 from advbench.attacks.base import Answer, Attack, Clean, Oracle, Rows, craft, started
+from advbench.attacks.express import Express
 from advbench.attacks.fab import FAB
 from advbench.attacks.ifgsm import IFGSM
 from advbench.attacks.libraries import ReferenceAutoAttack, TorchAttack
@@ -18,6 +19,7 @@ __all__ = [
     "Answer",
     "Attack",
     "Clean",
+    "Express",
     "Judgement",
     "Oracle",
     "Referee",

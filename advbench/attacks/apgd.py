@@ -23,7 +23,7 @@ from advbench.attacks.base import (
     wrong_class,
 )
 from advbench.attacks.random import Random
-from advbench.attacks.threat import Threat, per_row, project, projection, unit
+from advbench.attacks.threat import Threat, edge_point, per_row, project, projection, unit
 from advbench.attacks.waits import surely_none
 from advbench.errors import UserError, did_you_mean
 
@@ -136,13 +136,7 @@ class APGD(Attack):
     ) -> APGDRows:
         x = clean.x
         eps = threat.radius * self._schedule[0][0]
-        if threat.norm == "linf":
-            noise = 2 * random.uniform(x) - 1
-            point = project(x + eps * unit(noise, "linf"), x, "linf", eps)
-        elif threat.norm == "l2":
-            point = project(x + eps * unit(random.normal(x), "l2"), x, "l2", eps)
-        else:
-            point = project(x + random.normal(x), x, "l1", eps)
+        point = edge_point(x, threat.norm, eps, random)
         rows = APGDRows(
             **started(clean, point, restart),
             previous=point,

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SPREAD = 4.0
+"""From the largest to the median logit, where the cross-entropy is rescaled."""
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -25,6 +28,26 @@ def ce(logits: Tensor, y: Tensor) -> Tensor:
         (N,), at least 0.
     """
     return F.cross_entropy(logits, y, reduction="none")
+
+
+def ce_rescaled(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of logits whose spread is brought to that of a usual classifier.
+
+    Its gradient has the same direction whatever the scale of the logits; that of ``ce`` is zero in
+    float32 where they are large. The spread is from the largest to the median, so classes that a
+    model masks do not enter.
+
+    Args:
+        logits: (N, K), K >= 2.
+        y: true classes, (N,).
+
+    Returns:
+        (N,), at least 0; invariant to shift and positive scale of the logits.
+    """
+    finite = logits.detach().clamp_min(torch.finfo(logits.dtype).min)
+    top = finite.topk((logits.shape[1] + 1) // 2 + 1, dim=1).values
+    spread = (top[:, :1] - top[:, -1:]).clamp_min(torch.finfo(logits.dtype).tiny)
+    return ce((logits - top[:, :1]) * (SPREAD / spread), y)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -37,6 +38,10 @@ class Random(Protocol):
         """(N, count) uniform integers in [0, 2**32), int64; ``like`` (N, ...) says N and device."""
         ...
 
+    def of(self, rows: Tensor) -> Random:
+        """The draws of some rows, given by their indices."""
+        ...
+
 
 class TorchRandom:
     """PyTorch's global generator: for training, where the loop seeds every step."""
@@ -49,6 +54,9 @@ class TorchRandom:
 
     def words(self, like: Tensor, count: int, iteration: int | Tensor = 0) -> Tensor:
         return torch.randint(2**32, (len(like), count), device=like.device)
+
+    def of(self, rows: Tensor) -> TorchRandom:
+        return self
 
 
 class KeyedRandom:
@@ -67,6 +75,11 @@ class KeyedRandom:
         self.key = (int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big"))
         self.ids = ids
         self.restart = restart
+
+    def of(self, rows: Tensor) -> KeyedRandom:
+        part = copy(self)
+        part.ids, part.restart = self.ids[rows], self.restart[rows]
+        return part
 
     def words(self, like: Tensor, count: int, iteration: int | Tensor = 0) -> Tensor:
         blocks = -(-count // 4)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from advbench.attacks.random import Random
 from advbench.config.roles import Role
 from advbench.errors import UserError, did_you_mean
 from advbench.text import threat_name
@@ -85,6 +86,20 @@ class Threat:
 
     def __str__(self) -> str:
         return threat_name(self.norm, self.radius)
+
+
+def edge_point(
+    x: Tensor, norm: str, eps: float, random: Random, iteration: int | Tensor = 0
+) -> Tensor:
+    """A random image that touches the budget's edge where [0, 1] allows it: (N, ...) -> (N, ...).
+
+    The start of APGD (Croce & Hein 2020, arXiv 2003.01690; 2021, arXiv 2103.01208).
+    """
+    if norm == "l1":
+        return project(x + random.normal(x, iteration), x, norm, eps)
+    linf = norm == "linf"
+    noise = 2 * random.uniform(x, iteration) - 1 if linf else random.normal(x, iteration)
+    return project(x + eps * unit(noise, norm), x, norm, eps)
 
 
 def per_row(value: Tensor, like: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Express(Attack):
             previous=clean.x,
             margin_best=losses.margin(logits, clean.y),
             logits_best=logits,
-            target=clean.y,
+            target=clean.y.clone(),
             used=torch.zeros_like(logits, dtype=torch.bool).scatter(1, clean.y[:, None], True),
         )
         rows.forwards += oracle.samples

@@ -24,7 +24,7 @@ from advbench.evaluation.identity import (
     versions,
 )
 from advbench.evaluation.job import CLEAN, Job
-from advbench.evaluation.phases import Findings, Judge, extended
+from advbench.evaluation.phases import Findings, Judge, extended, found
 from advbench.evaluation.protocol import Plan, Protocol, Stage, Subject
 from advbench.evaluation.resources import ProcessGroup
 from advbench.evaluation.stage_cache import Archive
@@ -168,7 +168,7 @@ class Evaluation:
         for note in plan.notes if group.rank == 0 else ():
             job.progress.note(f"note: {note}")
         others = None if archive is None else Archive(archive, folder, plan)
-        stages, indicators = self._run_phases(job, plan, store, group, Engine(job, others))
+        stages, findings = self._run_phases(job, plan, store, group, Engine(job, others))
         results = summarise(
             job,
             plan.identity,
@@ -178,8 +178,10 @@ class Evaluation:
             settings=self.settings,
             started=started,
         )
-        if self.judge is not None and results.attacked and not results.missing:
-            results = replace(results, verdict=self.judge.verdict(indicators))
+        if findings is not None:
+            results = replace(results, estimate=self.protocol.estimate(plan, findings))
+        if findings is not None and self.judge is not None and results.attacked:
+            results = replace(results, verdict=self.judge.verdict(findings.indicators))
         if folder is not None and group.rank == 0:
             if not results.missing:
                 store.finish([CLEAN, *(stage.name for stage in stages)])
@@ -192,12 +194,11 @@ class Evaluation:
 
     def _run_phases(
         self, job: Job, plan: Plan, store: Store, group: ProcessGroup, engine: Engine
-    ) -> tuple[tuple[Stage, ...], tuple[Indicator, ...]]:
+    ) -> tuple[tuple[Stage, ...], Findings | None]:
         """Run the plan and what follows from it.
 
         Returns:
-            The stages that ran or are missing, and the indicators of the verdict on them, none
-            while stages are missing.
+            The stages that ran or are missing, and what they found; None while some are missing.
         """
         stages = plan.stages
         while True:
@@ -206,11 +207,11 @@ class Evaluation:
             store.read_journal()
             group.wait()  # nobody writes into the journal, or clears it, while another reads it
             if undecided(job, stages, store):
-                return stages, ()
+                return stages, None
             findings = self._findings(job, stages, store, group)
             follow_up = self.protocol.follow_up(plan, findings)
             if follow_up is None:
-                return stages, findings.indicators
+                return stages, findings
             stages = extended(stages, follow_up.stages)
             if group.rank == 0:
                 job.progress.note(follow_up.reason)
@@ -242,7 +243,7 @@ class Evaluation:
         self, job: Job, stages: tuple[Stage, ...], store: Store, group: ProcessGroup
     ) -> Findings:
         """What was found; the first process computes the indicators for all."""
-        records = {name: store.records(name) for name in (CLEAN, *(s.name for s in stages))}
+        records = found(stages, store)
         indicators: list[Indicator] = []
         if self.judge is not None and stages:
             own = self.judge.indicators(job, stages, store) if group.rank == 0 else []

@@ -56,10 +56,10 @@ class Findings:
     def survivors(self, stages: Sequence[Stage]) -> np.ndarray:
         """Ids of the samples that are correct after these stages, sorted."""
         clean = self.records[CLEAN]
-        left = clean.sample[~clean.alone]
+        left = clean.sample[~clean.broken]
         for stage in stages:
             records = self.records[stage.name]
-            left = np.setdiff1d(left, records.sample[records.alone])
+            left = np.setdiff1d(left, records.sample[records.broken])
         return left
 
 
@@ -79,7 +79,7 @@ class Judge(Protocol):
         Args:
             job: what was attacked.
             stages: that ran, each on all samples that it was to attack.
-            store: what they found, of all processes.
+            store: what they found, of all processes; see ``found``.
         """
         ...
 
@@ -90,6 +90,18 @@ class Judge(Protocol):
     def verdict(self, indicators: Sequence[Indicator]) -> Verdict:
         """The verdict on a finished evaluation in which something was attacked."""
         ...
+
+
+def found(stages: Sequence[Stage], store: Store) -> dict[str, Records]:
+    """The records of these stages and of the clean images; of a stage that is for some samples
+    only, theirs, though an interrupted evaluation may have gone on to others.
+    """
+    records = {name: store.records(name) for name in (CLEAN, *(s.name for s in stages))}
+    for stage in stages:
+        if stage.only is not None:
+            every = records[stage.name]
+            records[stage.name] = every.where(np.isin(every.sample, stage.only))
+    return records
 
 
 def keyed_sample(ids: np.ndarray, size: int, seed: int) -> tuple[int, ...]:

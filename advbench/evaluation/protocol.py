@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.phases import Findings, FollowUp
 from advbench.evaluation.plan import Plan, Stage, Subject
+from advbench.runs.results import Estimate
 
 Effort = Literal["free", "cheap", "all"]
 """Which indicators of the verdict are computed, by their cost."""
@@ -54,6 +55,15 @@ class Protocol(ABC):
         Args:
             plan: of this protocol; the stages to choose from are its ``follow_ups``.
             findings: of the plan's stages and of the follow-ups before.
+        """
+        return None
+
+    def estimate(self, plan: Plan, findings: Findings) -> Estimate | None:
+        """What a suite would leave that attacked some of the samples; None if nothing is claimed.
+
+        Args:
+            plan: of this protocol.
+            findings: of all stages, at the end.
         """
         return None
 

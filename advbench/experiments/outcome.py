@@ -52,6 +52,8 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
         for stage in results.begun
     ]
     lines += [f"clean accuracy  {results.clean}", f"robust accuracy {results.bound()}"]
+    if (estimated := results.estimated()) is not None:
+        lines.append(estimated)
     lines += [f"  {MEASURES[k]}: {100 * value:.1f} %" for k, value in results.measures.items()]
     if label is not None:
         lines.append(f"verdict: {label}")
@@ -64,6 +66,8 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
 
     facts = _facts()
     facts.add_row("robust accuracy", results.bound())
+    if estimated is not None:
+        facts.add_row("estimate", estimated)
     facts.add_row("clean accuracy", str(results.clean))
     for name, value in results.measures.items():
         facts.add_row(MEASURES[name], f"{100 * value:.1f} %")

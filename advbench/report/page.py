@@ -197,6 +197,8 @@ def _run(
     """
     results = entry.results
     facts = [("Robust accuracy", results.bound())] if results.attacked or results.missing else []
+    if (estimated := results.estimated()) is not None:
+        facts.append(("Estimate", estimated))
     facts.append(("Clean accuracy", str(results.clean)))
     if results.attacked:
         facts += [(MEASURES.get(k, k), f"{100 * v:.1f} %") for k, v in results.measures.items()]

@@ -40,6 +40,7 @@ from advbench.runs.accuracy import (
 )
 from advbench.runs.judgement import Verdict
 from advbench.runs.manifest import RESULTS as RESULTS
+from advbench.text import percent
 
 SCHEMA = "advbench.results/3"
 BEFORE = ("advbench.results/2", "advbench.results/1")
@@ -136,6 +137,41 @@ class Provenance(TypedDict):
 
 
 @dataclass(frozen=True, config=CLOSED)
+class Estimate:
+    """What a suite of attacks would leave of the images, judged by those that it attacked."""
+
+    of: Text
+    """The suite, such as ``AutoAttack``."""
+    acc: Share
+    """Estimated robust accuracy on these images."""
+    ci95: tuple[Share, Share]
+    """Its exact 95 % interval: of these images, not of others like them."""
+    survivors: Count
+    """Samples that the other stages left."""
+    audited: Count
+    """Of these, drawn by key, attacked by the suite."""
+    broken: Count
+    """Of these, broken by it."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Estimate:
+        if not self.broken <= self.audited <= self.survivors:
+            raise ValueError(
+                "an audit breaks some of what it attacks, and attacks some of what is left"
+            )
+        if not self.ci95[0] - SLACK <= self.acc <= self.ci95[1] + SLACK:
+            raise ValueError("the estimate lies outside of its interval")
+        return self
+
+    def __str__(self) -> str:
+        low, high = (f"{100 * end:.1f}" for end in self.ci95)
+        return (
+            f"{self.of}: {percent(self.acc)} [{low}, {high}] estimated from "
+            f"{self.audited:,} of {self.survivors:,} survivors"
+        )
+
+
+@dataclass(frozen=True, config=CLOSED)
 class Results:
     """The outcome of an evaluation.
 
@@ -166,6 +202,8 @@ class Results:
     clean images were classified."""
     unfinished: Unfinished | None = None
     """Given exactly if a stage is missing: ``robust`` is a bound so far, without an interval."""
+    estimate: Estimate | None = None
+    """Of what a stronger suite would leave; given where a protocol attacked a sample with it."""
     measures: dict[Text, Share] = field(default_factory=dict)
     """Other ways to say it, see MEASURES; empty while unfinished."""
     settings: dict[Text, Setting] = field(default_factory=dict)
@@ -197,12 +235,18 @@ class Results:
             return f"UNFINISHED: {so_far}{self.unfinished}"
         return f"{self.robust}, an upper bound" if self.attacked else "- (nothing attacked)"
 
+    def estimated(self) -> str | None:
+        """The estimate in words, beside what was proven; None without one."""
+        if self.estimate is None:
+            return None
+        return f"{self.estimate}; at most {percent(self.robust.acc)} proven"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the file."""
         values = asdict(self)
         values["stages"], values["missing"] = list(values["stages"]), list(values["missing"])
         first = ("schema", "run", "settings", "data", "threat", "protocol", "clean", "robust")
-        rest = ("unfinished", "stages", "measures", "missing", "verdict", "provenance")
+        rest = ("estimate", "unfinished", "stages", "measures", "missing", "verdict", "provenance")
         return {key: values[key] for key in (*first, *rest)}
 
     def save(self, path: Path, belonging: Iterable[str] = ()) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from advbench.errors import UserError, did_you_mean
-from advbench.evaluation.job import CLEAN, Job
+from advbench.evaluation.job import Job
+from advbench.evaluation.phases import found
 from advbench.evaluation.protocol import Protocol, Stage
 from advbench.evaluation.store import Store
 from advbench.runs.judgement import Indicator as Entry
@@ -77,8 +78,7 @@ class IndicatorJudge:
     """Whether nothing is to be attacked."""
 
     def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[Entry]:
-        records = {name: store.records(name) for name in (CLEAN, *(s.name for s in stages))}
-        look = Look(job, tuple(stages), records, store.images(), self.complete)
+        look = Look(job, tuple(stages), found(stages, store), store.images(), self.complete)
         entries = (indicator.entry(look) for indicator in self.chosen)
         return [entry for entry in entries if entry is not None]
 

@@ -190,6 +190,7 @@ def test_results_have_the_schema_and_come_back(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "results.json").read_text())
     assert list(raw) == [
         "schema", "run", "settings", "data", "threat", "protocol", "clean", "robust",
+        "estimate",
         "unfinished", "stages", "measures", "missing", "verdict", "provenance",
         "files", "checksum",
     ]  # fmt: skip

@@ -1,0 +1,163 @@
+"""AutoAttack's number at a thirtieth of its passes, and an audit of how near it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from advbench.attacks.express import Express
+from advbench.errors import UserError
+from advbench.evaluation.estimate import estimate, sample_size
+from advbench.evaluation.job import CLEAN
+from advbench.evaluation.phases import Findings, FollowUp, keyed_sample
+from advbench.evaluation.plan import Plan, Stage, Subject
+from advbench.evaluation.protocol import Protocol
+from advbench.evaluation.protocols import AutoAttackProtocol
+from advbench.runs.accuracy import clopper_pearson
+from advbench.runs.judgement import Indicator
+from advbench.runs.results import Estimate
+
+STAGE = "express"
+MISLEADING = frozenset({
+    "probabilities", "zero_gradient", "gradient_mismatch", "unbounded", "noise", "one_step",
+    "black_box", "surrogate_gap", "logit_scale", "monotone",
+})  # fmt: skip
+"""Indicators that say, if they are triggered, that gradients mislead."""
+
+
+@dataclass(frozen=True)
+class ExpressProtocol(Protocol):
+    """Express on every sample, AutoAttack on a few of those that it leaves.
+
+    Express is 20 steps on the cross-entropy and 20 on the margin of each of three classes. Then
+    AutoAttack attacks a keyed sample of the survivors, the audit: it says, with an exact interval,
+    what AutoAttack would leave of all images. Where it breaks too many, it attacks all survivors.
+    """
+
+    name: ClassVar[str] = "express"
+    steps: int = 20
+    """Of each search, at least 2."""
+    targets: int = 3
+    """Targeted searches; at most the number of classes less one are made."""
+    draws: int = 20
+    """EOT samples of each gradient of a stochastic model."""
+    audit: int | str = 64
+    """Survivors that AutoAttack attacks: a number, 0 for none, ``all``, or ``±0.3``: as many as an
+    interval of that half-width, in points, needs where the audit breaks nothing."""
+    escalate: bool = True
+    """Whether AutoAttack attacks all survivors where the audit breaks too many, or an indicator
+    says that gradients mislead."""
+    tolerance: float = 0.01
+    """Too many: the share that breaks is above this, by the lower end of its exact (binomial) 95 %
+    interval; of 64 audited, 4."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or self.targets < 1 or self.draws < 1:
+            raise UserError("protocol=express needs steps >= 2, targets >= 1 and draws >= 1")
+        if not 0 <= self.tolerance < 1:
+            raise UserError(f"protocol.tolerance={self.tolerance} is not a share from 0 to 1")
+        self.audited(survivors=1, n=1)
+
+    def audited(self, survivors: int, n: int) -> int:
+        """How many of the survivors of n images the audit attacks.
+
+        Raises UserError for an ``audit`` that means nothing.
+        """
+        said = str(self.audit).strip()
+        if said == "all":
+            return survivors
+        if re.fullmatch(r"\d+", said):
+            return min(int(said), survivors)
+        if match := re.fullmatch(r"(?:±|\+-|\+/-)\s*(\d+\.?\d*|\.\d+)", said):
+            return sample_size(float(match[1]), n, survivors)
+        raise UserError(
+            f"protocol.audit={self.audit} is no number of samples: write 64, all, 0 or +-0.3"
+        )
+
+    def suite(self, subject: Subject) -> AutoAttackProtocol:
+        """AutoAttack as it is meant for such a model."""
+        return AutoAttackProtocol(suite="rand" if subject.traits.stochastic else "standard")
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        return [express_stage(subject, STAGE, self.steps, self.targets, self.draws)]
+
+    def may_follow(self, subject: Subject) -> list[Stage]:
+        return self.suite(subject).stages(subject)
+
+    def reasons(self, subject: Subject, stages: Sequence[Stage]) -> list[str]:
+        claim = (
+            f"then AutoAttack on {self.audit} of the survivors: an estimate of what it would leave"
+            if str(self.audit) != "0"
+            else "no audit (protocol.audit=0): nothing is claimed of AutoAttack's number"
+        )
+        return [*super().reasons(subject, stages), claim]
+
+    def follow_up(self, plan: Plan, findings: Findings) -> FollowUp | None:
+        ran = {stage.name: stage for stage in findings.stages}
+        begun = ran.get(plan.follow_ups[0].name)
+        if begun is not None and begun.only is None:
+            return None
+        if self.escalate and (sign := misleading(findings.indicators)) is not None:
+            return _because(plan.follow_ups, f"{sign['id']} was triggered, so on all survivors")
+        left = findings.survivors(plan.stages)
+        if begun is not None:
+            return self._escalation(plan, findings, left)
+        size = self.audited(len(left), len(findings.records[CLEAN]))
+        if not size:
+            return None
+        if size == len(left):
+            return _because(plan.follow_ups, f"audit of all {size} survivors")
+        only = keyed_sample(left, size, findings.seed)
+        stages = (replace(stage, only=only) for stage in plan.follow_ups)
+        return _because(stages, f"audit of {size} of {len(left)} survivors")
+
+    def _escalation(self, plan: Plan, findings: Findings, left: np.ndarray) -> FollowUp | None:
+        audited, broken = _audit(plan, findings, left)
+        # Of survivors like these, not of these: one odd sample of a few escalates nothing.
+        if not self.escalate or clopper_pearson(broken, audited)[0] <= self.tolerance:
+            return None
+        return _because(
+            plan.follow_ups,
+            f"the audit broke {broken} of {audited} (protocol.tolerance={self.tolerance:g}), so on "
+            "all survivors",
+        )
+
+    def estimate(self, plan: Plan, findings: Findings) -> Estimate | None:
+        left, n = findings.survivors(plan.stages), len(findings.records[CLEAN])
+        if str(self.audit) == "0" and len(findings.stages) == len(plan.stages):
+            return None
+        return estimate("AutoAttack", n, len(left), *_audit(plan, findings, left))
+
+
+def express_stage(
+    subject: Subject, name: str, steps: int = 20, targets: int = 3, draws: int = 1
+) -> Stage:
+    """Express on the model, with no more targets than there are wrong classes."""
+    attack = Express(steps=steps, targets=min(targets, subject.num_classes - 1))
+    why = f"{steps} steps on the cross-entropy and on each of {attack.targets} targets"
+    return Stage(name, attack, why, eot_samples=draws if subject.traits.stochastic else 1)
+
+
+def misleading(indicators: Sequence[Indicator]) -> Indicator | None:
+    """The first triggered indicator that says that gradients mislead."""
+    return next((i for i in indicators if i["triggered"] and i["id"] in MISLEADING), None)
+
+
+def _audit(plan: Plan, findings: Findings, left: np.ndarray) -> tuple[int, int]:
+    """How many of the survivors ``left`` AutoAttack attacked, and broke."""
+    names = {stage.name for stage in plan.follow_ups}
+    suite = [stage for stage in findings.stages if stage.name in names]
+    only = next((stage.only for stage in suite), ())
+    audited = left if only is None else left[np.isin(left, only)]
+    robust = findings.survivors((*plan.stages, *suite))
+    return len(audited), int((~np.isin(audited, robust)).sum())
+
+
+def _because(stages: Iterable[Stage], reason: str) -> FollowUp:
+    """The stages, each with the reason for them."""
+    given = tuple(replace(stage, why=f"{reason}: {stage.why}") for stage in stages)
+    return FollowUp(given, f"AutoAttack follows: {reason}")

@@ -17,6 +17,7 @@ from advbench.attacks import losses
 from advbench.attacks.base import Answer, Attack, Clean, Oracle, Rows, need_targets, started
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat, edge_point, per_row, projection, unit
+from advbench.attacks.waits import rows_of, surely_none
 from advbench.errors import UserError
 
 MOMENTUM = 0.75
@@ -80,7 +81,7 @@ class Express(Attack):
             previous=clean.x,
             margin_best=losses.margin(logits, clean.y),
             logits_best=logits,
-            target=clean.y.clone(),
+            target=clean.y,
             used=torch.zeros_like(logits, dtype=torch.bool).scatter(1, clean.y[:, None], True),
         )
         rows.forwards += oracle.samples
@@ -103,8 +104,8 @@ class Express(Attack):
         rows.previous, rows.point = rows.point, moved
         rows.iteration += 1
         over = (step == self.steps - 1) & (rows.iteration < self.queries)
-        if over.any():
-            self._aim(rows, over.nonzero().flatten(), threat, random)
+        if not surely_none(over):
+            self._aim(rows, over, threat, random)
 
     def _move(self, rows: ExpressRows, step: Tensor, gradient: Tensor, threat: Threat) -> Tensor:
         x, point = rows.x, rows.point
@@ -116,15 +117,16 @@ class Express(Attack):
         # alpha (ahead - point) + (1 - alpha) (point - previous), added to the point
         return keep(torch.lerp(2 * point - rows.previous, ahead, weight))
 
-    def _aim(self, rows: ExpressRows, which: Tensor, threat: Threat, random: Random) -> None:
-        """Give the rows ``which`` (indices) their next target, and a new start."""
-        logits = rows.logits_best[which].nan_to_num(torch.finfo(rows.logits_best.dtype).min)
-        target = logits.masked_fill(rows.used[which], -torch.inf).argmax(1)
-        rows.target[which] = target
-        rows.used[which, target] = True
-        rows.point[which] = edge_point(
-            rows.x[which], threat.norm, threat.radius, random.of(which), rows.iteration[which]
-        )
+    def _aim(self, rows: ExpressRows, over: Tensor, threat: Threat, random: Random) -> None:
+        """Give the rows in a mask (N,) their next target, and a new start."""
+        logits = rows.logits_best.nan_to_num(torch.finfo(rows.logits_best.dtype).min)
+        target = logits.masked_fill(rows.used, -torch.inf).argmax(1)
+        rows.target = torch.where(over, target, rows.target)
+        rows.used = rows.used.scatter(1, rows.target[:, None], True)
+        at = rows_of(over)
+        x, eps = rows.x[at], threat.radius
+        start = edge_point(x, threat.norm, eps, random.of(at), rows.iteration[at])
+        rows.point[at] = torch.where(per_row(over[at], x), start, rows.point[at])
 
 
 def _direction(gradient: Tensor, norm: str, share: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class Random(Protocol):
         """(N, count) uniform integers in [0, 2**32), int64; ``like`` (N, ...) says N and device."""
         ...
 
-    def of(self, rows: Tensor) -> Random:
-        """The draws of some rows, given by their indices."""
+    def of(self, rows: Tensor | slice) -> Random:
+        """The draws of some rows, given by an index."""
         ...
 
 
@@ -55,7 +55,7 @@ class TorchRandom:
     def words(self, like: Tensor, count: int, iteration: int | Tensor = 0) -> Tensor:
         return torch.randint(2**32, (len(like), count), device=like.device)
 
-    def of(self, rows: Tensor) -> TorchRandom:
+    def of(self, rows: Tensor | slice) -> TorchRandom:
         return self
 
 
@@ -76,7 +76,7 @@ class KeyedRandom:
         self.ids = ids
         self.restart = restart
 
-    def of(self, rows: Tensor) -> KeyedRandom:
+    def of(self, rows: Tensor | slice) -> KeyedRandom:
         part = copy(self)
         part.ids, part.restart = self.ids[rows], self.restart[rows]
         return part

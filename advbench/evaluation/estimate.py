@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from advbench.runs.results import Estimate
+from advbench.runs.accuracy import Estimate
 
 ODDS = 40
 """One over the error on each side of the interval, 2.5 %."""

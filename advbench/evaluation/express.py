@@ -17,9 +17,8 @@ from advbench.evaluation.phases import Findings, FollowUp, keyed_sample
 from advbench.evaluation.plan import Plan, Stage, Subject
 from advbench.evaluation.protocol import Protocol
 from advbench.evaluation.protocols import AutoAttackProtocol
-from advbench.runs.accuracy import clopper_pearson
+from advbench.runs.accuracy import Estimate, clopper_pearson
 from advbench.runs.judgement import Indicator
-from advbench.runs.results import Estimate
 
 STAGE = "express"
 MISLEADING = frozenset({

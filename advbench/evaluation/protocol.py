@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.phases import Findings, FollowUp
 from advbench.evaluation.plan import Plan, Stage, Subject
-from advbench.runs.results import Estimate
+from advbench.runs.accuracy import Estimate
 
 Effort = Literal["free", "cheap", "all"]
 """Which indicators of the verdict are computed, by their cost."""

@@ -15,6 +15,8 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from scipy.special import betaincinv
 
+from advbench.text import percent
+
 Z95 = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
 
@@ -136,3 +138,38 @@ class Accuracy:
             return share
         low, high = self.ci95
         return f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+@dataclass(frozen=True, config=CLOSED)
+class Estimate:
+    """What a suite of attacks would leave of the images, judged by those that it attacked."""
+
+    of: Text
+    """The suite, such as ``AutoAttack``."""
+    acc: Share
+    """Estimated robust accuracy on these images."""
+    ci95: tuple[Share, Share]
+    """Its exact 95 % interval: of these images, not of others like them."""
+    survivors: Count
+    """Samples that the other stages left."""
+    audited: Count
+    """Of these, drawn by key, attacked by the suite."""
+    broken: Count
+    """Of these, broken by it."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Estimate:
+        if not self.broken <= self.audited <= self.survivors:
+            raise ValueError(
+                "an audit breaks some of what it attacks, and attacks some of what is left"
+            )
+        if not self.ci95[0] - SLACK <= self.acc <= self.ci95[1] + SLACK:
+            raise ValueError("the estimate lies outside of its interval")
+        return self
+
+    def __str__(self) -> str:
+        low, high = (f"{100 * end:.1f}" for end in self.ci95)
+        return (
+            f"{self.of}: {percent(self.acc)} [{low}, {high}] estimated from "
+            f"{self.audited:,} of {self.survivors:,} survivors"
+        )

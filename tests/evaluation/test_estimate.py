@@ -9,7 +9,7 @@ import pytest
 
 from advbench.evaluation.estimate import breakable, estimate, sample_size
 from advbench.evaluation.phases import keyed_sample
-from advbench.runs.results import Estimate
+from advbench.runs.accuracy import Estimate
 
 
 def chances(survivors: int, breakable: int, audited: int) -> list[float]:

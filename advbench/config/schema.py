@@ -19,6 +19,7 @@ GROUPS = {
     "protocol": (
         "advbench.evaluation.protocols.",
         "advbench.evaluation.adaptive.",
+        "advbench.evaluation.express.",
         "advbench.evaluation.paper.",
     ),
     "trainer": ("advbench.training.trainer.", "advbench.evaluation.resources."),

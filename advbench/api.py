@@ -33,6 +33,7 @@ from advbench.progress import Progress
 from advbench.runs import directory
 from advbench.runs.directory import TrainingRun
 from advbench.runs.results import Results
+from advbench.verdict.judge import Judgement
 
 
 def load(run: str | Path) -> Classifier:
@@ -114,6 +115,7 @@ def attack(
             traits=traits,
             surrogates=surrogates,
             adversarial=True,
+            verdict="none",
             folder=place,
             progress=progress,
         )
@@ -145,6 +147,7 @@ def evaluate(
     defense: Defense | str | None = None,
     transfer: Sequence[str | Path] = (),
     adversarial: bool | None = None,
+    verdict: Judgement | str = "default",
     folder: str | Path | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -174,6 +177,8 @@ def evaluate(
         transfer: runs whose adversarial images may break the model too, for ``adaptive``.
         adversarial: keep the adversarial images in ``folder``; if None, where they take less than
             100 MB.
+        verdict: which indicators of the verdict are computed; an object, or the name of a shipped
+            one: default, full or none.
         folder: keep the evaluation there; an interrupted one is resumed.
         name: of the model in the results; if None, that of the run, or "model".
         progress: shows how far the evaluation is; None shows nothing.
@@ -227,6 +232,7 @@ def evaluate(
         surrogates=surrogates,
         transfer=[directory.find(other) for other in transfer],
         name=name,
+        verdict=_built(verdict, "verdict", Judgement),
     )
     plan = evaluation.plan()
     most = None if budget is None else seconds(budget)

@@ -41,7 +41,6 @@ class MSAProtocol(Protocol):
     """
 
     name: ClassVar[str] = "msa"
-    effort: ClassVar[Effort] = "cheap"
     surrogates: ClassVar[bool] = True
     draws: int = 20
     square: int = 5000
@@ -65,6 +64,10 @@ class MSAProtocol(Protocol):
         if gradient != "exact" and not subject.surrogates:
             reasons.append("it names no surrogate: the result is no more than a first look")
         return reasons
+
+    @property
+    def effort(self) -> Effort:
+        return "cheap"
 
     def stages(self, subject: Subject) -> list[Stage]:
         own = {name: s for name, s in subject.surrogates.items() if not s.transfer}
@@ -139,7 +142,6 @@ class AdaptiveProtocol(MSAProtocol):
 
     name: ClassVar[str] = "adaptive"
     version: ClassVar[str] = "2"
-    effort: ClassVar[Effort] = "all"
     steps: int = 200
     restarts: int = 3
 
@@ -147,6 +149,10 @@ class AdaptiveProtocol(MSAProtocol):
         super().__post_init__()
         if self.steps < 1 or self.restarts < 1:
             raise UserError("protocol=adaptive needs steps >= 1 and restarts >= 1")
+
+    @property
+    def effort(self) -> Effort:
+        return "all"
 
     def stages(self, subject: Subject) -> list[Stage]:
         transfer = {name: s for name, s in subject.surrogates.items() if s.transfer}

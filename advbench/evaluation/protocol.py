@@ -31,13 +31,16 @@ class Protocol(ABC):
     version: ClassVar[str] = "1"
     surrogates: ClassVar[bool] = False
     """Whether it attacks other networks than the real model."""
-    effort: ClassVar[Effort] = "free"
-    """The indicators of the verdict by default: free after a single attack, cheap after a suite."""
 
     @property
     def title(self) -> str:
         """The name under which its results are kept."""
         return self.name
+
+    @property
+    def effort(self) -> Effort:
+        """The indicators of the verdict by default: free after a single attack."""
+        return "free"
 
     @abstractmethod
     def stages(self, subject: Subject) -> list[Stage]:

@@ -193,7 +193,6 @@ class AutoAttackProtocol(Protocol):
     """
 
     name: ClassVar[str] = "autoattack"
-    effort: ClassVar[Effort] = "cheap"
     suite: str = "standard"
     engine: str = "fast"
     attacks: list[str] | None = None
@@ -206,6 +205,10 @@ class AutoAttackProtocol(Protocol):
                 raise UserError(f"no protocol.{what} '{value}'{did_you_mean(value, known)}")
         if self.attacks == []:
             raise UserError("protocol.attacks=[] attacks nothing: use protocol=clean")
+
+    @property
+    def effort(self) -> Effort:
+        return "free" if self.attacks else "cheap"
 
     def stages(self, subject: Subject) -> list[Stage]:
         members = tuple(self.attacks or _MEMBERS[self.suite])

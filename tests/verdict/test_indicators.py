@@ -245,7 +245,8 @@ def test_a_probability_that_is_declared_is_followed_by_its_logarithm() -> None:
 
 
 def test_fab_is_not_repeated() -> None:
-    assert AutoAttackProtocol.effort == "cheap"
+    assert AutoAttackProtocol().effort == "cheap"
+    assert AutoAttackProtocol(attacks=["apgd-ce"]).effort == "free"
     assert BY_ID["silent_success"].entry(look(net(), [stage("fab-t", FAB())])) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -199,15 +200,15 @@ def _after_all(look: Look, clean: Clean, broken: Tensor, what: str) -> Reading:
     """The reading of samples that break though attacks along the gradient left them."""
     hits, of = int(broken.sum()), len(broken)
     why = f"{what} breaks {hits or 'none'} of {images(of)} that attacks along the gradient left"
-    if of_share(hits, of, SOME, "").triggered:
-        robust = torch.from_numpy(look.survivors()).to(clean.ids)
-        counted = int((broken & torch.isin(clean.ids, robust)).sum())
-        why += (
-            f": {counted} of them are counted as robust, so the number is too high"
-            if (counted)
-            else ": other attacks broke them too, so the number is not concerned"
-        )
-    return of_share(hits, of, SOME, why)
+    if not of_share(hits, of, SOME, why).triggered:
+        return of_share(hits, of, SOME, why)
+    robust = torch.from_numpy(look.survivors()).to(clean.ids)
+    counted = int((broken & torch.isin(clean.ids, robust)).sum())
+    if counted:
+        why += f": {counted} of them are counted as robust, so the number is too high"
+        return of_share(hits, of, SOME, why)
+    why += ": other attacks broke them too, so the number is not concerned"
+    return replace(of_share(hits, of, SOME, why), question="gradient")
 
 
 def logit_scale(look: Look) -> Reading | None:

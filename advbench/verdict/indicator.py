@@ -50,7 +50,7 @@ class Indicator:
             "id": self.id,
             "class": reading.weight or self.weight,
             "kind": self.kind,
-            "question": self.question,
+            "question": reading.question or self.question,
             "value": reading.value,
             "threshold": reading.threshold,
             "interval": None if reading.interval is None else list(reading.interval),

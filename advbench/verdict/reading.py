@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from advbench.runs.accuracy import clopper_pearson
+from advbench.runs.judgement import Question
 from advbench.text import count
 
 Class = Literal["proof", "evidence", "thin"]
@@ -29,6 +30,8 @@ class Reading:
     """95 % interval of the value, exact where the value is a share."""
     weight: Class | None = None
     """Class of this reading, where it is another than the indicator's."""
+    question: Question | None = None
+    """The question that this reading answers, where it is another than the indicator's."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Numbers for a picture, of plain types."""
 
@@ -48,7 +51,7 @@ def of_share(
     low, high = clopper_pearson(hits, of)
     triggered, value = low > threshold, hits / of if of else None
     weight = "evidence" if triggered and proof is not None and low <= proof else None
-    return Reading(value, threshold, triggered, why, (low, high), weight, data)
+    return Reading(value, threshold, triggered, why, (low, high), weight, data=data)
 
 
 def images(number: int) -> str:

@@ -244,6 +244,14 @@ def test_a_probability_that_is_declared_is_followed_by_its_logarithm() -> None:
     assert not dead["triggered"] and not honest["triggered"]
 
 
+def test_what_other_attacks_broke_too_does_not_concern_the_number() -> None:
+    stages = [stage("apgd-ce"), BLIND]
+    alone, both = (look(net(), stages, [0, fallen], n=12, eps=0.5) for fallen in (0, 12))
+    entries = [BY_ID["noise"].entry(found) for found in (alone, both)]
+    assert [entry and entry["triggered"] for entry in entries] == [True, True]
+    assert [entry and entry["question"] for entry in entries] == ["number", "gradient"]
+
+
 def test_fab_is_not_repeated() -> None:
     assert AutoAttackProtocol().effort == "cheap"
     assert AutoAttackProtocol(attacks=["apgd-ce"]).effort == "free"

@@ -73,7 +73,7 @@ INDICATORS = (
             "is saturation, which the other losses do not mind."
         ),
         source=f"{PINTOR} (unavailable gradients)",
-        settles="protocol=adaptive (Square, transfer, surrogates)",
+        settles="protocol=adaptive",
         measure=gradients.zero_gradient,
     ),
     Indicator(
@@ -88,7 +88,7 @@ INDICATORS = (
             "honest gradient has 1."
         ),
         source=f"{PINTOR} (unstable gradients)",
-        settles="protocol=adaptive (Square, transfer, surrogates)",
+        settles="protocol=adaptive",
         measure=gradients.gradient_mismatch,
     ),
     Indicator(
@@ -102,7 +102,7 @@ INDICATORS = (
             "An honest gradient leaves none."
         ),
         source=f"{ATHALYE}, section 3.1",
-        settles="protocol=adaptive (Square, transfer, surrogates)",
+        settles="protocol=adaptive",
         measure=gradients.unbounded,
     ),
     Indicator(
@@ -209,7 +209,7 @@ INDICATORS = (
             " stage still breaks. Evidence if the lower end of its interval is above 5 %."
         ),
         source=f"{PINTOR} (incomplete optimisation)",
-        settles="protocol=adaptive (longer searches)",
+        settles="protocol=adaptive",
         measure=records.unconverged,
     ),
     Indicator(

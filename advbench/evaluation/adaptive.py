@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from advbench.attacks.apgd import APGD
 from advbench.attacks.base import Attack
 from advbench.attacks.square import Square
 from advbench.defenses.base import Surrogate
-from advbench.errors import UserError
+from advbench.errors import UserError, did_you_mean
+from advbench.evaluation.express import STAGE as EXPRESS
+from advbench.evaluation.express import express_stage
 from advbench.evaluation.phases import Findings, FollowUp
 from advbench.evaluation.plan import Plan
 from advbench.evaluation.protocol import Effort, Protocol, Stage, Subject
 from advbench.evaluation.protocols import WHY, autoattack, why
 
 Surrogates = Mapping[str, Surrogate]
+SEARCHES = ("full", "express")
 
 
 SETTLES_GRADIENT, SETTLES_EFFORT = "square-long", "apgd-margin-longest"
@@ -38,16 +41,27 @@ class MSAProtocol(Protocol):
 
     draws: of a stochastic target, of which each gradient is the mean (EOT).
     square: queries of the black-box attack; 0 leaves it out.
+    search: full, or express: the search of ``protocol=express`` in the place of APGD-CE and APGD-T.
     """
 
     name: ClassVar[str] = "msa"
     surrogates: ClassVar[bool] = True
     draws: int = 20
     square: int = 5000
+    search: str = "full"
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.square < 0:
             raise UserError(f"protocol={self.name} needs draws >= 1 and square >= 0")
+        if self.search not in SEARCHES:
+            hint = did_you_mean(self.search, SEARCHES)
+            raise UserError(f"no protocol.search '{self.search}'{hint}")
+
+    def to_json(self) -> dict[str, Any]:
+        kept = super().to_json()
+        if self.search == "full":  # as it was before there was another
+            del kept["search"]
+        return kept
 
     def reasons(self, subject: Subject, stages: Sequence[Stage]) -> list[str]:
         reasons, gradient = super().reasons(subject, stages), subject.traits.gradient
@@ -71,6 +85,8 @@ class MSAProtocol(Protocol):
 
     def stages(self, subject: Subject) -> list[Stage]:
         own = {name: s for name, s in subject.surrogates.items() if not s.transfer}
+        if self.search == "express":
+            return [*self.expressed(own, subject, model=True), *self.last(subject)]
         return [
             *self.on_model("apgd-ce", subject),
             *self.searches(own, subject),
@@ -79,6 +95,19 @@ class MSAProtocol(Protocol):
             *self.targeted(own, subject),
             *self.last(subject),
         ]
+
+    def expressed(
+        self, surrogates: Surrogates, subject: Subject, *, model: bool = False
+    ) -> list[Stage]:
+        """Express on each surrogate whose loss is not its own, and on the model."""
+        plain = express_stage(subject, EXPRESS, draws=self.draws)
+        stages = [plain] if model and subject.traits.gradient != "none" else []
+        for name, surrogate in surrogates.items():
+            if surrogate.auxiliary_loss:
+                stages += self.searches({name: surrogate}, subject)
+            else:
+                stages.append(self.on(name, surrogate, EXPRESS, plain.attack))
+        return stages
 
     def on_model(self, member: str, subject: Subject) -> list[Stage]:
         """A member of AutoAttack on the real model, along its own gradient if it has one."""
@@ -160,8 +189,11 @@ class AdaptiveProtocol(MSAProtocol):
             *super().stages(subject),
             *self.longer(subject),
             *self.more_draws(subject),
-            *self.searches(transfer, subject),
-            *self.targeted(transfer, subject),
+            *(
+                self.expressed(transfer, subject)
+                if self.search == "express"
+                else (*self.searches(transfer, subject), *self.targeted(transfer, subject))
+            ),
         ]
 
     def may_follow(self, subject: Subject) -> list[Stage]:

@@ -15,7 +15,7 @@ from advbench.evaluation.estimate import estimate, sample_size
 from advbench.evaluation.job import CLEAN
 from advbench.evaluation.phases import Findings, FollowUp, keyed_sample
 from advbench.evaluation.plan import Plan, Stage, Subject
-from advbench.evaluation.protocol import Protocol
+from advbench.evaluation.protocol import Effort, Protocol
 from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.runs.accuracy import Estimate, clopper_pearson
 from advbench.runs.judgement import Indicator
@@ -38,6 +38,7 @@ class ExpressProtocol(Protocol):
     """
 
     name: ClassVar[str] = "express"
+    effort: ClassVar[Effort] = "cheap"
     steps: int = 20
     """Of each search, at least 2."""
     targets: int = 3

@@ -18,8 +18,9 @@ from advbench.attacks.express import Express
 from advbench.attacks.square import Square
 from advbench.attacks.threat import Threat
 from advbench.data.base import ArraySplit
-from advbench.defenses.base import Traits
+from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
+from advbench.evaluation.adaptive import AdaptiveProtocol, MSAProtocol
 from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.express import ExpressProtocol
 from advbench.evaluation.job import Job
@@ -269,3 +270,25 @@ def test_its_passes_are_a_thirtieth_of_autoattacks() -> None:
     passes = 3 * attack.queries + 1  # a backward is two forwards
     autoattack = 3 * (APGD().queries + 9 * 100) + 9 * 2 * 100 * 2 + 5000
     assert attack.queries == 80 and passes * 30 < 1.1 * autoattack
+
+
+def test_msa_and_adaptive_may_search_by_express() -> None:
+    net = nn.Linear(1, 1)
+    surrogates = {
+        "own": Surrogate(net, True, "ce", ""),
+        "aux": Surrogate(net, False, "ce", "", auxiliary_loss=True),
+        "twin": Surrogate(net, False, "ce", "", transfer=True),
+    }
+    subject = Subject(Traits(), 10, Threat("linf", 0.1), surrogates=surrogates)
+    msa = ["express", "express@own", "apgd-ce@aux", "fab-t", "square"]
+    names = [stage.name for stage in MSAProtocol(search="express").plan(subject)]
+    assert names == msa
+    adaptive = AdaptiveProtocol(search="express").plan(subject)
+    assert [stage.name for stage in adaptive][: len(msa)] == msa
+    assert adaptive[-1].name == "express@twin" and adaptive[-1].victim == "twin"
+    masked = replace(subject, traits=Traits(gradient="none"))
+    assert MSAProtocol(search="express").plan(masked)[0].name == "express@own"
+    assert "search" not in MSAProtocol().to_json()
+    assert MSAProtocol(search="express").to_json()["search"] == "express"
+    with pytest.raises(UserError, match=r"no protocol\.search"):
+        MSAProtocol(search="fast")

@@ -204,7 +204,7 @@ def test_strict_wants_a_verdict(
     del kept["checksum"], kept["files"]
     assert kept["verdict"]["label"] == "inconclusive"
     for label, status in (("reliable", 0), ("inconclusive", 4), ("unreliable", 3)):
-        told = {**kept, "verdict": {"label": label, "indicators": []}}
+        told = {**kept, "verdict": {**kept["verdict"], "label": label, "indicators": []}}
         Path("strictly/results.json").write_text(json.dumps(told))
         assert (main([*asked, "strict=true"]), main(asked)) == (status, 0)
         assert not capsys.readouterr().err

@@ -38,7 +38,6 @@ class ExpressProtocol(Protocol):
     """
 
     name: ClassVar[str] = "express"
-    effort: ClassVar[Effort] = "cheap"
     steps: int = 20
     """Of each search, at least 2."""
     targets: int = 3
@@ -81,6 +80,10 @@ class ExpressProtocol(Protocol):
     def suite(self, subject: Subject) -> AutoAttackProtocol:
         """AutoAttack as it is meant for such a model."""
         return AutoAttackProtocol(suite="rand" if subject.traits.stochastic else "standard")
+
+    @property
+    def effort(self) -> Effort:
+        return "cheap"
 
     def stages(self, subject: Subject) -> list[Stage]:
         return [express_stage(subject, STAGE, self.steps, self.targets, self.draws)]

@@ -15,6 +15,7 @@ from torch import nn
 
 from advbench.attacks.apgd import APGD
 from advbench.attacks.base import Attack
+from advbench.attacks.express import Express
 from advbench.attacks.fab import FAB
 from advbench.attacks.ifgsm import IFGSM
 from advbench.attacks.pgd import PGD
@@ -97,6 +98,7 @@ class Noisy(nn.Module):
 
 
 CASES: dict[str, tuple[Attack, int, int]] = {  # waits per query, and in l1
+    "express": (Express(steps=4, targets=2), 1, 1),
     "pgd": (PGD(steps=8), 1, 1),
     "ifgsm": (IFGSM(steps=8), 1, 1),
     "apgd-ce": (APGD(steps=12, loss_name="ce"), 1, 1),

@@ -16,9 +16,17 @@ from test_evaluation import Cut, Impatient, evaluation
 from advbench.attacks.pgd import PGD
 from advbench.errors import UserError
 from advbench.evaluation import search
-from advbench.evaluation.phases import Findings, FollowUp, extended, keyed_sample, to_attack
+from advbench.evaluation.engine import Engine
+from advbench.evaluation.phases import (
+    Findings,
+    FollowUp,
+    extended,
+    found,
+    keyed_sample,
+    to_attack,
+)
 from advbench.evaluation.protocol import Plan, Protocol, Stage, Subject
-from advbench.evaluation.store import read_samples
+from advbench.evaluation.store import Store, read_samples
 from advbench.runs.results import Results
 
 SOME = 7
@@ -233,3 +241,14 @@ def test_the_stage_that_comes_again_takes_the_place_of_the_first() -> None:
     assert to_attack(some, correct).tolist() == [1] and to_attack(one, correct) is correct
     nobody = to_attack(dataclasses.replace(one, only=()), correct)
     assert nobody.dtype == correct.dtype and not len(nobody)
+
+
+def test_a_resumed_follow_up_sees_its_own_samples_alone() -> None:
+    """An evaluation that was killed after it went on to others asks again, and finds the same."""
+    case = evaluation(Looked(rest=True))
+    plan, store = case.plan(), Store(None)
+    Engine(case.job).run((*plan.stages, *plan.follow_ups), store)
+    ids = (20, 21, 22, 30)
+    some = dataclasses.replace(plan.follow_ups[0], only=ids)
+    seen = found((*plan.stages, some), store)["strong"]
+    assert 0 < len(seen) <= 4 < len(store.records("strong")) and set(seen.sample) <= set(ids)

@@ -48,6 +48,7 @@ PAGES = {
 }
 """How many commands each page has; those of its ``text`` blocks are no commands."""
 
+BENCHMARK = re.compile(r"benchmarks/\w+\.md")
 FENCE = re.compile(r"^```(\w+)(?: \{([^}]*)\})?\n(.*?)^```$", re.M | re.S)
 
 
@@ -190,6 +191,26 @@ def test_the_command_of_every_config_composes(
         assert composes(shlex.split(command[1])), f"{file.name}: {command[1]}"
         seen += 1
     assert seen > 80
+
+
+def test_every_config_names_its_cost_and_the_number_to_expect() -> None:
+    """A percentage in a header is one of the benchmark that the header names."""
+    seen = quoted = 0
+    for file in sorted((DOCS.parent / "configs").rglob("*.yaml")):
+        if file.parent.name == "hydra":
+            continue
+        head = re.match(r"(?:#.*\n)*", file.read_text("utf-8"))
+        assert head is not None
+        text = head[0].replace("\n#", "")
+        assert " Cost: " in text, file.name
+        _, found, expected = text.partition(" Expect: ")
+        assert found, file.name
+        recorded = [Path(DOCS.parent, name).read_text("utf-8") for name in BENCHMARK.findall(text)]
+        for number in re.findall(r"(\d+\.\d) %", expected):
+            assert any(re.search(rf"(?<![\d.]){number}\b", page) for page in recorded), file.name
+            quoted += 1
+        seen += 1
+    assert seen > 80 and quoted > 50
 
 
 def test_links_lead_somewhere() -> None:

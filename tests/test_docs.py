@@ -44,7 +44,7 @@ PAGES = {
     "reproducing-a-paper": 13,
     "troubleshooting": 12,
     "how-it-attacks": 5,
-    "../README": 33,
+    "../README": 34,
 }
 """How many commands each page has; those of its ``text`` blocks are no commands."""
 

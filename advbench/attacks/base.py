@@ -1,4 +1,4 @@
-"""How an attack searches: it proposes points, an oracle answers, a driver selects rows to continue.
+"""``Attack``: the base class. An attack proposes points, an oracle returns logits and gradients.
 
 A search over a batch of rows, in pseudo-code (the evaluation engine refills finished rows):
 

@@ -1,6 +1,6 @@
-"""Attacks of other libraries, behind our interface and our referee.
+"""Attacks of pyautoattack and torchattacks, with our interface and our referee.
 
-Whatever has to be adapted in those libraries is adapted here and nowhere else. Their random numbers
+All adaptations of those libraries are in this file. Their random numbers
 come from PyTorch's global generator, so what they return depends on the batch: the engine hands
 them whole batches, and repeats those batches after an interruption.
 """

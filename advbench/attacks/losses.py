@@ -1,4 +1,4 @@
-"""Losses that an attack raises. Each returns (N,), larger is closer to an error.
+"""Losses that an attack maximises. Each returns (N,), larger is closer to an error.
 
 A loss takes logits (N, K), the true classes y (N,) and, if it is targeted, the target classes (N,).
 """

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample, not to a batch.
+"""Random numbers keyed by sample: equal in any batch, order and process.
 
 ``KeyedRandom`` is counter-based (Philox4x32-10; Salmon et al. 2011, "Parallel random numbers: as
 easy as 1, 2, 3"): a draw is a function of (seed, stage, sample, restart, iteration) and of nothing

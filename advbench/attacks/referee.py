@@ -1,4 +1,4 @@
-"""The referee: it alone decides which points are adversarial."""
+"""The referee: projects points into the threat, scores them, and decides which are adversarial."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Masks and indices without waiting for a device.
+"""Masks and indices that make the host wait for no device.
 
-A CPU knows at once what a mask holds, and can leave out work on rows that are not in it. Another
-device would have to finish all that was queued first; there the work is done for all rows, and
-thrown away where the mask says so. The results are the same bits.
+A CPU reads a mask at once and leaves out rows that are not in it. A GPU would first have to finish
+all queued work; there the work is done for all rows, and discarded outside of the mask. The results
+are equal bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What there is to choose from: the shipped configs, one line each."""
+"""``advbench list GROUP``: the shipped configs, one line each."""
 
 from __future__ import annotations
 

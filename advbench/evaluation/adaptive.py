@@ -1,4 +1,4 @@
-"""Protocols that attack a defense through what it says of itself: its traits and its surrogates."""
+"""Protocols ``msa`` and ``adaptive``, planned from the traits and surrogates of a defense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The score of the images as they are, on the real model."""
+"""Scores the clean images on the real model."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Frozen layers on a CPU: weights laid out once, what follows inside, and rows left alone.
+"""Faster frozen layers on a CPU: packed weights, fused ReLU and addition, stable rounding.
 
-PyTorch lays out a convolution's weights anew at every call, and goes over its output again for the
+PyTorch packs a convolution's weights again at every call, and passes over its output again for the
 addition and the ReLU that follow. oneDNN has operators that do both inside, the ones that
-``torch.compile`` lowers to; they have no gradient, so it is given to them here, in the input alone.
-The kernel of a linear layer, and with it the rounding of a row, depends on the number of rows: few
-rows are filled up, or the layer goes the way of the convolutions, whose kernels don't mind.
+``torch.compile`` lowers to. They have no gradient; it is added here, for the input only.
+The kernel of a linear layer, and with it the rounding of a row, depends on the number of rows. So a
+small batch is padded, or the layer is computed as a convolution, which rounds rows equally.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long an evaluation may take in one sitting."""
+"""The deadline of an evaluation (``budget=``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: runs the stages of a plan over samples, and keeps what each sample did."""
+"""The engine: runs the stages of a plan over the samples, and stores a record for each."""
 
 from __future__ import annotations
 

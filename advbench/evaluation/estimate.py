@@ -1,4 +1,4 @@
-"""What a keyed sample of the survivors says of all of them: exact, by the hypergeometric law.
+"""An exact estimate for all survivors from a keyed sample of them (hypergeometric law).
 
 Of S survivors, B would break; a sample of m, drawn without replacement, has k of them. The interval
 for B inverts the two one-sided tests (Clopper & Pearson 1934, here for a finite population): it

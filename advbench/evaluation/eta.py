@@ -1,4 +1,4 @@
-"""How long a stage will still take."""
+"""Forecast of the time that a stage still needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One evaluation from start to end: plan, run, summarise. The command line and the API share it."""
+"""One evaluation: plan, run, judge, save the results. Command line and API share it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AutoAttack's number at a thirtieth of its passes, and an audit of how near it is."""
+"""Protocol ``express``: a short search, then AutoAttack on a few survivors, the audit."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The model as a search sees it: the same function, faster. The referee keeps the real one.
+"""The fast model: a copy that computes the same function in less time, for the search only.
 
-A search queries the model millions of times, and the referee checks its results. So its copy of the
-model may round differently: channels last, batch normalisation folded into the convolutions, on a
-CPU operators that do more at a time, and, where asked for, bfloat16.
+A search queries the model millions of times, and the referee checks its results on the real model.
+So the copy may round differently: channels last, batch normalisation folded into the convolutions,
+fused operators on a CPU, and bfloat16 with ``trainer.precision=bf16``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What makes an evaluation this one: what it attacks, and how what it attacks behaves.
+"""The identity of an evaluation: all that decides its records, and a few of its logits.
 
 The identity is what is named and hashed. Hashes do not see what a model's forward uses outside of
 its module: a net of the Python file's own, an environment variable, a helper elsewhere. Its logits

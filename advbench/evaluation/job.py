@@ -1,4 +1,4 @@
-"""What all parts of an evaluation share: what is attacked, and how."""
+"""The job: what all parts of an evaluation share (model, samples, threat, batch size, ...)."""
 
 from __future__ import annotations
 

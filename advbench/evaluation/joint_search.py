@@ -1,8 +1,7 @@
-"""One stage on a fixed batch of a batch-dependent model, whose rows are attacked together.
+"""Runs one stage on a fixed batch of a batch-dependent model, whose rows are attacked together.
 
-An attack that drops fooled samples and puts others in their place changes the classifier under its
-own feet. So here the batch never changes: all its rows are attacked until the end, and a sample is
-broken if it is wrong
+If an attack replaces fooled samples by others, the predictions of the rest change too. So here the
+batch never changes: all its rows are attacked until the end, and a sample is broken if it is wrong
 
     in the batch: among the adversarial images of all rows, at any step of any search; or
     alone: as the only adversarial image among clean ones.

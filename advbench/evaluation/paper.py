@@ -1,5 +1,6 @@
-"""The protocols by which the papers judged their own defenses, so that claim and truth can stand
-side by side. They are weaker than ``msa`` and ``adaptive``, on purpose.
+"""Protocols ``paper/NAME``: the attacks with which the papers evaluated their own defenses.
+
+They are weaker than ``msa`` and ``adaptive``; the difference shows how much they overestimate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Phases: an evaluation runs its plan, and then what its findings call for.
+"""Phases: an evaluation runs its plan, then follow-up stages that depend on its findings.
 
 In pseudo-code:
 

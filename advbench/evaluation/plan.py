@@ -1,4 +1,4 @@
-"""What an evaluation will do: stages, the plan that they make, and what a plan is made from."""
+"""``Stage``, ``Plan``, and ``Subject``, from which a protocol makes the plan."""
 
 from __future__ import annotations
 

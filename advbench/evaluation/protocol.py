@@ -1,6 +1,6 @@
-"""Protocols: named, versioned lists of stages, planned before anything runs.
+"""The base class of protocols: named, versioned lists of stages, planned before anything runs.
 
-``protocol.plan(...)`` is a pure function of what is known of the model. The stages run in order;
+``protocol.plan(...)`` is a pure function of the ``Subject``. The stages run in order;
 each sees only samples that are still correct.
 """
 

@@ -1,4 +1,4 @@
-"""The shipped protocols; those that attack a defense through its surrogates are in ``adaptive``."""
+"""The shipped protocols, except those in ``adaptive``, ``express`` and ``paper``."""
 
 from __future__ import annotations
 

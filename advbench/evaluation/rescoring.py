@@ -1,4 +1,4 @@
-"""Images scored anew, once each, and what they prove: an upper bound of the robust accuracy."""
+"""Scores given adversarial images once each; they prove an upper bound of the robust accuracy."""
 
 from __future__ import annotations
 

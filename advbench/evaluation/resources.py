@@ -1,4 +1,4 @@
-"""What an evaluation runs on."""
+"""The resources of an evaluation: devices, batch size, precision, processes."""
 
 from __future__ import annotations
 

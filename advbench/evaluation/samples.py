@@ -1,4 +1,4 @@
-"""Which samples are evaluated, and where they live."""
+"""The samples of an evaluation: the subset ``n``, its ids, images and labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One stage over its samples: a fixed number of slots that waiting samples enter as others leave.
+"""Runs one stage over its samples: each finished sample leaves its row to a waiting one.
 
 In pseudo-code:
 

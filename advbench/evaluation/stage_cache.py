@@ -1,4 +1,4 @@
-"""What earlier evaluations have found already."""
+"""Reuses the records of stages that earlier evaluations ran with the same settings."""
 
 from __future__ import annotations
 

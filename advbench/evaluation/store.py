@@ -1,4 +1,4 @@
-"""Per-sample records of an evaluation, written as they come.
+"""The store: per-sample records of an evaluation, written as they come.
 
 While an evaluation runs, each batch of finished samples is one small file in ``journal/``, written
 atomically; what is under way is there too, now and then. A killed evaluation reads them back and

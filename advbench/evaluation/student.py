@@ -1,4 +1,4 @@
-"""A small net that learns another model's answers, to be attacked in its place.
+"""The student: a small net that learns a model's outputs and is attacked as its surrogate.
 
 Papernot et al. 2017 (arXiv 1602.02697), "Practical black-box attacks against machine learning".
 """

@@ -1,4 +1,4 @@
-"""Surrogates that advbench makes itself, for a model of which it knows nothing but its answers.
+"""Twins: surrogates that advbench makes for a model that names none.
 
 A **straight-through twin** is the same model with another backward pass (BPDA; Athalye et al. 2018,
 arXiv 1802.00420): rounding, signs and hard labels pass the gradient on, and if need be so do cut

@@ -1,4 +1,4 @@
-"""Adversarial images from a file, by the ids of their samples."""
+"""Reads adversarial images (witnesses) from a file, with the ids of their samples."""
 
 from __future__ import annotations
 

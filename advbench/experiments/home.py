@@ -1,4 +1,4 @@
-"""Where a run lives, and the config that it keeps."""
+"""The directory of a run, and the config that is saved there."""
 
 from __future__ import annotations
 

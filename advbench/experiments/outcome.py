@@ -1,4 +1,4 @@
-"""How a run ends on the screen: its numbers, their intervals, and what decided them."""
+"""Prints the outcome of a run: its numbers, their intervals, and the verdict."""
 
 from __future__ import annotations
 

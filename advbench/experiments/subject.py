@@ -1,4 +1,4 @@
-"""Who is evaluated: a run or a model of the user's own, its defense, and what an attacker knows."""
+"""The evaluated model: a run or a model of the user's own, its defense and its traits."""
 
 from __future__ import annotations
 

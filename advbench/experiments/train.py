@@ -1,4 +1,4 @@
-"""One experiment from its config: what ``advbench train`` and ``advbench eval`` do."""
+"""One training from its config: what ``advbench train`` does."""
 
 from __future__ import annotations
 

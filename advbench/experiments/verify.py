@@ -1,4 +1,4 @@
-"""A claim that is checked: adversarial images, re-scored on the model, and what they prove."""
+"""Verifies a claim: scores its adversarial images again on the model."""
 
 from __future__ import annotations
 

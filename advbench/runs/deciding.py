@@ -1,4 +1,4 @@
-"""What decides the outcome of a training."""
+"""The settings that decide the outcome of a training."""
 
 from __future__ import annotations
 

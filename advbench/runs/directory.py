@@ -1,4 +1,4 @@
-"""Run directories: where a run lives, whether it is finished, and who works in it.
+"""Run directories: their names, locks, ``config.yaml``, and whether a run is finished.
 
     outputs/train/NAME-KEY    config.yaml, model.safetensors, metrics.csv, summary.json, log.txt
     outputs/eval/NAME-KEY     config.yaml, plan.json, samples.parquet, results.json, log.txt

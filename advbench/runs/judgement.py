@@ -1,4 +1,4 @@
-"""The verdict as it stands in ``results.json``."""
+"""The types of the verdict in ``results.json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checksums: what is read of a run is what the run wrote.
+"""Checksums of the files of a run: written with them, checked when they are read.
 
 A finished run: its summary.json or results.json, which is written last, names the files that its
 numbers rest on, with their checksums, and has one of its own. Files of a run at work have theirs at

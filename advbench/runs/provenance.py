@@ -1,4 +1,4 @@
-"""Which code made a number."""
+"""Provenance: the versions, commit and device that made a number."""
 
 from __future__ import annotations
 

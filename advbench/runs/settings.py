@@ -1,4 +1,4 @@
-"""What sets one run apart from another: names, the seed, and values, by key."""
+"""The settings that distinguish runs: names, the seed, and values, by key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batches of an epoch, as one process gets them."""
+"""The batches of an epoch for one process."""
 
 from __future__ import annotations
 

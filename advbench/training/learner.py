@@ -1,4 +1,4 @@
-"""What learns: the model, its optimizer, the average of its weights, and one step of all three."""
+"""The learner: the model, its optimizer, its averaged weights, and one step of all three."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When to look at the device and when to save, by the clock, in all processes alike."""
+"""Decides by the clock when to synchronise and when to save, equally in all processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a training is."""
+"""The position of a training: epoch and step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How to train: the configuration, and the way in."""
+"""``Trainer``: the configuration of a training, and the call that starts it."""
 
 from __future__ import annotations
 

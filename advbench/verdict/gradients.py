@@ -1,4 +1,4 @@
-"""Indicators of whether the gradient leads anywhere. Each takes a keyed look at a few images."""
+"""Indicators of misleading gradients. Each looks at a few images, chosen by the seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an indicator is, and what it may look at."""
+"""``Indicator``: one entry of the registry, with its function, cost, question and source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which indicators are computed, and what follows from them."""
+"""The judge: chooses the indicators, computes them, and returns the verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The label, which follows from the indicators alone."""
+"""The label (reliable, inconclusive, unreliable), a function of the indicators alone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What an indicator may look at: the records of an evaluation, and its model. Passes are counted.
+"""``Look``: the records and the model of an evaluation, as indicators read them; counts passes.
 
-Which images are looked at, and all random numbers, follow from the seed and the ids of the samples.
+The images that are chosen, and all random numbers, follow from the seed and the ids of the samples.
 """
 
 from __future__ import annotations

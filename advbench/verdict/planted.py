@@ -1,4 +1,4 @@
-"""Planted adversarial images: does the attack find one that is known to be there?
+"""Indicator ``planted``: the attack has to find an adversarial image that exists for certain.
 
 Zimmermann et al. 2022 (arXiv 2206.13991), "Increasing confidence in adversarial robustness
 evaluations". Around each image a linear readout of the model's features is made that calls one

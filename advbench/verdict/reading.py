@@ -1,4 +1,4 @@
-"""What an indicator measured."""
+"""``Reading``: the measurement of one indicator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict in words: two questions, and what to do next."""
+"""The verdict as text: the answers to its two questions, and the next command."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from advbench.data.arrays import array_split
 from advbench.data.base import Splits, to_unit
 from advbench.defenses.base import Defense, Surrogate, Traits
 from advbench.errors import UserError
-from advbench.evaluation.deadline import seconds
+from advbench.evaluation.deadline import parse
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.resources import Resources
 from advbench.evaluation.store import read_images
@@ -168,7 +168,8 @@ def evaluate(
         batch_size: samples attacked side by side; "auto" fits it to the images.
         precision: 32, or bf16 for a search in bfloat16 that is confirmed in float32.
         compile: None, or a mode of ``torch.compile`` for the search's copy of the model.
-        budget: stop after that time, such as "10min"; the results name the stages that are missing.
+        budget: stop after that time, such as "10min", or after that many passes of the whole
+            evaluation, such as "2e6passes"; the results name the stages that are missing.
         traits: what an attacker must know of a module; if None, those that ``load`` found, else
             those of a plain deterministic model. The defense of a run knows its own.
         surrogates: other networks for ``msa`` and ``adaptive`` to attack; if None, those that the
@@ -235,7 +236,7 @@ def evaluate(
         verdict=_built(verdict, "verdict", Judgement),
     )
     plan = evaluation.plan()
-    most = None if budget is None else seconds(budget)
+    most = None if budget is None else parse(budget)
     home = None if folder is None else Path(folder)
     if home is not None and directory.kind_in(home) == "train":
         raise UserError(f"'{folder}' holds a training run: give another folder")

@@ -82,7 +82,7 @@ class EvalConfig:
     strict: bool = field(default=False, metadata={"role": Role.SITTING})
     """Exit with code 3 if the verdict is unreliable, 4 if it is inconclusive or there is none."""
     budget: str | None = field(default=None, metadata={"role": Role.SITTING})
-    """Stop after that time, such as 10min; repeat the command to resume."""
+    """Stop after a time, such as 10min, or after 2e6passes in all; repeat the command to resume."""
     resume: str | None = field(default=None, metadata={"role": Role.SITTING})
     """An interrupted evaluation to resume."""
     transfer: list[str] = field(

@@ -1,28 +1,53 @@
-"""The deadline of an evaluation (``budget=``)."""
+"""The budget of an evaluation (``budget=``): time of one sitting, or passes of all sittings."""
 
 from __future__ import annotations
 
+import math
 import re
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from advbench.errors import UserError
 
 _UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
 
 
-def seconds(text: str) -> float:
-    """Seconds of a duration such as 90s, 10min, 1.5h or 1h30min.
+class Budget(NamedTuple):
+    """What ``budget=`` says; one of the two is given."""
+
+    seconds: float | None = None
+    """Of a sitting."""
+    passes: float | None = None
+    """Of the whole evaluation: forwards + 2 x backwards, of single images."""
+
+    def spent(self) -> str:
+        """What to say of an evaluation that stopped because of it, up to ``before``."""
+        return "time was up" if self.passes is None else f"{self.passes:,.0f} passes were spent"
+
+    def resume(self) -> str:
+        """What makes that evaluation go on."""
+        more = "" if self.passes is None else " with a larger budget"
+        return f"repeat the command{more} to resume"
+
+
+def parse(text: str) -> Budget:
+    """The budget that a text such as 90s, 10min, 1h30min or 2e6passes means.
 
     Raises UserError for anything else, and for zero.
     """
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    total = sum(float(number) * _UNITS.get(unit, 0) for number, unit in parts)
-    said = re.sub(r"\s", "", text.lower())
-    if total <= 0 or "".join(f"{n}{u}" for n, u in parts) != said or any(
-        unit not in _UNITS for _, unit in parts
-    ):  # fmt: skip
-        raise UserError(f"budget={text} is not a duration: write 90s, 10min or 2h")
-    return total
+    words = re.sub(r"\s", "", text.lower())
+    if match := re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)passes", words):
+        if float(match[1]) >= 1:
+            return Budget(passes=float(match[1]))
+    elif re.fullmatch(r"(\d+(\.\d+)?(s|sec|min|m|h))+", words):
+        parts = re.findall(r"(\d+(?:\.\d+)?)([a-z]+)", words)
+        total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+        if total > 0:
+            return Budget(seconds=total)
+    raise UserError(
+        f"budget={text} is no time and no number of passes: write 90s, 10min, 2h or 2e6passes"
+    )
 
 
 class Deadline:
@@ -33,3 +58,44 @@ class Deadline:
 
     def __call__(self) -> bool:
         return self.end is not None and time.monotonic() >= self.end
+
+
+class PassCounter:
+    """The passes of one process, and its share of a budget of them.
+
+    A count waits for a GPU, so it is made only where the share may be spent by then.
+
+    Args:
+        most: forwards + 2 x backwards, over all sittings.
+    """
+
+    def __init__(self, most: float = math.inf) -> None:
+        self.most = most
+        self.begin(0)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is anything to count for."""
+        return self.most < math.inf
+
+    def begin(self, before: int) -> None:
+        """Passes that were made before the search that begins."""
+        self.before = before
+        self._seen: int | None = None
+        self._queries, self._wait = 0, 1
+
+    def spent(self, passes: Callable[[], int] = lambda: 0) -> bool:
+        """Whether the share is spent; called after each query.
+
+        Args:
+            passes: counts those of the search that is under way.
+        """
+        self._queries += 1
+        if not self.limited or self._queries < self._wait:
+            return False
+        now = self.before + passes()
+        made = 0 if self._seen is None else now - self._seen
+        # A later query takes less than twice as many, so half of the way can be gone unseen.
+        left = (self.most - now) * self._queries / made if made > 0 else 0
+        self._seen, self._queries, self._wait = now, 0, max(int(left / 2), 1)
+        return now >= self.most

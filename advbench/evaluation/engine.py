@@ -18,6 +18,7 @@ from advbench.devices import full_float32, keep_freed_memory, kernels, out_of_me
 from advbench.errors import UserError
 from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.clean_images import no_better_than_chance, score_clean, votes
+from advbench.evaluation.deadline import PassCounter
 from advbench.evaluation.fast_model import FastModel, Logits, copy_of_surrogate
 from advbench.evaluation.groups import NOISE_GROUP, Group, groups, no_room, seed_noise
 from advbench.evaluation.job import CLEAN, Job
@@ -53,17 +54,18 @@ class Engine:
         self.batch_sizes = BatchSizes(largest, coarse=job.fast_model.compile is not None)
         everyone = groups(job)
         self.groups = None if everyone is None else everyone[job.rank :: job.world_size]
+        self.mine = job.samples.ids[job.rank :: job.world_size]
+        if self.groups is not None:
+            own = [group.own for group in self.groups]
+            self.mine = torch.cat([self.mine[:0], *own]).sort().values
 
     def run(self, stages: Sequence[Stage], store: Store) -> bool:
         """Bring ``store`` to hold every stage of the plan, from what it holds already on.
 
-        Returns False if time was up before.
+        Returns False if the budget was spent before.
         """
         keep_freed_memory()
-        job = self.job
-        mine = job.samples.ids[job.rank :: job.world_size]
-        if self.groups is not None:
-            mine = torch.cat([mine[:0], *(group.own for group in self.groups)]).sort().values
+        job, mine = self.job, self.mine
         if job.world_size > 1 and not all(stage.attack.queries for stage in stages):
             raise UserError(
                 "the attacks of other libraries draw by the batch: run them with trainer.devices=1"
@@ -80,7 +82,7 @@ class Engine:
                 wanted = torch.from_numpy(to_attack(stage, correct.numpy()))
                 pending = self._pending(store, stage.name, wanted)
                 if len(pending):
-                    if self._late():
+                    if self._late() or self._spent(store):
                         return False
                     if stage.victim not in prepared:
                         prepared = {stage.victim: self._fast_model(stage.victim)}
@@ -98,7 +100,7 @@ class Engine:
     ) -> bool:
         """Attack the samples ``pending``, group by group where that is how the model is judged.
 
-        Returns False if time was up before.
+        Returns False if the budget was spent before: of passes, at the end of a group.
         """
         for group in self.groups or [Group(pending, pending)]:
             wanted = group.own[torch.isin(group.own, pending)]
@@ -107,6 +109,8 @@ class Engine:
             if stage.only_if and not torch.isin(broken_by(store, stage.only_if), group.own).any():
                 store.append(stage.name, untouched(wanted, self.job.samples), 0.0)
                 continue
+            if self._spent(store):
+                return False
             seed_noise(self.job, stage.name, group)
             with tf32() if self.job.fast_model.precision == "tf32" else nullcontext():
                 if not search(group, wanted):
@@ -117,14 +121,15 @@ class Engine:
     def _search(
         self, stage: Stage, victim: nn.Module, store: Store, correct: int, total: int
     ) -> Callable[[Group, Tensor], bool]:
-        """What attacks samples of a group, and returns False if time was up before.
+        """What attacks samples of a group, and returns False if the budget was spent before.
 
         correct: samples that are still correct as the stage begins, of ``total``.
         """
         job = self.job
         threat = job.threat if stage.eps is None else Threat(job.threat.norm, stage.eps)
-        deadline = job.deadline if self.groups is None else self._late
-        job = replace(job, threat=threat, deadline=deadline)
+        job = replace(job, threat=threat)
+        if self.groups is not None:  # a budget of passes ends between two of them: none is lost
+            job = replace(job, deadline=self._late, passes=PassCounter())
         oracle = self._oracle(stage, victim)
         if job.traits.batch_dependent:
             joint = JointSearch(job, stage, oracle, store, correct=correct, total=total)
@@ -141,6 +146,13 @@ class Engine:
         too: a group that is attacked as a whole would be lost if it were cut.
         """
         return self.moved and self.job.deadline()
+
+    def _spent(self, store: Store) -> bool:
+        """Whether this process's share of the passes is spent, in this sitting and earlier ones."""
+        passes = self.job.passes
+        if passes.limited:
+            passes.begin(store.passes(self.mine.numpy()))
+        return passes.spent()
 
     def _oracle(self, stage: Stage, victim: nn.Module) -> Oracle:
         itself = stage.victim == "model"
@@ -209,12 +221,12 @@ class Engine:
         return pending
 
     def _score_clean(self, mine: Tensor, store: Store) -> bool:
-        """Score the clean images. Returns False if time was up before."""
+        """Score the clean images. Returns False if the budget was spent before."""
         pending = self._pending(store, CLEAN, mine)
         if len(pending):
             self.job.progress.stage(CLEAN, len(pending))
         while len(pending):
-            if self._late():
+            if self._late() or self._spent(store):
                 return False
             some = pending[: self.batch_sizes.largest]
             group = Group(some, some)

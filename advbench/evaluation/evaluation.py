@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -13,7 +14,7 @@ from typing import Any
 from advbench.devices import full_float32, name_of
 from advbench.errors import UserError
 from advbench.evaluation.checks import check_gradient, probe, probe_surrogate
-from advbench.evaluation.deadline import Deadline
+from advbench.evaluation.deadline import Budget, Deadline, PassCounter
 from advbench.evaluation.engine import Engine
 from advbench.evaluation.identity import (
     behaviour,
@@ -127,7 +128,7 @@ class Evaluation:
         *,
         group: ProcessGroup | None = None,
         archive: Path | None = None,
-        budget: float | None = None,
+        budget: float | Budget | None = None,
     ) -> Results:
         """Run what is missing and return the results; with a folder, leave them there.
 
@@ -138,12 +139,14 @@ class Evaluation:
             group: the processes that share the work; each calls this, with the same folder.
             archive: holds other evaluations, whose records are used where this one would find the
                 same.
-            budget: seconds after which to stop; the results then name the stages that are missing.
+            budget: after which to stop; a number is seconds. The results then name the stages that
+                are missing.
 
         Raises:
             UserError: for a folder that holds another evaluation.
         """
-        deadline, plan = Deadline(budget), plan or self.plan()
+        most = budget if isinstance(budget, Budget) else Budget(seconds=budget)
+        deadline, plan = Deadline(most.seconds), plan or self.plan()
         group = group or ProcessGroup(self.job.samples.device)
         started = datetime.now(timezone.utc)
         progress = progress or NullProgress()
@@ -164,6 +167,7 @@ class Evaluation:
             world_size=group.world_size,
             progress=progress,
             deadline=deadline,
+            passes=PassCounter((most.passes or math.inf) / group.world_size),
         )
         for note in plan.notes if group.rank == 0 else ():
             job.progress.note(f"note: {note}")

@@ -11,6 +11,7 @@ from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.checks import learns
+from advbench.evaluation.deadline import PassCounter
 from advbench.evaluation.fast_model import FastModelOptions
 from advbench.evaluation.samples import Samples
 from advbench.progress import NullProgress, Progress
@@ -58,6 +59,8 @@ class Job:
     """Shows how far the work is."""
     deadline: Callable[[], bool] = never
     """Whether time is up; read between two queries."""
+    passes: PassCounter = field(default_factory=PassCounter)
+    """Counts the passes where there is a budget of them; read between two queries too."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

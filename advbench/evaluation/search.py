@@ -33,8 +33,8 @@ from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.eta import Forecast
 from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Stage
-from advbench.evaluation.stage_state import StageState
-from advbench.evaluation.store import Records, Store
+from advbench.evaluation.stage_state import StageState, within
+from advbench.evaluation.store import Records, Store, passes
 
 NO_GRADIENT = (
     "the model's gradient is NaN or infinite for whole images, so an attack along it would find "
@@ -91,7 +91,7 @@ class Search:
         self.smallest = torch.empty(0)
 
     def run(self, pending: Tensor) -> bool:
-        """Attack the samples ``pending`` (sorted ids). Returns False if time was up before."""
+        """Attack the samples ``pending`` (sorted ids). Returns False if it had to stop before."""
         self.job.progress.stage(self.stage.name, len(pending))
         self.state = StageState(pending, self.samples.split.labels[pending])
         self.forecast = Forecast(self.attack.starts * self.attack.queries)
@@ -100,6 +100,8 @@ class Search:
         self.committed = self.saved = self.shown = time.perf_counter()
         self.save_cost = 0.0
         waiting = self._resume()
+        if self.job.passes.spent(self._passes):  # of which some are in what was resumed
+            return False
         self.waiting = deque(position for position in range(len(pending)) if position in waiting)
         while True:
             try:
@@ -290,9 +292,9 @@ class Search:
     # --- what is written down -------------------------------------------------------------------
 
     def _write_down(self) -> bool:
-        """Store what is finished and, now and then, what is under way. Returns if time is up."""
+        """Store what is finished and, now and then, what is under way. Returns whether to stop."""
         now = time.perf_counter()
-        late = self.job.deadline()
+        late = self.job.deadline() or self.job.passes.spent(self._passes)
         if self.whole:
             if late:  # the work is lost, and the time was spent
                 self.store.append(self.stage.name, Records.joined([]), now - self.committed)
@@ -308,6 +310,11 @@ class Search:
             self.save_cost = self.saved - now
         self._show_now_and_then(now, late)
         return late
+
+    def _passes(self) -> int:
+        """Those of this search, of finished samples and of others, in earlier sittings too."""
+        taken = sent((self.place >= 0).nonzero().flatten(), self.samples.device)
+        return passes(self.state) + (0 if self.rows is None else passes(self.rows, taken))
 
     def _show_now_and_then(self, now: float, late: bool) -> None:
         if now - self.shown > SHOW_SECONDS or late:
@@ -366,8 +373,8 @@ class Search:
         everyone = set(range(len(self.state)))
         saves = list(self.store.in_progress_states(self.stage.name))
         for content in saves:  # of this process and others, of this sitting and earlier ones
-            self.state.resume(_within(content, "ledger."))
-        parts = [_within(content, "rows.") for content in saves if "rows.ids" in content]
+            self.state.resume(within(content, "ledger."))
+        parts = [within(content, "rows.") for content in saves if "rows.ids" in content]
         if not parts:
             return everyone
         saved = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -391,7 +398,3 @@ class Search:
             self.age = saved["iteration"][index].clone()
             self.smallest = saved["smallest"][index].to(self.samples.device)
         return everyone - set(boarding)
-
-
-def _within(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): part for n, part in state.items() if n.startswith(prefix)}

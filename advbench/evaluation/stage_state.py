@@ -87,3 +87,8 @@ class StageState:
         newer = (attempt > self.attempt[at]) | (same & (forwards > self.forwards[at]))
         for name in PROGRESS:
             getattr(self, name)[at[newer]] = progress[name][known][newer]
+
+
+def within(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The columns whose names begin with the prefix, without it."""
+    return {n.removeprefix(prefix): part for n, part in state.items() if n.startswith(prefix)}

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -250,6 +251,13 @@ class Store:
         """What is known of a stage so far, sorted by sample."""
         return Records.joined(self._parts.get(stage, []))
 
+    def passes(self, ids: np.ndarray) -> int:
+        """Forwards + 2 x backwards in the records of these samples, of all stages."""
+        made = 0
+        for part in (part for parts in self._parts.values() for part in parts):
+            made += passes(part, np.isin(part.sample, ids))
+        return made
+
     def seconds(self, stage: str) -> float:
         """Time spent on a stage so far, over all sittings."""
         return self._seconds.get(stage, 0.0)
@@ -287,6 +295,11 @@ class Store:
         if (images := self.images()) is not None:
             content = {"sample": images.ids, "x": images.x.astype(np.float32)}
             write_atomic(self.folder / IMAGES, lambda path: save_arrays(content, path))
+
+
+def passes(of: Any, at: Any = slice(None)) -> int:
+    """Forwards + 2 x backwards of some rows of what has such columns: records, a stage's state."""
+    return int((of.forwards[at] + 2 * of.backwards[at]).sum())
 
 
 def clear_journal(folder: Path) -> None:

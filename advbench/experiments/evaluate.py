@@ -14,7 +14,7 @@ from advbench.attacks.threat import Threat
 from advbench.console import Bar, Screen
 from advbench.data.base import Splits
 from advbench.errors import UserError
-from advbench.evaluation.deadline import seconds
+from advbench.evaluation.deadline import parse
 from advbench.evaluation.evaluation import Evaluation, finished_results, is_home
 from advbench.evaluation.protocol import Plan, Protocol
 from advbench.evaluation.resources import ProcessGroup, Resources
@@ -35,7 +35,7 @@ def evaluate(
     screen: Screen,
 ) -> Results:
     """Evaluate what the config says, or resume it. Returns the results."""
-    budget = None if cfg.budget is None else seconds(cfg.budget)
+    budget = None if cfg.budget is None else parse(str(cfg.budget))
     home, cfg = _resumed(cfg, home)
     run = training_run(cfg)
     if run is not None:
@@ -79,7 +79,7 @@ def evaluate(
                 budget=budget,
             )
     if group.rank == 0:
-        outcome.show_evaluation(results, folder, screen)
+        outcome.show_evaluation(results, folder, screen, budget)
     return results
 
 

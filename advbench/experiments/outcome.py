@@ -12,6 +12,7 @@ from rich.text import Text
 
 from advbench.attacks.threat import Threat
 from advbench.console import Screen
+from advbench.evaluation.deadline import Budget
 from advbench.runs.accuracy import Accuracy, wilson
 from advbench.runs.results import MEASURES, Results, StageResult
 from advbench.text import duration, percent
@@ -41,8 +42,14 @@ def show_training(summary: Summary, folder: Path, screen: Screen, command: str) 
     )
 
 
-def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
-    """The end of an evaluation. Without a verdict nothing is said of one."""
+def show_evaluation(
+    results: Results, folder: Path, screen: Screen, budget: Budget | None = None
+) -> None:
+    """The end of an evaluation, which stopped at ``budget`` if it is unfinished.
+
+    Without a verdict nothing is said of one.
+    """
+    unfinished = _unfinished(results, budget or Budget()) if results.missing else ""
     label = results.verdict.get("label")
     signs, asked = words.triggered(results.verdict), words.answers(results.verdict)
     steps = words.next_steps(results.verdict)
@@ -60,8 +67,8 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
         lines += [f"  {question} {answer}" for question, answer in asked.items()]
         lines += [f"  {sign['id']} ({sign['class']}): {sign['why']}" for sign in signs]
         lines += [f"  to settle it: {'; '.join(steps)}"] if steps else []
-    if results.missing:
-        lines.append(_unfinished(results))
+    if unfinished:
+        lines.append(unfinished)
     lines.append(f"results: {folder}")
 
     facts = _facts()
@@ -82,8 +89,8 @@ def show_evaluation(results: Results, folder: Path, screen: Screen) -> None:
     parts = [facts]
     if results.stages:
         parts += [Text(), _stages(results)]
-    if results.missing:
-        parts += [Text(), Text(_unfinished(results), "yellow")]
+    if unfinished:
+        parts += [Text(), Text(unfinished, "yellow")]
     parts += [Text(), Text(f"{folder}/results.json", "dim")]
     threat = Threat(results.threat["norm"], results.threat["eps"])
     title = f"{results.run}, {threat}, {results.protocol['name']} {results.protocol['version']}"
@@ -107,10 +114,10 @@ def _left(results: Results, stage: StageResult) -> str:
     return f"at most {share}" if stage.name in results.missing else share
 
 
-def _unfinished(results: Results) -> str:
+def _unfinished(results: Results, budget: Budget) -> str:
     first, *others = results.missing
     more = f" and {len(others)} more stage{'s' * (len(others) > 1)}" if others else ""
-    return f"time was up before the end of {first}{more}: repeat the command to resume"
+    return f"{budget.spent()} before the end of {first}{more}: {budget.resume()}"
 
 
 def _stages(results: Results) -> Table:

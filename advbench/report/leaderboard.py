@@ -32,7 +32,9 @@ READING_SEEDS = (
 )
 READING_CLEAN = f"robust {UNKNOWN}: nothing was attacked"
 READING_VERDICT = f"verdict {UNKNOWN}: not computed"
-READING_UNFINISHED = "UNFINISHED: time was up before all samples were decided; no result yet"
+READING_UNFINISHED = (
+    "UNFINISHED: the budget was spent before all samples were decided; no result yet"
+)
 READING_WEAK = "weak: the protocol overestimates robustness; do not compare it with others"
 
 

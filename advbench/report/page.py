@@ -203,7 +203,9 @@ def _run(
     if results.attacked:
         facts += [(MEASURES.get(k, k), f"{100 * v:.1f} %") for k, v in results.measures.items()]
     if results.missing:
-        facts.append(("Missing", f"time was up before the end of {', '.join(results.missing)}"))
+        facts.append(
+            ("Missing", f"the budget was spent before the end of {', '.join(results.missing)}")
+        )
     share = "-" if results.robust.acc is None else f"{percent_text(results.robust.acc)} %"
     return {
         "entry": entry,

@@ -110,7 +110,9 @@ class Dossier:
         """What the figures do not show, because it was not done."""
         missing = self.entry.results.missing
         return (
-            f" Unfinished: time was up before the end of {', '.join(missing)}." if missing else ""
+            f" Unfinished: the budget was spent before the end of {', '.join(missing)}."
+            if missing
+            else ""
         )
 
     @staticmethod

@@ -80,7 +80,7 @@ class StageResult:
 
 @dataclass(frozen=True, config=CLOSED)
 class Unfinished:
-    """How far an evaluation came whose time was up."""
+    """How far an evaluation came whose budget was spent."""
 
     decided: Count
     """Samples that no stage has left to attack: broken, or robust to every stage."""
@@ -164,8 +164,8 @@ class Results:
     verdict: Verdict = field(default_factory=lambda: Verdict(label=None, indicators=[]))
     """Whether it can be trusted."""
     missing: tuple[Text, ...] = ()
-    """Stages that did not come to their end because time was up; ``clean`` among them while not all
-    clean images were classified."""
+    """Stages that did not come to their end because the budget was spent; ``clean`` among
+    them while not all clean images were classified."""
     unfinished: Unfinished | None = None
     """Given exactly if a stage is missing: ``robust`` is a bound so far, without an interval."""
     estimate: Estimate | None = None

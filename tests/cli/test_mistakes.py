@@ -29,7 +29,10 @@ class Evil:
 
 NPZ = ["train", "data=npz", *FAST]
 MISTAKES: dict[str, tuple[Any, str]] = {
-    "budget": ([*OWN, "budget=soon"], "budget=soon is not a duration: write 90s, 10min or 2h"),
+    "budget": (
+        [*OWN, "budget=soon"],
+        "budget=soon is no time and no number of passes: write 90s, 10min, 2h or 2e6passes",
+    ),
     "slots": ([*OWN, "trainer.batch_size=0"], "trainer.batch_size=0 is not auto or at least 1"),
     "search": ([*OWN, "trainer.precision=fp8"], "no trainer.precision 'fp8'"),
     "engine": ([*OWN, "protocol=autoattack", "protocol.engine=quick"], "no protocol.engine 'qu"),

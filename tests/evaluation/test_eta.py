@@ -7,11 +7,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from made_up_searches import evaluation, files
 
-from advbench.errors import UserError
-from advbench.evaluation import deadline
 from advbench.evaluation.eta import Forecast
 from advbench.runs.results import Results
 
@@ -32,14 +29,6 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path) -> None
     assert sittings > 2
     assert files(tmp_path) == files(whole)
     assert "missing" in (tmp_path / "results.json").read_text()
-
-
-def test_durations() -> None:
-    for text, value in (("90s", 90), ("10min", 600), ("1.5h", 5400), ("1h 30min", 5400)):
-        assert deadline.seconds(text) == value
-    for text in ("10", "ten min", "0s", "5 parsecs", "", "-3min", "1h,3min"):
-        with pytest.raises(UserError, match="is not a duration: write"):
-            deadline.seconds(text)
 
 
 def test_the_forecast_is_right_within_a_quarter() -> None:

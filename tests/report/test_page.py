@@ -160,7 +160,7 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
     found = page(tmp_path / "none").text
     assert "only results.json is left" in found and "not run by a command" in found
     write(tmp_path / "half/a", results(missing=("second",)), bare=True)
-    assert "time was up before the end of second" in page(tmp_path / "half").text
+    assert "the budget was spent before the end of second" in page(tmp_path / "half").text
 
 
 def test_stages_that_never_ran_are_not_in_the_table(tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ def test_a_curve_ends_where_it_was_stopped() -> None:
     found = curve("net", 0.9, 0.9, 0.9, missing=2)
     assert plots.radii(found) == [0.05]
     (plate,) = run_figures.Dossier(Entry(Path("net"), found)).plates()
-    assert plate.caption.endswith("Unfinished: time was up before the end of eps-0.1, eps-0.15.")
+    assert plate.caption.endswith(
+        "Unfinished: the budget was spent before the end of eps-0.1, eps-0.15."
+    )
     (axes,) = plate.draw().axes
     assert axes.lines[0].get_xdata().tolist() == [0, 0.05]  # pyright: ignore
     assert axes.get_xlim()[1] > 0.15  # what is missing is to be seen
@@ -124,7 +126,7 @@ def test_a_curve_ends_where_it_was_stopped() -> None:
 def test_stages_that_never_ran_are_not_shown() -> None:
     found = results(lost=(LOST, LOST, 0), missing=("second", "third"))
     (plate,) = run_figures.Dossier(Entry(Path("net"), found)).plates()
-    assert "Unfinished: time was up before the end of second, third." in plate.caption
+    assert "Unfinished: the budget was spent before the end of second, third." in plate.caption
     (axes,) = plate.draw().axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["clean", "first", "unfinished: second"]

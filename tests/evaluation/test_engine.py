@@ -23,6 +23,7 @@ from advbench.errors import UserError
 from advbench.evaluation import search
 from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.engine import Engine
+from advbench.evaluation.evaluation import claim
 from advbench.evaluation.protocol import Stage, Subject
 from advbench.evaluation.protocols import CurveProtocol, PGDProtocol
 from advbench.evaluation.store import Store, read_samples
@@ -34,6 +35,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(
     seed: int, whole: Path, tmp_path: Path, restless: None
 ) -> None:
     rng, case, cuts = np.random.default_rng(seed), evaluation(), 0
+    claim(tmp_path, case.plan())
     store = Store(tmp_path)
     while cuts < 5:
         try:
@@ -108,7 +110,7 @@ def test_shards_merge_to_the_same_bytes(sized: bool, tmp_path: Path) -> None:
     case = evaluation(Parts(("apgd", "square")))
     case = changed(case, model=Sized(net(), by_place=False)) if sized else case
     case.execute(tmp_path / "one", case.plan())
-    (tmp_path / "three").mkdir()
+    claim(tmp_path / "three", case.plan())
     for rank in range(3):
         engine = Engine(replace(case.job, rank=rank, world_size=3))
         assert engine.run(case.plan().stages, Store(tmp_path / "three", rank))
@@ -161,6 +163,7 @@ def test_a_batch_size_that_changes_bits_is_not_used(tmp_path: Path, restless: No
         folder.mkdir()
         case = changed(evaluation(), model=model)
         if folder.name == "cut":
+            claim(folder, case.plan())
             with pytest.raises(Cut):
                 cut_engine(case, 50).run(case.plan().stages, Store(folder))
         case.execute(folder, case.plan())
@@ -325,7 +328,7 @@ def test_searches_of_other_processes_are_ignored(
     case.execute(tmp_path / "whole", case.plan())
     for n, cuts in enumerate(((8, 30), (14, 6), (18, 15))):
         folder = tmp_path / str(n)
-        folder.mkdir()
+        claim(folder, case.plan())
         for share, cut in zip((first, second), cuts, strict=True):
             engine = Engine(replace(cut_engine(case, cut).job, rank=share[0], world_size=share[1]))
             with suppress(Cut):

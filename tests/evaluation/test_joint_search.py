@@ -20,7 +20,7 @@ from advbench.defenses.base import Surrogate, Traits
 from advbench.errors import UserError
 from advbench.evaluation.adaptive import AdaptiveProtocol, MSAProtocol
 from advbench.evaluation.engine import Engine
-from advbench.evaluation.evaluation import Evaluation
+from advbench.evaluation.evaluation import Evaluation, claim
 from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.protocols import AutoAttackProtocol, FABProtocol, PGDProtocol
@@ -189,13 +189,13 @@ def test_killed_and_sharded_groups_end_with_the_same_records(
         return Engine(replace(case.job, rank=share[0], world_size=share[1], deadline=deadline))
 
     cut = tmp_path / "cut"
+    claim(cut, case.plan())
     for after in (2, 7, 9, 13):
-        cut.mkdir(exist_ok=True)
         engine(after).run(case.plan().stages, Store(cut))
     case.execute(cut, case.plan())
     assert (cut / "samples.parquet").read_bytes() == whole
     shards = tmp_path / "shards"
-    shards.mkdir()
+    claim(shards, case.plan())
     for rank in range(3):
         assert engine(share=(rank, 3)).run(case.plan().stages, Store(shards, rank))
     case.execute(shards, case.plan())
@@ -262,8 +262,9 @@ class Two(Short):
 
 def test_what_broke_in_a_batch_alone_is_still_owed_the_next_stage(tmp_path: Path) -> None:
     case = changed(evaluation(Crowd(), BATCHES), protocol=Two())
-    store = Store(tmp_path)
     plan = case.plan()
+    claim(tmp_path, plan)
+    store = Store(tmp_path)
     Engine(case.job).run(plan.stages[:1], store)
     results = case.execute(tmp_path, plan, budget=1e-9)  # one batch is finished in any case
     assert results.missing == ("b",)

@@ -80,7 +80,7 @@ class EvalConfig:
     adversarial: bool | None = None
     """Keep the adversarial images; null does where they take less than 100 MB."""
     strict: bool = field(default=False, metadata={"role": Role.SITTING})
-    """Exit with code 3 if the verdict is unreliable, 4 if it is inconclusive or there is none."""
+    """Exit with code 3 if the verdict is unreliable, 4 if inconclusive or unknown."""
     budget: str | None = field(default=None, metadata={"role": Role.SITTING})
     """Stop after a time, such as 10min, or after 2e6passes in all; repeat the command to resume."""
     resume: str | None = field(default=None, metadata={"role": Role.SITTING})

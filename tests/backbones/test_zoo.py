@@ -280,6 +280,7 @@ def results(seen: Path) -> Results:
         found,
         protocol={**found.protocol, "name": "autoattack"},
         data={**found.data, "name": "cifar10", "n": 1000},
+        verdict={"label": None, "indicators": []},
         **evaluations.found(1000, 897, {"apgd-ce": 302}),
     )
 

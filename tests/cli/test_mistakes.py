@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import CPU, FAST, OWN, arrays, complain, save
+from commands import CPU, FAST, OWN, arrays, complain, save, without_checksums
 from filelock import FileLock
 from processes import Process, main_of
 from torch import nn
@@ -228,6 +228,7 @@ def test_a_run_cannot_bring_its_own_code(place: Path, capsys: pytest.CaptureFixt
     bad.mkdir()
     for name in ("model.safetensors", "summary.json"):
         (bad / name).write_bytes((Path("good") / name).read_bytes())
+    without_checksums("bad")  # as who forges a run would leave it
     for target in ("os.system", "advbench.files.write_text", "advbench.defenses.base.dataclass"):
         (bad / "config.yaml").write_text(text.replace("advbench.defenses.base.Defense", target))
         complain(["eval", "run=bad"], f"'{target}'", capsys)

@@ -71,7 +71,7 @@ class Rows:
 
 
 class Clean(NamedTuple):
-    """What a search starts from."""
+    """The clean images and labels from which a search starts."""
 
     ids: Tensor
     """Sample ids, (N,)."""
@@ -82,7 +82,7 @@ class Clean(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the oracle says of ``rows.point``."""
+    """The oracle's answer for ``rows.point``: logits, loss, gradient."""
 
     logits: Tensor
     """(N, K), in float32."""
@@ -242,7 +242,7 @@ class Attack(ABC):
     @property
     @abstractmethod
     def queries(self) -> int:
-        """Queries per search that ``advance`` learns from; the point after the last one counts."""
+        """Queries per search that ``advance`` uses; the point after the last one counts too."""
 
     @abstractmethod
     def start(
@@ -270,7 +270,7 @@ class Attack(ABC):
         return oracle.query(self, rows, self.gradient)
 
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> Tensor | None:
-        """Learn from the answer, move ``rows.point`` and count ``rows.iteration`` up, in place.
+        """Use the answer, move ``rows.point`` and increase ``rows.iteration``, in place.
 
         Args:
             rows: the state, N rows.
@@ -285,7 +285,7 @@ class Attack(ABC):
         raise NotImplementedError
 
     def settle(self, rows: Rows, logits: Tensor, threat: Threat) -> None:
-        """Learn from the logits at ``rows.point``, (N, K); for an attack that ``peeks``."""
+        """Use the logits at ``rows.point``, (N, K); for an attack that ``peeks``."""
         raise NotImplementedError
 
     @abstractmethod

@@ -65,7 +65,7 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line(attack: str, how: str = "") -> Iterator[None]:
-    """Whatever a library raises becomes a UserError, but for a want of memory."""
+    """An exception of a library becomes a UserError, except for out of memory."""
     try:
         yield
     except Exception as problem:
@@ -76,7 +76,7 @@ def _one_line(attack: str, how: str = "") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LibraryAttack(Attack):
-    """An attack that makes its x' in one call: the search is over where it starts."""
+    """An attack that returns its x' in one call, at the start of the search."""
 
     joint = False  # it may pass over rows
 

@@ -24,7 +24,7 @@ def hash_of(text: str) -> int:
 
 
 class Random(Protocol):
-    """Where an attack gets its random numbers from."""
+    """The source of an attack's random numbers."""
 
     def uniform(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
         """Uniform in [0, 1), with the shape, device and type of ``like`` (N, ...)."""

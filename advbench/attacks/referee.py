@@ -18,7 +18,7 @@ card is as quick with many as with few."""
 
 
 class Judgement(NamedTuple):
-    """What the referee found out about N proposals."""
+    """The referee's results for N proposals."""
 
     point: Tensor
     """What was judged, inside the threat and [0, 1], (N, C, H, W)."""

@@ -99,7 +99,7 @@ class MSAProtocol(Protocol):
     def expressed(
         self, surrogates: Surrogates, subject: Subject, *, model: bool = False
     ) -> list[Stage]:
-        """Express on each surrogate whose loss is not its own, and on the model."""
+        """Express on the model and on each surrogate without an auxiliary loss."""
         plain = express_stage(subject, EXPRESS, draws=self.draws)
         stages = [plain] if model and subject.traits.gradient != "none" else []
         for name, surrogate in surrogates.items():
@@ -154,7 +154,7 @@ class MSAProtocol(Protocol):
 
 @dataclass(frozen=True)
 class AdaptiveProtocol(MSAProtocol):
-    """What a strict reviewer would run: the Mixed Surrogate Attack and then what it left out.
+    """What a strict reviewer runs: the Mixed Surrogate Attack, then longer and further searches.
 
     The number after the stages of ``msa`` is msa's. Then come, on the real model and on every
     surrogate, the margin loss from several starts with twice the steps, which also shows whether
@@ -197,7 +197,7 @@ class AdaptiveProtocol(MSAProtocol):
         ]
 
     def may_follow(self, subject: Subject) -> list[Stage]:
-        """What settles the doubts that the verdict's indicators raise."""
+        """The stages that settle the doubts of the verdict's indicators."""
         stages = []
         if self.square:
             why = f"black box, {4 * self.square} queries: what the gradient hides"
@@ -243,7 +243,7 @@ class AdaptiveProtocol(MSAProtocol):
         ]
 
     def more_draws(self, subject: Subject) -> list[Stage]:
-        """EOT with more and more samples, while that breaks more and up to a limit."""
+        """EOT with twice as many samples each time, while that breaks more, up to a limit."""
         if not subject.traits.stochastic or subject.traits.gradient == "none":
             return []
         stages: list[Stage] = []

@@ -137,7 +137,7 @@ def _checked_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def refuse_not_finite(logits: Tensor) -> None:
-    """Raise UserError if logits (N, K) are NaN or infinite, which no argmax means anything of."""
+    """Raise UserError if logits (N, K) are NaN or infinite."""
     odd = int((~logits.isfinite()).any(1).sum())
     if odd:
         masked = bool((logits == -torch.inf).all(0).any())
@@ -249,7 +249,7 @@ def _has_dead_gradient(model: nn.Module, clean: Clean) -> bool:
 
 
 def probe_surrogate(name: str, surrogate: Surrogate, samples: Samples, classes: int) -> None:
-    """Raise UserError unless a surrogate answers as it says, with a gradient in its input."""
+    """Raise UserError unless a surrogate returns what it declares, with a gradient in its input."""
     x = samples.fetch(samples.ids[:PROBE]).x
     with torch.enable_grad():
         point = x.clone().requires_grad_()
@@ -266,7 +266,7 @@ def probe_surrogate(name: str, surrogate: Surrogate, samples: Samples, classes: 
 
 
 def _ask(model: nn.Module, *x: Tensor) -> Any:
-    """The model's answer; whatever the model's forward raises becomes a UserError."""
+    """The model's output; an exception of its forward becomes a UserError."""
     try:
         return model(*x)
     except Exception as problem:

@@ -30,7 +30,7 @@ def votes(job: Job) -> int:
 
 
 def no_better_than_chance(clean: Records, job: Job) -> str | None:
-    """A line where the clean accuracy is what guessing gives; None where it is clearly better.
+    """A note if the clean accuracy is no better than guessing; None otherwise.
 
     Guessing means one of the classes at random, or always the one that is most frequent. Better
     means by an exact binomial test at 5 %, or, on a few images, any better at all.

@@ -107,7 +107,7 @@ class PackedConv(nn.Module):
 
 
 class FilledLinear(nn.Module):
-    """A linear layer, (..., C), that never sees fewer than ``FEW`` rows."""
+    """A linear layer, (..., C), that pads its input to at least ``FEW`` rows."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class PackedLinear(nn.Module):
 
 
 def indifferent(layer: nn.Linear) -> nn.Module:
-    """The layer in a form whose rows do not depend on their number."""
+    """The layer in a form that rounds each row independently of the number of rows."""
     generator = torch.Generator().manual_seed(0)
     sides = layer.in_features, layer.out_features
     dtype = layer.weight.dtype

@@ -60,7 +60,7 @@ class Engine:
             self.mine = torch.cat([self.mine[:0], *own]).sort().values
 
     def run(self, stages: Sequence[Stage], store: Store) -> bool:
-        """Bring ``store`` to hold every stage of the plan, from what it holds already on.
+        """Run every stage of the plan that ``store`` does not hold yet.
 
         Returns False if the budget was spent before.
         """
@@ -98,7 +98,7 @@ class Engine:
     def _attack(
         self, stage: Stage, search: Callable[[Group, Tensor], bool], store: Store, pending: Tensor
     ) -> bool:
-        """Attack the samples ``pending``, group by group where that is how the model is judged.
+        """Attack the samples ``pending``, group by group if the model is judged in groups.
 
         Returns False if the budget was spent before: of passes, at the end of a group.
         """
@@ -255,7 +255,7 @@ def broken_by(store: Store, stage: str) -> Tensor:
 
 
 def untouched(ids: Tensor, samples: Samples) -> Records:
-    """Records of samples that a stage had no reason to attack."""
+    """Records of samples that a stage does not attack."""
     state = StageState(ids, samples.split.labels[ids])
     return state.records(range(len(ids)))[0]
 

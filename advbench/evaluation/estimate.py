@@ -16,7 +16,7 @@ ODDS = 40
 
 
 def breakable(survivors: int, audited: int, broken: int) -> tuple[int, int]:
-    """95 % interval of how many of the survivors would break.
+    """95 % interval for the number of survivors that would break.
 
     Args:
         survivors: S, of which ``audited`` were drawn without replacement.
@@ -57,7 +57,7 @@ def _at_most(broken: int, survivors: int, breakable: int, audited: int) -> int:
 
 
 def estimate(of: str, n: int, survivors: int, audited: int, broken: int) -> Estimate:
-    """What the suite ``of`` would leave of these n images, had it attacked all survivors.
+    """The estimated accuracy of these n images if the suite ``of`` had attacked all survivors.
 
     Args:
         of: name of the suite.

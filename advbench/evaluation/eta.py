@@ -11,7 +11,7 @@ MEMORY = 0.9  # of the moving average over rounds
 
 
 class Forecast:
-    """Expects of the samples that wait what was seen of those that came before them.
+    """Forecasts the queries of waiting samples from those of finished samples.
 
     A sample's work is a number of queries; it ends early if it breaks. How likely it is to come so
     far is estimated from all samples, finished or under way (Kaplan & Meier 1958).

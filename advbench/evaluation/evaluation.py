@@ -41,7 +41,7 @@ from advbench.runs.results import RESULTS, Results
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A job, the protocol that it is attacked with, and what people and files call it."""
+    """A job, the protocol that attacks it, and their names in files and on the screen."""
 
     run: str
     """What is evaluated, for people."""
@@ -199,7 +199,7 @@ class Evaluation:
     def _run_phases(
         self, job: Job, plan: Plan, store: Store, group: ProcessGroup, engine: Engine
     ) -> tuple[tuple[Stage, ...], Findings | None]:
-        """Run the plan and what follows from it.
+        """Run the plan and its follow-up stages.
 
         Returns:
             The stages that ran or are missing, and what they found; None while some are missing.
@@ -269,7 +269,7 @@ def finished_results(folder: Path) -> Results | None:
 
 
 def saved_plan(folder: Path) -> dict[str, Any] | None:
-    """The plan in a folder, as it stands there; None if there is none, or a damaged one."""
+    """The plan in a folder, as JSON; None if there is none or it is damaged."""
     try:
         plan = manifest.read_json(folder / PLAN)
         _ = plan["identity"]["data"], [stage["name"] for stage in plan["stages"]]
@@ -293,7 +293,7 @@ def is_home(folder: Path, plan: Plan, needs_images: bool = False) -> bool:
 
 
 def claim(folder: Path, plan: Plan, needs_images: bool = False) -> list[str]:
-    """Make ``folder`` the home of this plan; returns what the user should know of it.
+    """Save this plan in ``folder``; returns notes for the user.
 
     An evaluation that other code started is resumed: the plan then says which code found which
     stages. One that keeps no images goes on without, unless ``needs_images``.

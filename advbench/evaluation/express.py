@@ -30,7 +30,7 @@ MISLEADING = frozenset({
 
 @dataclass(frozen=True)
 class ExpressProtocol(Protocol):
-    """Express on every sample, AutoAttack on a few of those that it leaves.
+    """Express on every sample, AutoAttack on a few of the survivors.
 
     Express is 20 steps on the cross-entropy and 20 on the margin of each of three classes. Then
     AutoAttack attacks a keyed sample of the survivors, the audit: it says, with an exact interval,
@@ -78,7 +78,7 @@ class ExpressProtocol(Protocol):
         )
 
     def suite(self, subject: Subject) -> AutoAttackProtocol:
-        """AutoAttack as it is meant for such a model."""
+        """The suite of AutoAttack for such a model."""
         return AutoAttackProtocol(suite="rand" if subject.traits.stochastic else "standard")
 
     @property

@@ -124,7 +124,7 @@ def fast_copy(
 def copy_of_surrogate(
     surrogate: Surrogate, output: str, options: FastModelOptions, few: Clean
 ) -> nn.Module:
-    """The fast copy of a victim; the victim itself where it is more than a function of x.
+    """The fast copy of a victim; the victim itself if it takes more than x.
 
     Args:
         surrogate: the victim.
@@ -166,7 +166,7 @@ class LogProbabilities(nn.Module):
 
 
 def _packed(model: nn.Module, x: Tensor) -> list[nn.Module]:
-    """The model in operators that do more at a time, if there are such."""
+    """The model with fused operators, where PyTorch has them."""
     if x.device.type == "cpu":
         with suppress(Exception):  # operators of another build of PyTorch
             return [packed(model, x)]
@@ -174,7 +174,7 @@ def _packed(model: nn.Module, x: Tensor) -> list[nn.Module]:
 
 
 def _agree(model: nn.Module, fast: nn.Module, clean: Clean, stochastic: bool) -> bool:
-    """Whether two models are one function, on images and on noisy ones, up to rounding."""
+    """Whether two models agree up to rounding, on clean and on noisy images."""
     noise = torch.rand(clean.x.shape, generator=torch.Generator().manual_seed(0))
     noisy = clean._replace(x=(clean.x + 0.2 * noise.to(clean.x) - 0.1).clamp(0, 1))
     for part in (clean, noisy):

@@ -65,7 +65,7 @@ def seed_noise(job: Job, stage: str, group: Group) -> None:
 
 
 def no_room(rows: int) -> UserError:
-    """The error for a batch that can't be cut."""
+    """The error for a batch that does not fit into memory and can't be split."""
     return UserError(
         f"the device has no memory for a batch of {rows} images that is attacked as a whole"
     )

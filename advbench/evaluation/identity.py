@@ -31,14 +31,14 @@ TOLERANCE = 5e-3
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides what is found, and a hash of the code that does."""
+    """The versions of the libraries, and a hash of the code, that decide the records."""
     names = ("advbench", "torch", "pyautoattack", "torchattacks")
     return {name: version(name) for name in names} | {"search": _own_code()}
 
 
 @cache
 def _own_code() -> str:
-    """Hash of the code that decides what is found, between two versions too."""
+    """Hash of the code that decides the records; it also tells commits of one version apart."""
     home, parts = Path(__file__).parents[1], ("attacks", "backbones", "defenses", "evaluation")
     files = (file for part in parts for file in sorted((home / part).glob("*.py")))
     return short_hash([file_sha256(file) for file in files])
@@ -73,7 +73,7 @@ def has_tensors(model: nn.Module) -> bool:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """In what two plans, as they stand in files, are two evaluations; [] if they are one.
+    """The differences between two saved plans; [] if they are the same evaluation.
 
     The versions of the code are left out: which were at work is written beside the results.
 

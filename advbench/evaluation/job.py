@@ -26,7 +26,7 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """What is attacked, and how. Evaluation, engine and searches hand this one object on.
+    """What is attacked, and how. Evaluation, engine and searches share this object.
 
     Raises UserError for a batch size below 1, and for a surrogate in training mode.
     """

@@ -28,7 +28,7 @@ from advbench.evaluation.store import Records, Store
 
 
 class Bench:
-    """Judges the images of a fixed batch on the real model, and remembers what was found.
+    """Judges the images of a fixed batch on the real model, and keeps the results.
 
     clean: the batch.  broken, alone: (N,), see above.  label, margin, distance: as in ``Records``.
     closest: inside the threat, the image of each row with the smallest margin so far.
@@ -50,7 +50,7 @@ class Bench:
         self.forwards = 0
 
     def judge(self, proposal: Tensor) -> None:
-        """Put a batch of proposals, (N, C, H, W), before the real model."""
+        """Score a batch of proposals, (N, C, H, W), on the real model."""
         judged = self.referee.judge(self.clean.x, self.clean.y, proposal)
         self.forwards += 1
         closer = judged.margin < self.margin
@@ -59,7 +59,7 @@ class Bench:
         self._break(judged.broken & ~self.broken, judged.label, judged.point)
 
     def judge_alone(self, rows: Tensor) -> None:
-        """Put the closest image of each of these rows alone among clean ones."""
+        """Score the closest image of each of these rows alone among clean images."""
         for row in rows.tolist():
             batch = self.clean.x.clone()
             batch[row] = self.closest[row]

@@ -17,7 +17,7 @@ from advbench.evaluation.protocols import PGDProtocol
 
 @dataclass(frozen=True)
 class PaperPGD(PGDProtocol):
-    """PGD on the defended model as it is: one draw of a stochastic one, no surrogate.
+    """PGD on the defended model as it is: one EOT sample if it is stochastic, no surrogate.
 
     paper: the defense whose paper judged itself so.
     """

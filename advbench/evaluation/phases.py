@@ -31,7 +31,7 @@ from advbench.runs.judgement import Indicator, Verdict
 
 @dataclass(frozen=True)
 class FollowUp:
-    """What is to run next."""
+    """The stages that run next, and why."""
 
     stages: tuple[Stage, ...]
     """Stages of ``Plan.follow_ups``. One that ran already on some samples (``Stage.only``) may
@@ -42,7 +42,7 @@ class FollowUp:
 
 @dataclass(frozen=True)
 class Findings:
-    """What an evaluation has found so far, from which a follow-up is decided."""
+    """The results of an evaluation so far, from which a follow-up is decided."""
 
     stages: tuple[Stage, ...]
     """Stages that ran, each on all samples that it was to attack."""

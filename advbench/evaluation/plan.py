@@ -54,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation will do, and what makes it this one: what plan.json holds."""
+    """The stages of an evaluation and its identity: the content of plan.json."""
 
     identity: Mapping[str, Any]
     """What must be equal for two evaluations to be the same one."""
@@ -88,7 +88,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a plan is made from, and nothing else."""
+    """All that a protocol may use to make a plan."""
 
     traits: Traits
     """What an attacker must know of the model."""

@@ -10,7 +10,7 @@ from advbench.verdict.reading import Reading
 
 
 def probabilities(look: Look) -> Reading | None:
-    """Outputs that end after a softmax or a sigmoid, along which a gradient soon vanishes."""
+    """Outputs of a softmax or a sigmoid, whose gradient vanishes where the model is sure."""
     if look.job.traits.output == "probabilities":
         return None  # searches follow their logarithm
     outputs = look.logits(look.sample(look.job.samples.ids.numpy()).x)
@@ -51,7 +51,7 @@ def stochastic_mismatch(look: Look) -> Reading | None:
 
 
 def batch_mismatch(look: Look) -> Reading | None:
-    """Logits that depend on which images stand beside."""
+    """Logits that depend on the other images of the batch."""
     if not look.by_image or look.job.traits.stochastic:
         return None
     sizes = sorted({1, PROBE, min(look.job.batch_size, len(look.job.samples))})

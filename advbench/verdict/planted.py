@@ -52,7 +52,7 @@ STEPS = 30
 
 
 def planted(look: Look) -> Reading | None:
-    """Adversarial images that are known to be there, and that the protocol's search misses."""
+    """Adversarial images that exist for certain and that the protocol's search misses."""
     job = look.job
     if not look.follows or job.traits.stochastic or not job.threat.radius > 0:
         return None
@@ -86,7 +86,7 @@ def planted(look: Look) -> Reading | None:
 
 @dataclass(frozen=True)
 class Planted:
-    """What came of it."""
+    """The result of planting."""
 
     images: int
     """Images around which a readout was fitted."""
@@ -164,7 +164,7 @@ def for_two_classes(stages: Sequence[Stage]) -> Attack:
 
 
 class Features(nn.Module):
-    """What a model's linear head sees: (N, C, H, W) -> (N, D).
+    """The input of a model's linear head: (N, C, H, W) -> (N, D).
 
     Of a ``Classifier`` its features. Of another model the input of the linear layer whose output it
     returns; where it does something with that output, or has none, what it returns.

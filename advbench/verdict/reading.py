@@ -16,7 +16,7 @@ Class = Literal["proof", "evidence", "thin"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What an indicator measured."""
+    """The measurement of an indicator."""
 
     value: float | int | str | None
     """What was measured."""

@@ -21,7 +21,7 @@ RESCORED = 256
 
 
 def weak_attack(look: Look) -> Reading | None:
-    """Whether the attack is one that leaves much to a stronger one."""
+    """Whether the protocol is a single attack, which a stronger one may beat."""
     if look.complete:
         return Reading("suite", "suite", False, "the protocol is a whole suite of attacks")
     names = ", ".join(stage.name for stage in look.stages)
@@ -30,7 +30,7 @@ def weak_attack(look: Look) -> Reading | None:
 
 
 def black_box(look: Look) -> Reading | None:
-    """Survivors of the gradient that fall to an attack without it: to Square or to transfer."""
+    """Survivors of the gradient attacks that Square or transferred images break."""
     if not look.white_box:
         return None
     found = _broken_later(look, [stage for stage in look.stages if look.is_blind(stage)])
@@ -52,7 +52,7 @@ def black_box(look: Look) -> Reading | None:
 
 
 def surrogate_gap(look: Look) -> Reading | None:
-    """Survivors of the model's own gradient that fall to that of a surrogate."""
+    """Survivors of the model's own gradient that a surrogate's gradient breaks."""
     own = {"model", *(name for name, s in look.job.surrogates.items() if s.transfer)}
     found = _broken_later(look, [stage for stage in look.stages if stage.victim not in own])
     if found is None or not look.white_box:

@@ -16,7 +16,7 @@ ANSWERS = {"proof": "yes", "evidence": "probably", "thin": "perhaps"}
 
 
 def triggered(verdict: Verdict) -> list[Indicator]:
-    """The indicators that are, the strongest first."""
+    """The triggered indicators, the strongest first."""
     found = [sign for sign in verdict.get("indicators", ()) if sign["triggered"]]
     return sorted(found, key=lambda sign: list(ANSWERS).index(sign["class"]))
 
@@ -39,7 +39,7 @@ def _answer(verdict: Verdict, question: Question) -> str:
 
 
 def next_steps(verdict: Verdict) -> list[str]:
-    """What settles the doubts, without repetition, the strongest first."""
+    """The steps that settle the doubts, without repetition, the strongest first."""
     return list(dict.fromkeys(sign["settles"] for sign in triggered(verdict) if "settles" in sign))
 
 

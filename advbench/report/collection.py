@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from advbench import config
 from advbench.config.roles import Role
 from advbench.errors import UserError
-from advbench.runs.accuracy import Accuracy, wilson
+from advbench.runs.accuracy import Accuracy, Estimate, wilson
 from advbench.runs.directory import CONFIG
 from advbench.runs.results import RESULTS, Results, Unfinished
 from advbench.text import printable, threat_name
@@ -252,6 +252,29 @@ class Group:
     def robust(self) -> Mean | None:
         """None where nothing was attacked."""
         return Mean.of([entry.results.robust for entry in self.entries], self.first.n)
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """What a stronger suite would leave, of each evaluation; empty if one claims nothing."""
+        known = [entry.results.estimate for entry in self.entries]
+        given = [estimate for estimate in known if estimate is not None]
+        return given if len(given) == len(known) else []
+
+    @property
+    def estimate(self) -> Mean | None:
+        """Their mean, with the exact interval of a single one; no rank follows from it."""
+        if not (known := self.estimates):
+            return None
+        values = [estimate.acc for estimate in known]
+        if len(values) == 1:
+            return Mean(values[0], None, 1, known[0].ci95)
+        return Mean(statistics.fmean(values), statistics.stdev(values), len(values), None)
+
+    @property
+    def audited(self) -> str:
+        """From how many survivors the estimates are, in words."""
+        known = self.estimates
+        return f"{sum(e.audited for e in known)} of {sum(e.survivors for e in known)}"
 
     @property
     def unfinished(self) -> Unfinished | None:

@@ -134,8 +134,14 @@ def latex_text(text: str) -> str:
 # --- CSV and JSON: what a program reads ---------------------------------------------------------
 
 
-def _record(group: Group, settings: Sequence[str]) -> dict[str, Any]:
-    """A row in full precision, flat. settings: keys to tell beside the names."""
+def _records(groups: Sequence[Group], settings: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows in full precision, flat. settings: keys to tell beside the names."""
+    estimated = any(group.estimates for group in groups)
+    return [_record(group, settings, estimated) for group in groups]
+
+
+def _record(group: Group, settings: Sequence[str], estimated: bool) -> dict[str, Any]:
+    """One of the rows. estimated: whether one of them has an estimate."""
     first = group.first
     conditions = first.conditions
     inside = {k: v for k, v in conditions.items() if k.startswith("protocol.")}
@@ -151,6 +157,7 @@ def _record(group: Group, settings: Sequence[str]) -> dict[str, Any]:
         "seeds": ";".join(map(str, group.seeds)),
         **_spread("clean", group.clean),
         **_spread("robust", group.robust),
+        **(_estimated(group) if estimated else {}),
         "verdict": group.verdict,
         "missing": ";".join(first.results.missing),
         "decided": group.unfinished and group.unfinished.decided,
@@ -168,11 +175,21 @@ def _spread(name: str, mean: Mean | None) -> dict[str, Any]:
     return {name: mean.acc, f"{name}_sd": mean.sd, f"{name}_low": low, f"{name}_high": high}
 
 
+def _estimated(group: Group) -> dict[str, Any]:
+    known = group.estimates
+    return {
+        **_spread("estimate", group.estimate),
+        "estimate_of": known[0].of if known else None,
+        "audited": sum(estimate.audited for estimate in known) if known else None,
+        "survivors": sum(estimate.survivors for estimate in known) if known else None,
+    }
+
+
 def _csv(boards: Sequence[Board]) -> str:
     """One flat table of all rows, in full precision; a sweep's rows stand in it once."""
     groups = list({id(group): group for board in boards for group in board.groups}.values())
     keys = varying(group.first for group in groups)
-    return _csv_rows([_record(group, keys) for group in groups])
+    return _csv_rows(_records(groups, keys))
 
 
 def _csv_rows(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -202,13 +219,13 @@ def _json(boards: Sequence[Board]) -> str:
             "swept": list(board.swept),
             "rows": [
                 {
-                    **_record(group, keys),
+                    **record,
                     "evaluations": [
                         {"folder": entry.folder.as_posix(), **entry.results.to_json()}
                         for entry in group.entries
                     ],
                 }
-                for group in board.groups
+                for group, record in zip(board.groups, _records(board.groups, keys), strict=True)
             ],
         }
         for board in boards

@@ -35,6 +35,10 @@ READING_VERDICT = f"verdict {UNKNOWN}: not computed"
 READING_UNFINISHED = (
     "UNFINISHED: the budget was spent before all samples were decided; no result yet"
 )
+READING_ESTIMATE = (
+    "estimate: what AutoAttack would leave of these images, from those that it attacked (of the "
+    "survivors); [exact 95 %]; no rank follows from it"
+)
 READING_WEAK = "weak: the protocol overestimates robustness; do not compare it with others"
 
 
@@ -104,17 +108,21 @@ class Board:
             columns["seeds"] = [str(len(group.entries)) for group in groups]
         columns["clean"] = [accuracy_text(group.clean) for group in groups]
         columns["robust"] = [robust_text(group) for group in groups]
+        if any(group.estimates for group in groups):
+            columns["estimate"] = [estimate_text(group) for group in groups]
         if any(group.verdict for group in groups):
             columns["verdict"] = [group.verdict or UNKNOWN for group in groups]
         columns["time"] = [duration(group.seconds) for group in groups]
         columns["passes"] = [f"{group.passes:,.0f}" for group in groups]
-        numbers = {"n", "seeds", "clean", "robust", "time", "passes", *self.swept} - set(NAMES)
+        shares = {"clean", "robust", "estimate"}
+        numbers = {"n", "seeds", "time", "passes", *shares, *self.swept} - set(NAMES)
         weak = any(is_weak(group.first.conditions["protocol"]) for group in groups)
         notes = (
             READING,
             READING_SEEDS if several else "",
             READING_CLEAN if UNKNOWN in columns["robust"] else "",
             READING_UNFINISHED if any(group.unfinished for group in groups) else "",
+            READING_ESTIMATE if "estimate" in columns else "",
             READING_VERDICT if UNKNOWN in columns.get("verdict", ()) else "",
             READING_WEAK if weak else "",
         )
@@ -243,6 +251,12 @@ def accuracy_text(mean: Mean | None) -> str:
         return f"{100 * mean.acc:.1f}{spread}"
     low, high = mean.ci95
     return f"{100 * mean.acc:.1f}{spread} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def estimate_text(group: Group) -> str:
+    """What a stronger suite would leave, and from how many survivors that is known."""
+    mean = group.estimate
+    return UNKNOWN if mean is None else f"{accuracy_text(mean)} ({group.audited})"
 
 
 def robust_text(group: Group) -> str:

@@ -10,6 +10,7 @@ from advbench.report.collection import Entry, Group, Mean
 from advbench.report.conditions import Wording, is_weak, text_of
 from advbench.report.leaderboard import (
     READING_CLEAN,
+    READING_ESTIMATE,
     READING_SEEDS,
     READING_UNFINISHED,
     READING_WEAK,
@@ -21,6 +22,7 @@ COLUMNS = (
     ("model", "Model", "text"),
     ("clean", "Clean", "number"),
     ("robust", "Robust", "number"),
+    ("estimate", "Estimate", "number"),
     (None, "0 to 100 %", None),
     ("verdict", "Verdict", "text"),
     ("seconds", "Time", "number"),
@@ -64,19 +66,23 @@ def leaderboard_rows(ranked: Sequence[Sequence[Entry]]) -> dict[str, Any]:
                 "rows": [_row(group, varied) for group in best],
             }
         )
-    judged = any(group.verdict for group in everything)
+    shown = {
+        "verdict": any(group.verdict for group in everything),
+        "estimate": any(group.estimates for group in everything),
+    }
     values = {key: sorted({_facets(group.first)[key] for group in everything}) for key in FACETS}
     notes = {
         READING_WEAK: any(is_weak(same[0].conditions["protocol"]) for same in ranked),
         READING_UNFINISHED: any(group.unfinished for group in everything),
+        READING_ESTIMATE: shown["estimate"],
         READING_CLEAN: any(not (group.robust or group.unfinished) for group in everything),
         READING_SEEDS: any(len(group.entries) > 1 for group in everything),
     }
     return {
         "bodies": bodies,
         "rows": len(everything),
-        "judged": judged,
-        "columns": [column for column in COLUMNS if judged or column[0] != "verdict"],
+        "shown": shown,
+        "columns": [column for column in COLUMNS if shown.get(column[0] or "", True)],
         "filters": [(k, k.capitalize(), values[k]) for k in FACETS if len(values[k]) > 1],
         "notes": [note for note, applies in notes.items() if applies],
     }

@@ -98,7 +98,7 @@ def _intervals_below(sheet: Sheet) -> Sheet:
     """Intervals, and the parts of an unfinished result, on lines of their own."""
 
     def broken(text: str, right: bool) -> str:
-        return re.sub(r"(:|,|\d) (?=\[|at most|\d+ of )", r"\1\n", text) if right else text
+        return re.sub(r"(:|,|\d|\]) (?=\[|\(|at most|\d+ of )", r"\1\n", text) if right else text
 
     rows = [map(broken, row, sheet.right) for row in sheet.rows]
     return replace(sheet, rows=tuple(map(tuple, rows)))

@@ -61,7 +61,7 @@ def zero_gradient(look: Look) -> Reading | None:
     hits, of = int(dead.sum()), len(dead)
     why = (
         f"the gradient of the model is zero or not a number for {hits} of {images(of)} that "
-        "withstood it: the model hides its gradient, and what attacks along it left says little"
+        "withstood it: the model hides its gradient, so attacks along it may miss images"
         if hits
         else f"the gradient of the model is not zero for any of {images(of)} that withstood it"
     )
@@ -105,10 +105,10 @@ def gradient_mismatch(look: Look) -> Reading | None:
     value, (low, high) = float(cosine.median()), median_interval(cosine)
     triggered = high < COSINE
     why = (
-        f"the gradient points elsewhere than finite differences of the model (cosine {value:.2f}): "
-        "the model hides its gradient, and what attacks along it left says little"
+        f"the gradient differs from finite differences of the model (cosine {value:.2f}): "
+        "the model hides its gradient, so attacks along it may miss images"
         if triggered
-        else f"the gradient is what finite differences say (cosine {value:.2f})"
+        else f"the gradient agrees with finite differences (cosine {value:.2f})"
     )
     data = {"cosines": [round(float(c), 3) for c in cosine], "step": step}
     return Reading(value, COSINE, triggered, why, (low, high), data=data)
@@ -151,8 +151,8 @@ def unbounded(look: Look) -> Reading | None:
     hits, of = int((~broken).sum()), len(broken)
     why = (
         f"a search along the gradient that may change the image at will leaves {hits} of {of} "
-        "right, which no honest gradient does: the model hides its gradient, and what attacks "
-        "along it left says little"
+        "right, an honest gradient none: the model hides its gradient, so attacks along it may "
+        "miss images"
         if hits
         else f"a search along the gradient that may change the image at will breaks all {of}"
     )

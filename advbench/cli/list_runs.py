@@ -195,7 +195,7 @@ def _evaluation(folder: Path, cfg: Mapping[str, Any]) -> Run:
         results = Results.load(folder / RESULTS)
         robust = str(results.robust).replace(" %", "")
         n = f", n = {results.data['n']}"
-    finished = results is not None and not results.missing
+    finished = results is not None and results.complete
     of = Path(cfg.get("run") or cfg.get("model") or "?").name
     return _run(
         folder,

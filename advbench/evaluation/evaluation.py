@@ -25,6 +25,7 @@ from advbench.evaluation.identity import (
     versions,
 )
 from advbench.evaluation.job import CLEAN, Job
+from advbench.evaluation.measured import Measured
 from advbench.evaluation.phases import Findings, Judge, extended, found
 from advbench.evaluation.protocol import Plan, Protocol, Stage, Subject
 from advbench.evaluation.resources import ProcessGroup
@@ -34,7 +35,7 @@ from advbench.evaluation.summary import summarise, undecided
 from advbench.progress import NullProgress, Progress
 from advbench.runs import manifest
 from advbench.runs.fingerprint import model_sha256
-from advbench.runs.judgement import Indicator
+from advbench.runs.judgement import Verdict
 from advbench.runs.manifest import CONFIG, PLAN
 from advbench.runs.results import RESULTS, Results
 
@@ -155,8 +156,7 @@ class Evaluation:
                 progress.note(note)
         group.wait()
         if folder is not None and (known := finished_results(folder)) is not None:
-            clear_journal(folder)  # of a process that was killed before it could
-            return self._judged_again(known, folder, plan, progress, group)
+            return self._judged_again(known, folder, plan, progress, group, deadline)
         store = Store(folder, group.rank)
         if store.unchecked and group.rank == 0:
             progress.note(f"the interrupted evaluation was {manifest.UNCHECKED}")
@@ -185,13 +185,17 @@ class Evaluation:
         if findings is not None:
             results = replace(results, estimate=self.protocol.estimate(plan, findings))
         if findings is not None and self.judge is not None and results.attacked:
-            results = replace(results, verdict=self.judge.verdict(findings.indicators))
+            verdict = self.judge.verdict(findings.indicators, findings.passes)
+            results = replace(results, verdict=verdict)
+        judged = findings is not None or bool(results.missing)
+        if not judged:
+            results = replace(results, verdict=Verdict(label=None, indicators=[], unfinished=True))
         if folder is not None and group.rank == 0:
             if not results.missing:
                 store.finish([CLEAN, *(stage.name for stage in stages)])
             whole = () if results.missing else (SAMPLES, IMAGES, CONFIG)
             results.save(folder / RESULTS, (PLAN, *whole))
-            if not results.missing:
+            if judged and not results.missing:
                 clear_journal(folder)
         group.wait()
         return results
@@ -202,9 +206,10 @@ class Evaluation:
         """Run the plan and its follow-up stages.
 
         Returns:
-            The stages that ran or are missing, and what they found; None while some are missing.
+            The stages that ran or are missing, and what they found; None while some are missing,
+            or an indicator is.
         """
-        stages = plan.stages
+        stages, measured = plan.stages, Measured(store.folder)
         while True:
             engine.run(stages, store)
             group.wait()
@@ -212,8 +217,8 @@ class Evaluation:
             group.wait()  # nobody writes into the journal, or clears it, while another reads it
             if undecided(job, stages, store):
                 return stages, None
-            findings = self._findings(job, stages, store, group)
-            follow_up = self.protocol.follow_up(plan, findings)
+            findings = self._findings(job, stages, store, group, measured)
+            follow_up = None if findings is None else self.protocol.follow_up(plan, findings)
             if follow_up is None:
                 return stages, findings
             stages = extended(stages, follow_up.stages)
@@ -227,42 +232,63 @@ class Evaluation:
         plan: Plan,
         progress: Progress,
         group: ProcessGroup,
+        deadline: Deadline,
     ) -> Results:
         """The results of a finished evaluation, with the verdict where it lacks what is wanted."""
         if self.judge is None or not known.attacked or not self.judge.adds_to(known.verdict):
+            clear_journal(folder)  # of a process that was killed before it could
             return known
         if group.rank == 0:
             progress.note("the attacks are finished; the verdict is computed")
         ran = {stage.name: stage for stage in (*plan.stages, *plan.follow_ups)}
         stages = tuple(ran[row.name] for row in known.stages)
-        job = replace(self.job, progress=progress)
-        findings = self._findings(job, stages, Store.finished(folder), group)
-        results = replace(known, verdict=self.judge.verdict(findings.indicators))
+        job = replace(self.job, progress=progress, deadline=deadline)
+        measured = Measured() if self.judge.only else Measured(folder, known.verdict)
+        findings = self._findings(job, stages, Store.finished(folder), group, measured)
+        if findings is None:
+            return known
+        verdict = self.judge.verdict(findings.indicators, findings.passes)
+        results = replace(known, verdict=verdict)
         if group.rank == 0:
             results.save(folder / RESULTS, (PLAN, SAMPLES, IMAGES, CONFIG))
+            clear_journal(folder)
         group.wait()
         return results
 
     def _findings(
-        self, job: Job, stages: tuple[Stage, ...], store: Store, group: ProcessGroup
-    ) -> Findings:
-        """What was found; the first process computes the indicators for all."""
+        self,
+        job: Job,
+        stages: tuple[Stage, ...],
+        store: Store,
+        group: ProcessGroup,
+        measured: Measured,
+    ) -> Findings | None:
+        """What was found; None where time was up before the last indicator.
+
+        The first process computes the indicators for all.
+        """
         records = found(stages, store)
-        indicators: list[Indicator] = []
-        if self.judge is not None and stages:
-            own = self.judge.indicators(job, stages, store) if group.rank == 0 else []
-            indicators = json.loads(group.of_first(json.dumps(own)))
-        return Findings(stages, records, job.seed, tuple(indicators))
+        if self.judge is None or not stages:
+            return Findings(stages, records, job.seed)
+        own = None
+        if group.rank == 0:
+            own = self.judge.indicators(job, stages, store, measured), measured.passes
+        indicators, passes = json.loads(group.of_first(json.dumps(own)))
+        if indicators is None:
+            if group.rank == 0:
+                job.progress.note("time was up before the verdict was computed")
+            return None
+        return Findings(stages, records, job.seed, tuple(indicators), tuple(passes))
 
 
 def finished_results(folder: Path) -> Results | None:
-    """The results of an evaluation that is complete; None for another.
+    """The results of an evaluation that is complete, with its verdict; None for another.
 
     Raises UserError where its files are not what it wrote.
     """
     path = folder / RESULTS
     results = Results.load(path) if path.exists() else None
-    if results is None or results.missing:
+    if results is None or not results.complete:
         return None
     manifest.check(folder)
     return results

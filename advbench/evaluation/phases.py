@@ -24,6 +24,7 @@ import torch
 
 from advbench.attacks.random import KeyedRandom
 from advbench.evaluation.job import CLEAN, Job
+from advbench.evaluation.measured import Measured
 from advbench.evaluation.plan import Stage
 from advbench.evaluation.store import Records, Store
 from advbench.runs.judgement import Indicator, Verdict
@@ -52,6 +53,8 @@ class Findings:
     """Of the evaluation."""
     indicators: tuple[Indicator, ...] = ()
     """Of the verdict; empty without a judge."""
+    passes: tuple[int, int] = (0, 0)
+    """Rows passed forward and backward for the indicators, of all phases."""
 
     def survivors(self, stages: Sequence[Stage]) -> np.ndarray:
         """Ids of the samples that are correct after these stages, sorted."""
@@ -71,15 +74,19 @@ class Judge(Protocol):
         """Whether nothing is to be attacked: the verdict alone is wanted."""
         ...
 
-    def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[Indicator]:
-        """The indicators, triggered or not.
+    def indicators(
+        self, job: Job, stages: Sequence[Stage], store: Store, measured: Measured
+    ) -> list[Indicator] | None:
+        """The indicators, triggered or not; None where ``job.deadline`` passed before the last.
 
-        They depend on the arguments alone: an evaluation that is resumed gets the same ones.
+        They depend on the arguments alone: an evaluation that is resumed gets the same ones. One is
+        computed in any case, so that short sittings come to an end too.
 
         Args:
             job: what was attacked.
             stages: that ran, each on all samples that it was to attack.
             store: what they found, of all processes; see ``found``.
+            measured: what was computed before; what is computed now is kept there.
         """
         ...
 
@@ -87,8 +94,11 @@ class Judge(Protocol):
         """Whether its verdict would hold more than one that is known."""
         ...
 
-    def verdict(self, indicators: Sequence[Indicator]) -> Verdict:
-        """The verdict on a finished evaluation in which something was attacked."""
+    def verdict(self, indicators: Sequence[Indicator], passes: tuple[int, int]) -> Verdict:
+        """The verdict on a finished evaluation in which something was attacked.
+
+        passes: rows passed forward and backward for the indicators, of all phases.
+        """
         ...
 
 

@@ -49,7 +49,7 @@ def show_evaluation(
 
     Without a verdict nothing is said of one.
     """
-    unfinished = _unfinished(results, budget or Budget()) if results.missing else ""
+    unfinished = _unfinished(results, budget or Budget())
     label = results.verdict.get("label")
     signs, asked = words.triggered(results.verdict), words.answers(results.verdict)
     steps = words.next_steps(results.verdict)
@@ -115,6 +115,11 @@ def _left(results: Results, stage: StageResult) -> str:
 
 
 def _unfinished(results: Results, budget: Budget) -> str:
+    """What the budget did not allow for, and what to do; nothing of a finished evaluation."""
+    if results.complete:
+        return ""
+    if not results.missing:
+        return f"time was up before the verdict was computed: {Budget().resume()}"
     first, *others = results.missing
     more = f" and {len(others)} more stage{'s' * (len(others) > 1)}" if others else ""
     return f"{budget.spent()} before the end of {first}{more}: {budget.resume()}"

@@ -49,6 +49,8 @@ class Indicator(_Class):
     """Rows passed forward to compute it."""
     backwards: NotRequired[Count]
     """Rows passed backward."""
+    basis: NotRequired[Text]
+    """Hash of what it was computed from: where it is the same, so is what was measured."""
     __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -57,12 +59,14 @@ class Verdict(TypedDict):
 
     label: NotRequired[Label | None]
     """Null without indicators, while unfinished, and where nothing was attacked."""
+    unfinished: NotRequired[Flag]
+    """Given, and true, where time was up before all indicators were computed."""
     indicators: NotRequired[list[Indicator]]
     """What the label rests on."""
     looked_at: NotRequired[list[Text]]
     """Ids of all indicators that were computed, those that do not apply to the model too."""
     forwards: NotRequired[Count]
-    """Rows passed forward to compute them."""
+    """Rows passed forward to compute them, in all phases of the evaluation."""
     backwards: NotRequired[Count]
     """Rows passed backward."""
     __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]

@@ -190,6 +190,11 @@ class Results:
         return tuple(s for s in self.stages if s.name not in self.missing)
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing is left to be resumed, neither of the attacks nor of the verdict."""
+        return not self.missing and not self.verdict.get("unfinished")
+
+    @property
     def attacked(self) -> bool:
         """Whether any attack was started: without one there is no robust accuracy."""
         return bool(self.begun)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
+from advbench.evaluation.identity import versions
+from advbench.files import file_sha256, short_hash
 from advbench.runs.judgement import Indicator as Entry
 from advbench.runs.judgement import Question
-from advbench.verdict.look import Look
+from advbench.verdict.look import Finding, Look
 from advbench.verdict.reading import Class, Reading
 
 Cost = Literal["free", "cheap", "dear"]
@@ -39,6 +43,12 @@ class Indicator:
     """What settles the doubt that it raises, in words; a protocol or a stage."""
     measure: Callable[[Look], Reading | None]
     """Measures it; None where it does not apply."""
+    rests_on: tuple[Finding, ...] = ()
+    """What it reads of an evaluation's findings; unless they change, it is not computed again."""
+
+    def basis(self, look: Look) -> str:
+        """Hash of all that the entry depends on, beside what is attacked: findings and code."""
+        return short_hash([self.id, *map(look.finding, self.rests_on), _code()])
 
     def entry(self, look: Look) -> Entry | None:
         """What stands in ``results.json``; None where the indicator does not apply."""
@@ -62,3 +72,10 @@ class Indicator:
             "backwards": look.backwards - before[1],
         }
         return entry | ({"data": dict(reading.data)} if reading.data else {})
+
+
+@cache
+def _code() -> dict[str, str]:
+    """Versions, and hashes of the code that decides what an indicator measures."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return {**versions(), "verdict": short_hash([file_sha256(file) for file in files])}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.job import Job
+from advbench.evaluation.measured import Measured
 from advbench.evaluation.phases import found
 from advbench.evaluation.protocol import Protocol, Stage
-from advbench.evaluation.store import Store
+from advbench.evaluation.store import Images, Records, Store
 from advbench.runs.judgement import Indicator as Entry
 from advbench.runs.judgement import Verdict
 from advbench.verdict import label
@@ -77,14 +80,43 @@ class IndicatorJudge:
     only: bool = False
     """Whether nothing is to be attacked."""
 
-    def indicators(self, job: Job, stages: Sequence[Stage], store: Store) -> list[Entry]:
-        look = Look(job, tuple(stages), found(stages, store), store.images(), self.complete)
-        entries = (indicator.entry(look) for indicator in self.chosen)
+    def indicators(
+        self, job: Job, stages: Sequence[Stage], store: Store, measured: Measured | None = None
+    ) -> list[Entry] | None:
+        measured = Measured() if measured is None else measured
+        records = found(stages, store)
+        look = Look(job, tuple(stages), records, _images(store, records), self.complete)
+        entries, computed = [], False
+        for indicator in self.chosen:
+            if indicator.cost == "free":
+                entries.append(indicator.entry(look))
+                continue
+            basis = indicator.basis(look)
+            name = f"{indicator.id}-{basis}"
+            if name not in measured:
+                if computed and job.deadline():
+                    return None
+                before = look.forwards, look.backwards
+                entry = indicator.entry(look)
+                computed = True
+                spent = look.forwards - before[0], look.backwards - before[1]
+                measured.keep(name, None if entry is None else {**entry, "basis": basis}, *spent)
+            entries.append(measured.entry(name))
         return [entry for entry in entries if entry is not None]
 
-    def verdict(self, indicators: Sequence[Entry]) -> Verdict:
-        return label.verdict(indicators, [indicator.id for indicator in self.chosen])
+    def verdict(self, indicators: Sequence[Entry], passes: tuple[int, int]) -> Verdict:
+        return label.verdict(indicators, [indicator.id for indicator in self.chosen], passes)
 
     def adds_to(self, verdict: Verdict) -> bool:
         known = set(verdict.get("looked_at", ()))
         return self.only or not {indicator.id for indicator in self.chosen} <= known
+
+
+def _images(store: Store, records: Mapping[str, Records]) -> Images | None:
+    """The images of the samples that these records say are broken: others came in later phases."""
+    images = store.images()
+    if images is None:
+        return None
+    broken = np.concatenate([part.sample[part.alone] for part in records.values()])
+    kept = np.isin(images.ids, broken)
+    return Images(images.ids[kept], images.x[kept]) if kept.any() else None

@@ -21,15 +21,20 @@ def label(indicators: Sequence[Indicator]) -> Label:
     return "inconclusive" if classes else "reliable"
 
 
-def verdict(indicators: Sequence[Indicator], looked_at: Sequence[str]) -> Verdict:
+def verdict(
+    indicators: Sequence[Indicator], looked_at: Sequence[str], passes: tuple[int, int]
+) -> Verdict:
     """The verdict as it stands in ``results.json``.
 
-    looked_at: ids of the indicators that were computed, those that did not apply too.
+    Args:
+        indicators: what was measured.
+        looked_at: ids of the indicators that were computed, those that did not apply too.
+        passes: rows passed forward and backward, of all phases of the evaluation.
     """
     return Verdict(
         label=label(indicators),
         indicators=list(indicators),
         looked_at=list(looked_at),
-        forwards=sum(indicator.get("forwards", 0) for indicator in indicators),
-        backwards=sum(indicator.get("backwards", 0) for indicator in indicators),
+        forwards=passes[0],
+        backwards=passes[1],
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ SAMPLES = 64
 """Images that most indicators look at, at most."""
 CHUNK = 64
 """Rows of a pass."""
+
+Finding = Literal["correct", "survivors", "left_by_gradient", "searches", "images"]
+"""What indicators that cost passes read of an evaluation."""
 
 Watch = Callable[[int, Rows], None]
 """Is shown the step and the rows of a search, before each query and after the last."""
@@ -95,6 +99,15 @@ class Look:
     def left_by_gradient(self) -> np.ndarray:
         """Ids of the samples that attacks along gradients left, sorted."""
         return self.survivors([stage for stage in self.stages if not self.is_blind(stage)])
+
+    def finding(self, name: Finding) -> list[Any]:
+        """Plain values of a finding, which decide what an indicator that rests on it measures."""
+        if name == "searches":
+            return [stage.to_json() for stage in self.white_box]
+        if name == "images":
+            return [] if self.images is None else self.images.ids.tolist()
+        ids = {"survivors": self.survivors, "correct": lambda: self.correct}
+        return ids.get(name, lambda: self.left_by_gradient)().tolist()
 
     # --- the model ------------------------------------------------------------------------------
 

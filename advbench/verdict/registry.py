@@ -75,6 +75,7 @@ INDICATORS = (
         source=f"{PINTOR} (unavailable gradients)",
         settles="protocol=adaptive",
         measure=gradients.zero_gradient,
+        rests_on=("left_by_gradient",),
     ),
     Indicator(
         id="gradient_mismatch",
@@ -90,6 +91,7 @@ INDICATORS = (
         source=f"{PINTOR} (unstable gradients)",
         settles="protocol=adaptive",
         measure=gradients.gradient_mismatch,
+        rests_on=("correct",),
     ),
     Indicator(
         id="unbounded",
@@ -104,6 +106,7 @@ INDICATORS = (
         source=f"{ATHALYE}, section 3.1",
         settles="protocol=adaptive",
         measure=gradients.unbounded,
+        rests_on=("correct",),
     ),
     Indicator(
         id="one_step",
@@ -115,6 +118,7 @@ INDICATORS = (
         source=f"{ATHALYE}, section 3.1",
         settles="protocol=adaptive",
         measure=gradients.one_step,
+        rests_on=("survivors",),
     ),
     Indicator(
         id="noise",
@@ -129,6 +133,7 @@ INDICATORS = (
         source=f"{ATHALYE}, section 3.1",
         settles="protocol=square",
         measure=gradients.noise,
+        rests_on=("left_by_gradient", "survivors"),
     ),
     Indicator(
         id="logit_scale",
@@ -143,6 +148,7 @@ INDICATORS = (
         source=CARLINI,
         settles="protocol=apgd protocol.loss=dlr",
         measure=gradients.logit_scale,
+        rests_on=("survivors",),
     ),
     Indicator(
         id="monotone",
@@ -154,6 +160,7 @@ INDICATORS = (
         source=f"{ATHALYE}, section 3.1",
         settles="protocol=curve",
         measure=gradients.monotone,
+        rests_on=("correct",),
     ),
     Indicator(
         id="loss_gap",
@@ -168,6 +175,7 @@ INDICATORS = (
         source=AUTOATTACK,
         settles="protocol=autoattack",
         measure=gradients.loss_gap,
+        rests_on=("correct",),
     ),
     Indicator(
         id="black_box",
@@ -238,6 +246,7 @@ INDICATORS = (
         source="Zimmermann et al. 2022, arXiv 2206.13991",
         settles="protocol=adaptive, with surrogates that follow another gradient",
         measure=planted.planted,
+        rests_on=("correct", "searches"),
     ),
     Indicator(
         id="silent_success",
@@ -252,6 +261,7 @@ INDICATORS = (
         source=f"{PINTOR} (silent success)",
         settles="report it, please: it is a mistake of advbench",
         measure=records.silent_success,
+        rests_on=("survivors", "searches"),
     ),
     Indicator(
         id="norm",
@@ -266,6 +276,7 @@ INDICATORS = (
         source="ours",
         settles="advbench verify RUN",
         measure=records.norm,
+        rests_on=("images",),
     ),
 )
 """A new indicator is a function in the file of its family and an entry here."""

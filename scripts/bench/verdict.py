@@ -39,6 +39,7 @@ from advbench.attacks.apgd import APGD
 from advbench.attacks.square import Square
 from advbench.errors import UserError
 from advbench.evaluation.evaluation import Evaluation
+from advbench.evaluation.measured import Measured
 from advbench.evaluation.protocol import Effort, Protocol, Stage, Subject
 from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
@@ -177,8 +178,9 @@ def judge(entry: Entry, zoo: Zoo, row: dict[str, Any], folder: Path, effort: str
     store = kept(folder / f"{entry.name}-{row['seed']}")
     computed = Judgement(effort=effort).of(protocol)
     assert computed is not None
-    indicators = computed.indicators(evaluation.job, evaluation.plan().stages, store)
-    label = computed.verdict(indicators).get("label")
+    measured, stages = Measured(), evaluation.plan().stages
+    indicators = computed.indicators(evaluation.job, stages, store, measured) or []
+    label = computed.verdict(indicators, measured.passes).get("label")
     shown = [
         {key: one.get(key) for key in ("id", "class", "value", "triggered", "interval")}
         for one in indicators

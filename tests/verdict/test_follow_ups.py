@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -54,14 +55,16 @@ def test_adaptive_asks_its_indicators() -> None:
 
         only = False
 
-        def indicators(self, job: Any, stages: tuple[Stage, ...], store: Any) -> list[Any]:
+        def indicators(
+            self, job: Any, stages: Sequence[Stage], store: Any, measured: Any
+        ) -> list[Any]:
             assert judge is not None
-            return [*judge.indicators(job, stages, store), sign("gradient")]
+            return [*(judge.indicators(job, stages, store, measured) or ()), sign("gradient")]
 
         def adds_to(self, verdict: Any) -> bool:
             return False
 
-        def verdict(self, indicators: Any) -> Any:
+        def verdict(self, indicators: Any, passes: Any) -> Any:
             return {"label": "inconclusive", "indicators": list(indicators)}
 
     case = Evaluation("net", "digits", PROTOCOL, job, judge=Suspicious())

@@ -206,6 +206,13 @@ def _run(
         facts.append(
             ("Missing", f"the budget was spent before the end of {', '.join(results.missing)}")
         )
+    if (naive := words.naive(results)) is not None:
+        facts.append(
+            (
+                "Too high",
+                f"{percent_text(naive)} %, after the attacks that follow the model's own gradient",
+            )
+        )
     share = "-" if results.robust.acc is None else f"{percent_text(results.robust.acc)} %"
     return {
         "entry": entry,
@@ -213,6 +220,7 @@ def _run(
         "anchor": anchor,
         "about": f"{entry.data}, {entry.threat_name}, {protocol_of(entry)}",
         "headline": f"at most {share}" if results.attacked and results.missing else share,
+        "naive": None if naive is None else f"{percent_text(naive)} %",
         "facts": facts,
         "commands": _commands(entry, figures is not None),
         "provenance": {

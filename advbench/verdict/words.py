@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from advbench.runs.judgement import Indicator, Question, Verdict
+from advbench.runs.results import Results
 from advbench.text import count
 from advbench.verdict.registry import INDICATORS
 
@@ -36,6 +37,22 @@ def _answer(verdict: Verdict, question: Question) -> str:
         return "not known: no image shows it, but the gradient that was followed misleads"
     of = sum(sign["question"] == question for sign in verdict.get("indicators", ()))
     return f"no sign of it ({count(of, 'indicator')})" if of else "nothing was computed on it"
+
+
+def naive(results: Results) -> float | None:
+    """Robust accuracy after the attacks on the model's own gradient that came first.
+
+    Returns:
+        A share in [0, 1]; None where it is within the interval of the final number, and where the
+        evaluation is unfinished.
+    """
+    left = None
+    for stage in results.stages:
+        if stage.target != "model" or stage.attack == "Square":
+            break
+        left = stage.robust_acc
+    interval = results.robust.ci95
+    return left if left is not None and interval is not None and left > interval[1] else None
 
 
 def next_steps(verdict: Verdict) -> list[str]:

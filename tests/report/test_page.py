@@ -351,6 +351,26 @@ def test_curves_and_sweeps(tmp_path: Path) -> None:
     assert "Robust accuracy over the radius digits, 40 images." in text
 
 
+@pytest.mark.parametrize(("attack", "lost", "shown"), [
+    ("Square", 25, True), ("Square", 2, False), ("PGD", 25, False),
+])  # fmt: skip
+def test_what_the_gradient_alone_left_is_struck_through(
+    tmp_path: Path, attack: str, lost: int, shown: bool
+) -> None:
+    """Where it differs from the number by more than the interval."""
+    found = results(lost=(1, lost))
+    first, second = found.stages
+    found = replace(found, stages=(first, replace(second, attack=attack)))
+    write(tmp_path / "a", found, bare=True)
+    text = pages.page(find([tmp_path]))
+    struck = re.search(r"<s>([\d.]+) %</s>", text)
+    assert (struck is not None) is shown
+    assert struck is None or float(struck[1]) == pytest.approx(100 * (first.robust_acc or 0))
+    assert (
+        "the attacks that follow the model's own gradient" in text.replace("&#39;", "'")
+    ) is shown
+
+
 def test_verdict_is_shown(tmp_path: Path) -> None:
     sign = {"id": "masking", "value": 0.25, "threshold": 0.1, "triggered": True, "why": "FGSM wins"}
     sign |= {"class": "proof", "kind": "gradient", "question": "gradient"}

@@ -131,7 +131,8 @@ class ExpressProtocol(Protocol):
 
     def estimate(self, plan: Plan, findings: Findings) -> Estimate | None:
         left, n = findings.survivors(plan.stages), len(findings.records[CLEAN])
-        if str(self.audit) == "0" and len(findings.stages) == len(plan.stages):
+        unasked = str(self.audit) == "0" and len(findings.stages) == len(plan.stages)
+        if unasked or not len(left):
             return None
         return estimate("AutoAttack", n, len(left), *_audit(plan, findings, left))
 

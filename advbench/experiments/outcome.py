@@ -52,7 +52,7 @@ def show_evaluation(
     unfinished = _unfinished(results, budget or Budget())
     label = results.verdict.get("label")
     signs, asked = words.triggered(results.verdict), words.answers(results.verdict)
-    steps = words.next_steps(results.verdict)
+    steps = words.next_steps(results)
     lines = [
         f"  after {stage.name}: {_left(results, stage)} "
         f"({stage.broken} of {stage.attacked} broken, {stage.seconds:.1f} s)"

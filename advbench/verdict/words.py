@@ -55,9 +55,15 @@ def naive(results: Results) -> float | None:
     return left if left is not None and interval is not None and left > interval[1] else None
 
 
-def next_steps(verdict: Verdict) -> list[str]:
-    """The steps that settle the doubts, without repetition, the strongest first."""
-    return list(dict.fromkeys(sign["settles"] for sign in triggered(verdict) if "settles" in sign))
+def next_steps(results: Results) -> list[str]:
+    """The steps that settle the doubts, without repetition, the strongest first.
+
+    The protocol that ran is no step any more.
+    """
+    signs = triggered(results.verdict)
+    steps = dict.fromkeys(sign["settles"] for sign in signs if "settles" in sign)
+    ran = f"protocol={results.protocol['name']}"
+    return [step for step in steps if not step.startswith(ran)]
 
 
 def table() -> str:

@@ -253,6 +253,13 @@ def test_audit_all_leaves_what_autoattack_leaves(tmp_path: Path) -> None:
     assert results.robust.acc <= whole.robust.acc
 
 
+def test_without_survivors_there_is_nothing_to_estimate() -> None:
+    protocol, everyone = ExpressProtocol(), np.arange(N)
+    plan = planned(protocol)
+    found = {"clean": records(everyone, 0), "express": records(everyone, N)}
+    assert protocol.estimate(plan, Findings(plan.stages, found)) is None
+
+
 def test_without_an_audit_nothing_is_claimed(tmp_path: Path) -> None:
     results, _ = run(mlp(QuickExpress(audit=0)), tmp_path)
     assert results.estimate is None and results.estimated() is None

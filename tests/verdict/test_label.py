@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from made_up_results import results
 
 from advbench.verdict.label import label
+from advbench.verdict.words import next_steps
 
 PROOF = ("proof", "gradient")
 EVIDENCE, SAME, OTHER = ("evidence", "gradient"), ("evidence", "gradient"), ("evidence", "search")
@@ -35,3 +37,14 @@ def test_label(triggered: list[tuple[str, str]], expected: str) -> None:
 
 def _entry(weight: str, kind: str, triggered: bool) -> Any:
     return {"id": "x", "class": weight, "kind": kind, "triggered": triggered, "why": ""}
+
+
+def test_a_step_that_was_taken_is_no_next_step() -> None:
+    common = {"class": "evidence", "triggered": True, "why": "x", "question": "number"}
+    steps = ("protocol=adaptive, with surrogates", "traits.stochastic=true")
+    signs = [{"id": step, "kind": step, "settles": step, **common} for step in steps]
+    doubted: Any = {"label": "unreliable", "indicators": signs}
+    ran = results(verdict=doubted, protocol={"name": "adaptive", "version": "2"})
+    assert next_steps(ran) == ["traits.stochastic=true"]
+    other = results(verdict=doubted, protocol={"name": "autoattack", "version": "1"})
+    assert next_steps(other)[0].startswith("protocol=adaptive")

@@ -96,3 +96,10 @@ def test_every_folder_is_packaged() -> None:
     named = {f"advbench.{name}" if name.startswith("configs") else name for name in names}
     assert len(named) > 25
     assert {name for name in named if f'"{name}",' not in text} == set()
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """pytest imports them by their name alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) > 80
+    assert {name for name in names if names.count(name) > 1} == set()

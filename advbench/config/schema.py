@@ -82,7 +82,7 @@ class EvalConfig:
     strict: bool = field(default=False, metadata={"role": Role.SITTING})
     """Exit with code 3 if the verdict is unreliable, 4 if inconclusive or unknown."""
     budget: str | None = field(default=None, metadata={"role": Role.SITTING})
-    """Stop after a time, such as 10min, or after 2e6passes in all; repeat the command to resume."""
+    """Stop after a time (10min) or 2e6passes in all; the same command resumes."""
     resume: str | None = field(default=None, metadata={"role": Role.SITTING})
     """An interrupted evaluation to resume."""
     transfer: list[str] = field(

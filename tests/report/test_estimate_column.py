@@ -35,13 +35,14 @@ def made(held: int, broken: int | None, name: str, seed: int = 0) -> dict[str, o
 
 def found() -> list[Group]:
     """The second has the higher estimate; the third has none; two seeds are one row."""
-    rows: tuple[tuple[Any, ...], ...] = (
+    rows: Any = [
         (100, 8, "first", 0),
         (98, 0, "second", 0),
         (97, None, "third", 0),
-    )
-    seeds: tuple[tuple[Any, ...], ...] = ((90, 4, "seeds", 0), (92, 0, "seeds", 1))
-    values = [results(held, **made(held, *more)) for held, *more in (*rows, *seeds)]
+        (90, 4, "seeds", 0),
+        (92, 0, "seeds", 1),
+    ]
+    values = [results(row[0], **made(*row)) for row in rows]
     return groups(entries(*values))
 
 

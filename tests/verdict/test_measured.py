@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import pytest
-import torch
 from made_up_looks import look, net
 
 from advbench.attacks.pgd import PGD
@@ -22,7 +19,6 @@ from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.measured import Measured
 from advbench.evaluation.phases import Findings, FollowUp, keyed_sample
 from advbench.evaluation.protocol import Plan, Protocol, Stage, Subject
-from advbench.evaluation.resources import ProcessGroup
 from advbench.runs.results import Results
 from advbench.verdict.indicator import Indicator
 from advbench.verdict.judge import Judgement
@@ -146,46 +142,6 @@ def test_a_budget_ends_between_indicators_and_a_later_sitting_goes_on(
     assert states[-1] == expected.verdict
     assert all(computed.count(name) == once[name] for name in COSTLY)
     assert but_for_time(tmp_path / "parts") == but_for_time(tmp_path / "whole")
-
-
-class Together(ProcessGroup):
-    """Threads in the place of processes."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, said: list[str]) -> None:
-        super().__init__(torch.device("cpu"))
-        self.rank, self.world_size = rank, barrier.parties
-        self._barrier, self._said = barrier, said
-
-    def wait(self) -> None:
-        self._barrier.wait(60)
-
-    def of_first(self, value: str) -> str:
-        if self.rank == 0:
-            self._said[:] = [value]
-        self.wait()
-        heard = self._said[0]
-        self.wait()
-        return heard
-
-
-def test_several_processes_have_the_verdict_of_one(tmp_path: Path) -> None:
-    alone = evaluation()
-    expected = alone.execute(tmp_path / "alone", alone.plan())
-    barrier, said, found = threading.Barrier(2), [], {}
-
-    def share(rank: int) -> None:
-        case = evaluation()
-        job = dataclasses.replace(case.job, model=copy.deepcopy(case.job.model))
-        case = dataclasses.replace(case, job=job)
-        group = Together(rank, barrier, said)
-        found[rank] = case.execute(tmp_path / "shared", case.plan(), group=group)
-
-    threads = [threading.Thread(target=share, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert found[0].verdict == found[1].verdict == expected.verdict
 
 
 def test_a_finished_evaluation_computes_what_it_lacks(tmp_path: Path, computed: list[str]) -> None:

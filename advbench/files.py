@@ -125,9 +125,14 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
+def json_sha256(value: Any) -> str:
+    """Hash of a JSON-like value, the same for equal values."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
 def short_hash(value: Any) -> str:
     """Eight hex digits of the hash of a JSON-like value."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:8]
+    return json_sha256(value)[:8]
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -138,8 +143,12 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hash of a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Hash of a file's content, of which a part at a time is in memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def code_sha256(path: str | Path) -> str:
@@ -148,7 +157,7 @@ def code_sha256(path: str | Path) -> str:
     if len(files) == 1:
         return file_sha256(path)
     content = sorted((file.name, file_sha256(file)) for file in files)
-    return hashlib.sha256(canonical(content).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def _with_neighbours(file: Path) -> set[Path]:

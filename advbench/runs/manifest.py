@@ -19,7 +19,7 @@ from typing import Any
 
 from advbench import files
 from advbench.errors import UserError, describe
-from advbench.files import canonical, write_atomic
+from advbench.files import write_atomic
 
 SUMMARY = "summary.json"
 """Exists exactly if a training run is finished; it is written last."""
@@ -52,7 +52,7 @@ def write_json(path: Path, value: Mapping[str, Any], belonging: Iterable[str] = 
     stamps = {name: _stamp(path.parent / name) for name in belonging if _is_there(path, name)}
     content = {**value, **({FILES: stamps} if stamps else {})}
     as_read = json.loads(json.dumps(content, allow_nan=False))
-    files.write_json(path, {**content, OWN: _hash(as_read)})
+    files.write_json(path, {**content, OWN: files.json_sha256(as_read)})
 
 
 def read_json(path: Path) -> Any:
@@ -71,7 +71,7 @@ def opened(content: Any, path: Path) -> Any:
     if not isinstance(content, dict) or OWN not in content:
         return content
     value = {key: part for key, part in content.items() if key != OWN}
-    if content[OWN] != _hash(value):
+    if content[OWN] != files.json_sha256(value):
         raise Damaged(f"'{path}' is damaged or was changed by hand: {_cure(path)}")
     belonging = value.pop(FILES, {})
     stamp = belonging.get(PLAN) if isinstance(belonging, dict) else None
@@ -88,8 +88,8 @@ def checked(path: Path) -> Path:
     Raises Damaged, in one line, for a file that is missing, empty, cut or has another content.
     """
     stamp = _belonging(path.parent).get(path.name)
-    if stamp is not None and (problem := _changed(path, stamp)):
-        raise Damaged(f"'{path}' {problem}: {_cure(path)}")
+    if stamp is not None:
+        _check(path, stamp)
     return path
 
 
@@ -98,9 +98,9 @@ def check(folder: Path) -> None:
 
     Its config is left to ``edited``: people may change it.
     """
-    for name in _belonging(folder):
+    for name, stamp in _belonging(folder).items():
         if name != CONFIG:
-            checked(folder / name)
+            _check(folder / name, stamp)
 
 
 def lacking(folder: Path) -> str | None:
@@ -140,7 +140,7 @@ def plan_key(folder: Path) -> str:
     """
     path = folder / PLAN
     try:
-        return _hash(read_json(path)["identity"])
+        return files.json_sha256(read_json(path)["identity"])
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, LookupError, TypeError) as problem:
@@ -188,10 +188,6 @@ def _seal(payload: bytes, name: str, key: str) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
 def _is_there(path: Path, name: str) -> bool:
     return (path.parent / name).is_file()
 
@@ -226,6 +222,12 @@ def _stamp(path: Path) -> dict[str, Any]:
             "bytes": state.st_size}  # fmt: skip
 
 
+def _check(path: Path, stamp: Mapping[str, Any]) -> None:
+    """Raise Damaged for a file that is not what the stamp is of."""
+    if problem := _changed(path, stamp):
+        raise Damaged(f"'{path}' {problem}: {_cure(path)}")
+
+
 def _changed(path: Path, stamp: Mapping[str, Any]) -> str:
     """What is wrong with a file, in words; nothing if it is what the stamp is of."""
     if path.is_symlink():
@@ -248,11 +250,7 @@ def _other_size(size: int, expected: Any) -> str:
 @functools.lru_cache(maxsize=256)
 def _file_hash(path: str, changed: int, size: int, inode: int) -> str:
     """Hash of a file's content, once as long as the file stays as it is."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return files.file_sha256(path)
 
 
 def _cure(path: Path) -> str:

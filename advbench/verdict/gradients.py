@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,15 +201,16 @@ def _after_all(look: Look, clean: Clean, broken: Tensor, what: str) -> Reading:
     """The reading of samples that break though attacks along the gradient left them."""
     hits, of = int(broken.sum()), len(broken)
     why = f"{what} breaks {hits or 'none'} of {images(of)} that attacks along the gradient left"
-    if not of_share(hits, of, SOME, why).triggered:
-        return of_share(hits, of, SOME, why)
+    reading = of_share(hits, of, SOME, why)
+    if not reading.triggered:
+        return reading
     robust = torch.from_numpy(look.survivors()).to(clean.ids)
     counted = int((broken & torch.isin(clean.ids, robust)).sum())
     if counted:
         why += f": {counted} of them are counted as robust, so the number is too high"
-        return of_share(hits, of, SOME, why)
+        return replace(reading, why=why)
     why += ": other attacks broke them too, so the number is not concerned"
-    return replace(of_share(hits, of, SOME, why), question="gradient")
+    return replace(reading, why=why, question="gradient")
 
 
 def logit_scale(look: Look) -> Reading | None:
@@ -244,14 +246,13 @@ def monotone(look: Look) -> Reading | None:
         for smaller, larger, radius in zip(broken, broken[1:], radii[1:], strict=False)
     ]
     lost, won, radius = max(pairs, key=lambda pair: pair[0] / max(pair[0] + pair[1], 1))
-    triggered = of_share(lost, lost + won, 0.5, "").triggered
     curve = [float(part.float().mean()) for part in broken]
     why = (
         f"with eps {radius:.3g} the search breaks {won} more images than with the smaller one "
         f"before and loses {lost} that it had broken"
-        + (": its gradient misleads, and the number may be too high" if triggered else "")
     )
-    return of_share(lost, lost + won, 0.5, why, eps=radii, broken=curve)
+    more = ": its gradient misleads, and the number may be too high"
+    return of_share(lost, lost + won, 0.5, why, more=more, eps=radii, broken=curve)
 
 
 def loss_gap(look: Look) -> Reading | None:
@@ -269,7 +270,7 @@ def loss_gap(look: Look) -> Reading | None:
     first = torch.stack([runs[0] for runs in found.values()])
     by_loss = (first.any(0) & ~first.all(0)) & ~by_seed
     hits, of = int(by_loss.sum()), len(by_loss)
-    shares = {loss: float(runs[0].float().mean()) for loss, runs in found.items()}
+    shares: dict[str, Any] = {k: float(runs[0].float().mean()) for k, runs in found.items()}
     said = ", ".join(f"{loss} {100 * share:.0f} %" for loss, share in shares.items())
     why = f"{hits} of {images(of)} break on one loss and not on another, whatever the seed ({said})"
     return of_share(hits, of, 0.1, why, **shares)

@@ -78,10 +78,8 @@ def planted(look: Look) -> Reading | None:
         f"of {images(found.separated)} near which an adversarial image was planted, the search "
         f"misses {missed} (random points: {found.separated - found.by_chance})"
     )
-    reading = of_share(missed, found.separated, EVIDENCE, why, proof=PROOF, **data)
-    if not reading.triggered:
-        return reading
-    return replace(reading, why=f"{why}: it may miss others too, and the number may be too high")
+    more = ": it may miss others too, and the number may be too high"
+    return of_share(missed, found.separated, EVIDENCE, why, more=more, proof=PROOF, **data)
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,21 @@ class Reading:
 
 
 def of_share(
-    hits: int, of: int, threshold: float, why: str, *, proof: float | None = None, **data: Any
+    hits: int,
+    of: int,
+    threshold: float,
+    why: str,
+    *,
+    more: str = "",
+    proof: float | None = None,
+    **data: Any,
 ) -> Reading:
     """The reading of a share, judged by its exact interval.
 
     Args:
         hits: images that speak against the number, of ``of``.
         threshold: triggered where the lower end of the 95 % interval is above it.
+        more: what the sentence goes on with where it is triggered.
         proof: of an indicator of class proof: up to this lower end it is evidence.
         why: the sentence.
         data: numbers for a picture.
@@ -51,6 +59,7 @@ def of_share(
     low, high = clopper_pearson(hits, of)
     triggered, value = low > threshold, hits / of if of else None
     weight = "evidence" if triggered and proof is not None and low <= proof else None
+    why += more if triggered else ""
     return Reading(value, threshold, triggered, why, (low, high), weight, data=data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -41,14 +42,11 @@ def black_box(look: Look) -> Reading | None:
         f"attacks that need no gradient (Square, transfer) break {hits} of {images(of)} that the "
         "model's gradient had left"
     )
-    reading = of_share(hits, of, EVIDENCE, why, proof=PROOF)
-    if not reading.triggered:
-        return reading
     more = (
         ": the model hides its gradient. What they broke is counted already, but the number may "
         "still be too high"
     )
-    return of_share(hits, of, EVIDENCE, why + more, proof=PROOF)
+    return of_share(hits, of, EVIDENCE, why, more=more, proof=PROOF)
 
 
 def surrogate_gap(look: Look) -> Reading | None:
@@ -62,11 +60,8 @@ def surrogate_gap(look: Look) -> Reading | None:
         f"surrogates with other gradients break {hits} of {images(of)} that the model's own "
         "gradient had left"
     )
-    reading = of_share(hits, of, EVIDENCE, why)
-    if not reading.triggered:
-        return reading
     more = ": its own gradient misleads; what they broke is counted already"
-    return of_share(hits, of, EVIDENCE, why + more)
+    return of_share(hits, of, EVIDENCE, why, more=more)
 
 
 def _broken_later(look: Look, stages: Sequence[Stage]) -> tuple[int, int] | None:
@@ -98,18 +93,12 @@ def unconverged(look: Look) -> Reading | None:
         f"the last quarter of the steps of {stages[-1].name} breaks {hits} of {images(of)} that "
         "were left until then"
     )
-    reading = of_share(hits, of, EVIDENCE, why)
+    more = ": more steps may break more, and the number may be too high"
+    reading = of_share(hits, of, EVIDENCE, why, more=more)
     if not reading.triggered:
         return reading
     low = (reading.interval or (0.0, 0.0))[0]
-    return Reading(
-        reading.value,
-        EVIDENCE,
-        True,
-        f"{why}: more steps may break more, and the number may be too high",
-        reading.interval,
-        "evidence" if low > PROOF else "thin",
-    )
+    return replace(reading, weight="evidence" if low > PROOF else "thin")
 
 
 def eot_plateau(look: Look) -> Reading | None:
@@ -130,9 +119,8 @@ def eot_plateau(look: Look) -> Reading | None:
         f"means over {most} draws of the model's noise break {hits} of {images(of)} that fewer "
         "draws had left"
     )
-    reading = of_share(hits, of, EVIDENCE, why)
     more = ": still more may break more, and the number may be too high"
-    return of_share(hits, of, EVIDENCE, why + more) if reading.triggered else reading
+    return of_share(hits, of, EVIDENCE, why, more=more)
 
 
 def silent_success(look: Look) -> Reading | None:

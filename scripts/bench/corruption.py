@@ -29,6 +29,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from omegaconf import DictConfig, open_dict
+from shared import append
 
 from advbench import config
 from advbench.cli import list_runs
@@ -294,8 +295,7 @@ def main() -> None:
         for row in flips(case, Path(f"copy-{os.getpid()}"), given.flips, given.seed):
             print(json.dumps(row), flush=True)
             if out is not None:
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(out, row)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +54,13 @@ class Process:
         )
         self._process.start()
 
-    def running(self) -> bool:
-        return self._process.is_alive()
-
-    def kill(self) -> bool:
-        """SIGKILL. Returns whether it was still at work."""
-        self._process.kill()
-        self._process.join()
-        self._end()
-        return self._process.exitcode == -signal.SIGKILL
-
     def wait(self, timeout: float = 120.0) -> int:
-        """Its exit code; all that it printed is then in ``output``."""
+        """Its exit code, negative for a signal; all that it printed is then in ``output``."""
         self._process.join(timeout)
-        if self.running():
-            self.kill()
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+            self._end()
             raise AssertionError(f"not finished after {timeout} s: {self.output}")
         self._end()
         code = self._process.exitcode
@@ -106,13 +98,28 @@ def run_script(script: str, *arguments: str, folder: Path, processes: int = 1) -
     return together(processes, _run, str(path), list(arguments), folder=folder)
 
 
-def stamps(folder: Path, pattern: str = "*") -> dict[Path, int]:
-    """When each file under a directory, of that pattern, was written."""
-    found = {}
-    for path in folder.rglob(pattern):
-        with suppress(FileNotFoundError):  # just replaced
-            found[path] = path.stat().st_mtime_ns
-    return found
+def killed(pattern: str, writes: int, work: Callable[..., int | None], *given: Any) -> int | None:
+    """Work in a process that kills itself (SIGKILL) at a moment that no clock decides.
+
+    Args:
+        pattern: of the names of the files that count.
+        writes: after so many of them were written; negative: inside that write, with the file
+            beside its place.
+        work: what is done, with ``given``.
+    """
+    replace, seen = os.replace, 0
+
+    def counted(source: Any, target: Any) -> None:
+        nonlocal seen
+        seen += fnmatch(Path(target).name, pattern)
+        if seen == -writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if seen == writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counted
+    return work(*given)
 
 
 def main_of(words: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import signal
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from made_up_searches import Cut, Notes, Parts, changed, cut_engine, evaluation, files, net, samples
-from processes import Process, main_of, together
+from processes import Process, killed, main_of, together
 from torch import Tensor, nn
 
 from advbench.attacks.pgd import PGD
@@ -196,17 +196,13 @@ def work(folder: Path) -> None:
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(whole: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(int(time.time()))
-    kills = 0
-    while kills < 5 and not (tmp_path / "results.json").exists():
-        process = Process(work, tmp_path, folder=tmp_path)
-        while not (tmp_path / "plan.json").exists() and process.running():
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1.0 if kills else 0.3))
-        kills += process.kill()
-    if not (tmp_path / "results.json").exists():
-        assert Process(work, tmp_path, folder=tmp_path).wait() == 0
-    assert kills >= 2
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        writes = int(rng.integers(1, 6)) * int(rng.choice([-1, 1]))
+        process = Process(killed, "*", writes, work, tmp_path, folder=tmp_path)
+        assert process.wait() == -signal.SIGKILL, process.output
+    assert not (tmp_path / "results.json").exists()
+    assert Process(work, tmp_path, folder=tmp_path).wait() == 0
     assert files(tmp_path) == files(whole)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import random
+import signal
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from processes import run_script
+from processes import Process, killed, main_of
 from small import STEPS, Planted, Stripes, assert_same_result, fit, position, table
 
 from advbench.errors import UserError
@@ -156,42 +157,6 @@ def test_resume_runs_no_code(tmp_path):
     assert load_resume(tmp_path / "missing.pt", {}) is None
 
 
-KILLED = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-# What a training imports, once for all children.
-import torch._dynamo, advbench.defenses.hpm, advbench.recipes.awp
-import advbench.experiments, advbench.data.sources
-from advbench.cli.main import main
-from small import position
-
-def start(folder):
-    child = os.fork()  # before the first computation: no threads yet, and nothing to import again
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(main(["train", f"hydra.run.dir={folder}", *settings]))
-    return child
-
-home = Path(sys.argv[1])
-moments = random.Random(0)
-for name, *settings in (argument.split("|") for argument in sys.argv[2:]):
-    whole, parts = home / f"{name}-whole", home / f"{name}-parts"
-    assert os.waitpid(start(whole), 0)[1] == 0
-    inside = 0
-    for kills in range(5):
-        before, child = position(parts), start(parts)
-        while position(parts) == before:
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.1))
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
-        os.kill(child, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        inside += position(parts)[1] > 0
-    assert inside >= 2, "some kills were inside an epoch"
-    assert os.waitpid(start(parts), 0)[1] == 0
-"""
 COMMON = (
     "data=npz",
     "data.path=data.npz",
@@ -207,17 +172,27 @@ COMMANDS = {
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks to save the imports")
 def test_a_training_that_is_killed_five_times_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = Stripes().open("train")
     x, y = images.fetch(torch.arange(len(images)), "cpu")
     np.savez("data.npz", x_train=x.permute(0, 2, 3, 1).numpy(), y_train=y.numpy())
-    commands = ["|".join((name, *COMMON, *more)) for name, more in COMMANDS.items()]
-    run_script(KILLED, str(tmp_path), *commands, folder=tmp_path)
-    assert len(COMMANDS) == 2
-    for name in COMMANDS:
+    moments = random.Random(0)
+    for name, more in COMMANDS.items():
         whole, parts = tmp_path / f"{name}-whole", tmp_path / f"{name}-parts"
+        words = ["train", *COMMON, *more, f"hydra.run.dir={parts}"]
+        inside = 0
+        for _ in range(5):
+            writes = moments.randint(1, STEPS) * moments.choice((-1, 1))
+            process = Process(killed, "resume.pt", writes, main_of, words, folder=tmp_path)
+            assert process.wait() == -signal.SIGKILL, process.output
+            inside += position(parts)[1] > 0
+        assert inside >= 2, "some kills were inside an epoch"
+        for folder in (parts, whole):
+            words[-1] = f"hydra.run.dir={folder}"
+            process = Process(main_of, words, folder=tmp_path)
+            assert process.wait() == 0, process.output
         assert_same_result(whole, parts)
         files = {path.name for path in parts.iterdir()}
         assert files == {path.name for path in whole.iterdir()}, "no temporary file is left"
+    assert len(COMMANDS) == 2

@@ -54,7 +54,7 @@ class Process:
         )
         self._process.start()
 
-    def wait(self, timeout: float = 120.0) -> int:
+    def wait(self, timeout: float = 300.0) -> int:
         """Its exit code, negative for a signal; all that it printed is then in ``output``."""
         self._process.join(timeout)
         if self._process.is_alive():

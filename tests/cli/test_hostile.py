@@ -66,7 +66,7 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     began = time.monotonic()
     assert main(command) == 2
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     error = capsys.readouterr().err
     assert error.startswith("advbench: ") and error.count("\n") == 1, error
     return error

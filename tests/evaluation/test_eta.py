@@ -22,7 +22,7 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path) -> None
         sittings += 1
         if not results.missing:
             break
-        assert time.perf_counter() - begin < 5
+        assert time.perf_counter() - begin < 60
         assert Results.load(tmp_path / "results.json").missing == results.missing
         assert results.missing[-1] == "square" and sittings < 200
         assert results.robust.acc >= Results.load(whole / "results.json").robust.acc

@@ -152,8 +152,8 @@ class APGD(Attack):
         )  # fmt: skip
         if self.targeted:
             rows.target = wrong_class(oracle, rows, restart // self.restarts)
-        everyone = torch.ones_like(rows.halved_at_check)
-        self._begin_phase(rows, everyone, threat, fresh=not self.large_radius)
+        all_rows = torch.ones_like(rows.halved_at_check)
+        self._begin_phase(rows, all_rows, threat, fresh=not self.large_radius)
         return rows
 
     def loss(self, logits: Tensor, rows: Rows) -> Tensor:
@@ -166,10 +166,10 @@ class APGD(Attack):
         assert isinstance(rows, APGDRows) and answer.gradient is not None
         loss, first = answer.loss, rows.phase_iteration == 0
         point, gradient = rows.point, answer.gradient
-        better = first | (loss > rows.loss_best)
-        rows.loss_best = torch.where(better, loss, rows.loss_best)
-        rows.point_best = torch.where(per_row(better, rows.x), point, rows.point_best)
-        rows.gradient_best = torch.where(per_row(better, rows.x), gradient, rows.gradient_best)
+        improved = first | (loss > rows.loss_best)
+        rows.loss_best = torch.where(improved, loss, rows.loss_best)
+        rows.point_best = torch.where(per_row(improved, rows.x), point, rows.point_best)
+        rows.gradient_best = torch.where(per_row(improved, rows.x), gradient, rows.gradient_best)
         rows.best_at_check = torch.where(first, loss, rows.best_at_check)
         rows.rises += ~first & (loss > rows.loss_last)
         rows.since += ~first
@@ -185,8 +185,8 @@ class APGD(Attack):
             rows.since = torch.where(check, 0, rows.since)
             rows.rises = torch.where(check, 0, rows.rises)
 
-        moved = self._move(rows, point, gradient, threat)
-        rows.previous, rows.point = point, moved
+        next_point = self._move(rows, point, gradient, threat)
+        rows.previous, rows.point = point, next_point
         rows.iteration += 1
         rows.phase_iteration += 1
         if self.large_radius:
@@ -202,15 +202,15 @@ class APGD(Attack):
     def _checkpoint(self, rows: APGDRows, check: Tensor) -> Tensor:
         """Conditions 1 and 2 of 2020, sec. 3.2. Returns which rows go back to their best point."""
         few_rises = rows.rises <= self.rho * rows.period
-        stuck = ~rows.halved_at_check & (rows.best_at_check >= rows.loss_best)
-        halve = check & (few_rises | stuck)
+        no_progress = ~rows.halved_at_check & (rows.best_at_check >= rows.loss_best)
+        halve = check & (few_rises | no_progress)
         rows.step = torch.where(halve, rows.step / 2, rows.step)
         rows.halved_at_check = torch.where(check, halve, rows.halved_at_check)
         rows.best_at_check = torch.where(check, rows.loss_best, rows.best_at_check)
-        shorter = (rows.period - max(int(0.03 * self.steps), 1)).clamp_min(
+        period = (rows.period - max(int(0.03 * self.steps), 1)).clamp_min(
             max(int(0.06 * self.steps), 1)
         )
-        rows.period = torch.where(check, shorter, rows.period)
+        rows.period = torch.where(check, period, rows.period)
         return halve
 
     def _checkpoint_l1(self, rows: APGDRows, check: Tensor, threat: Threat) -> Tensor:
@@ -224,10 +224,12 @@ class APGD(Attack):
         support = (rows.point_best != rows.x).flatten(1).sum(1).to(rows.x.dtype)
         sparser = support / rows.support.clamp_min(1) < 0.95
         eps = self._eps(rows, threat)
-        smallest = eps / 10
-        stuck = (rows.step <= smallest) & (rows.loss_best <= rows.best_at_check)
-        share = torch.where(stuck, torch.minimum(rows.sparsity, support / size), support / size)
-        step = torch.where(sparser, eps, (rows.step / 1.5).clamp_min(smallest))
+        min_step = eps / 10
+        no_progress = (rows.step <= min_step) & (rows.loss_best <= rows.best_at_check)
+        share = torch.where(
+            no_progress, torch.minimum(rows.sparsity, support / size), support / size
+        )
+        step = torch.where(sparser, eps, (rows.step / 1.5).clamp_min(min_step))
         rows.step = torch.where(check, step, rows.step)
         rows.sparsity = torch.where(check, share / 1.5, rows.sparsity)
         rows.support = torch.where(check, support, rows.support)
@@ -236,40 +238,42 @@ class APGD(Attack):
 
     def _move(self, rows: APGDRows, point: Tensor, gradient: Tensor, threat: Threat) -> Tensor:
         x, norm, step = rows.x, threat.norm, per_row(rows.step, rows.x)
-        keep = projection(x, norm, self._eps(rows, threat))
+        into_threat = projection(x, norm, self._eps(rows, threat))
         if norm == "l1":
             size = gradient.flatten(1).abs()
             rank = ((1 - rows.sparsity) * size.shape[1]).long().clamp(0, size.shape[1] - 1)
             threshold = size.sort(dim=1).values.gather(1, rank[:, None])
             sparse = torch.where(size >= threshold, gradient.flatten(1).sign(), 0.0)
-            return keep(point + step * unit(sparse.view_as(x), "l1"))
+            return into_threat(point + step * unit(sparse.view_as(x), "l1"))
         direction = gradient.sign() if norm == "linf" else unit(gradient, norm)
-        ahead = keep(torch.addcmul(point, step, direction))
+        step_end = into_threat(torch.addcmul(point, step, direction))
         weight = per_row(torch.where(rows.phase_iteration == 0, 1.0, MOMENTUM), x)
         # alpha (ahead - point) + (1 - alpha) (point - previous), added to the point
-        return keep(torch.lerp(2 * point - rows.previous, ahead, weight))
+        return into_threat(torch.lerp(2 * point - rows.previous, step_end, weight))
 
-    def _begin_phase(self, rows: APGDRows, which: Tensor, threat: Threat, fresh: bool) -> None:
-        """Set the rows of ``which`` (mask) to the beginning of their phase, at their point."""
+    def _begin_phase(self, rows: APGDRows, mask: Tensor, threat: Threat, fresh: bool) -> None:
+        """Set the rows of ``mask`` to the beginning of their phase, at their point."""
         eps = self._eps(rows, threat)
         if threat.norm == "l1":
-            size = rows.x[0].numel()
-            touched = (rows.point != rows.x).flatten(1).sum(1).to(rows.x.dtype)
-            support = torch.full_like(touched, size) if fresh else touched
-            sparsity = torch.full_like(touched, 0.2) if fresh else touched / size / 1.5
-            rows.support = torch.where(which, support, rows.support)
-            rows.sparsity = torch.where(which, sparsity, rows.sparsity)
+            num_pixels = rows.x[0].numel()
+            changed_pixels = (rows.point != rows.x).flatten(1).sum(1).to(rows.x.dtype)
+            support = torch.full_like(changed_pixels, num_pixels) if fresh else changed_pixels
+            sparsity = (
+                torch.full_like(changed_pixels, 0.2) if fresh else changed_pixels / num_pixels / 1.5
+            )
+            rows.support = torch.where(mask, support, rows.support)
+            rows.sparsity = torch.where(mask, sparsity, rows.sparsity)
             lengths = tuple(max(int(0.04 * n), 1) for _, n in self._schedule)
             period = _constant(lengths, rows.period.device, rows.period.dtype)[rows.phase]
             step = eps
         else:
             period = torch.full_like(rows.period, max(int(0.22 * self.steps), 1))
             step = 2 * eps
-        rows.step = torch.where(which, step, rows.step)
-        rows.period = torch.where(which, period, rows.period)
+        rows.step = torch.where(mask, step, rows.step)
+        rows.period = torch.where(mask, period, rows.period)
         for name in ("since", "rises", "phase_iteration"):
-            setattr(rows, name, torch.where(which, 0, getattr(rows, name)))
-        rows.previous = torch.where(per_row(which, rows.x), rows.point, rows.previous)
+            setattr(rows, name, torch.where(mask, 0, getattr(rows, name)))
+        rows.previous = torch.where(per_row(mask, rows.x), rows.point, rows.previous)
 
     def _next_phase(self, rows: APGDRows, age: Tensor | None, threat: Threat) -> None:
         """Hand the best point of a finished phase on to the next, smaller radius.
@@ -280,12 +284,12 @@ class APGD(Attack):
         ends = torch.tensor(lengths[:-1]).cumsum(0)
         if age is not None and not torch.isin(age + 1, ends).any():
             return
-        last = len(self._schedule) - 1
+        last_phase = len(self._schedule) - 1
         length = _constant(lengths, rows.phase.device, rows.phase.dtype)[rows.phase]
-        done = (rows.phase < last) & (rows.phase_iteration == length)
-        if surely_none(done):
+        finished = (rows.phase < last_phase) & (rows.phase_iteration == length)
+        if surely_none(finished):
             return
-        rows.phase = torch.where(done, rows.phase + 1, rows.phase)
+        rows.phase = torch.where(finished, rows.phase + 1, rows.phase)
         start = project(rows.point_best, rows.x, threat.norm, self._eps(rows, threat))
-        rows.point = torch.where(per_row(done, rows.x), start, rows.point)
-        self._begin_phase(rows, done, threat, fresh=False)
+        rows.point = torch.where(per_row(finished, rows.x), start, rows.point)
+        self._begin_phase(rows, finished, threat, fresh=False)

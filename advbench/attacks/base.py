@@ -2,7 +2,7 @@
 
 A search over a batch of rows, in pseudo-code (the evaluation engine refills finished rows):
 
-    rows = attack.start(oracle, clean, threat, restart)
+    rows = attack.start(oracle, clean, threat, random, restart)
     repeat attack.queries times:
         answer = attack.ask(oracle, rows, threat)    # logits, loss, gradient at rows.point
         <referee: is rows.point a success?>
@@ -21,80 +21,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from advbench.attacks import losses
 from advbench.attacks.random import Random
+from advbench.attacks.rows import Answer, Clean, Rows
+from advbench.attacks.rows import started as started  # which custom attacks import from here
 from advbench.attacks.threat import Threat
 from advbench.attacks.waits import surely_all
 from advbench.errors import UserError, did_you_mean
-
-R = TypeVar("R", bound="Rows")
-
-
-@dataclass
-class Rows:
-    """Row-wise state of a search; every field is a tensor with leading dimension N."""
-
-    ids: Tensor
-    """Sample ids, (N,)."""
-    x: Tensor
-    """Clean images in [0, 1], (N, C, H, W)."""
-    y: Tensor
-    """True classes, (N,)."""
-    restart: Tensor
-    """Which search of the sample this is, (N,), from 0."""
-    point: Tensor
-    """The image to query next, (N, C, H, W)."""
-    iteration: Tensor
-    """Queries answered so far, (N,)."""
-    forwards: Tensor
-    """Forward passes spent on the row so far, (N,)."""
-    backwards: Tensor
-    """Backward passes spent on the row so far, (N,)."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self: R, index: Tensor) -> R:
-        """The rows at ``index`` (integers or a mask)."""
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def put(self: R, where: Tensor, other: R, index: Tensor) -> None:
-        """Overwrite the rows at ``where`` by the other's at ``index``."""
-        for f in fields(self):
-            getattr(self, f.name)[where] = getattr(other, f.name)[index]
-
-
-class Clean(NamedTuple):
-    """The clean images and labels from which a search starts."""
-
-    ids: Tensor
-    """Sample ids, (N,)."""
-    x: Tensor
-    """Images in [0, 1], (N, C, H, W)."""
-    y: Tensor
-    """True classes, (N,)."""
-
-
-class Answer(NamedTuple):
-    """The oracle's answer for ``rows.point``: logits, loss, gradient."""
-
-    logits: Tensor
-    """(N, K), in float32."""
-    loss: Tensor
-    """What the search raises, (N,)."""
-    gradient: Tensor | None
-    """The gradient of each row's loss in its point, (N, C, H, W); None after a forward pass alone.
-    Entries that are not finite are zero: the attack continues with the other pixels."""
-    usable: Tensor | None = None
-    """Which rows had a finite entry at all, (N,); None where that was not checked."""
-    age: Tensor | None = None
-    """``rows.iteration`` on the host, (N,), where the caller knows it; reading it would wait."""
 
 
 class Counted(nn.Module):
@@ -138,7 +77,7 @@ class Oracle:
         self.check = check
         self.needs_clean_input = needs_clean_input
 
-    def _ask(self, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | float]:
+    def _forward(self, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | float]:
         """Logits (N, K) and the auxiliary loss of each row, (N,) or 0."""
         answer = self.model(x, clean) if self.needs_clean_input else self.model(x)
         logits, auxiliary_loss = answer if isinstance(answer, tuple) else (answer, 0.0)
@@ -146,14 +85,29 @@ class Oracle:
 
     @torch.no_grad()
     def logits(self, x: Tensor, clean: Tensor | None = None) -> Tensor:
-        """Logits at x, (N, K), where ``clean`` are the clean images; x itself if it is one."""
-        return self._ask(x, x if clean is None else clean)[0]
+        """A forward pass that belongs to no query; ``rows.forwards`` does not count it.
+
+        Args:
+            x: images in [0, 1], (N, C, H, W).
+            clean: the clean images, (N, C, H, W), for a model that takes them too; None if ``x``
+                are the clean images.
+
+        Returns:
+            Logits (N, K), float32, without gradient.
+        """
+        return self._forward(x, x if clean is None else clean)[0]
 
     def query(self, attack: Attack, rows: Rows, gradient: bool = True) -> Answer:
-        """Logits, loss and, if ``gradient``, the gradient at ``rows.point``."""
+        """One query at ``rows.point``, counted in ``rows.forwards`` and ``rows.backwards``.
+
+        Args:
+            attack: whose loss is meant.
+            rows: the state of the search, N rows.
+            gradient: whether to spend a backward pass.
+        """
         with torch.set_grad_enabled(gradient):
             point = rows.point.detach().requires_grad_(gradient)
-            logits, auxiliary_loss = self._ask(point, rows.x)
+            logits, auxiliary_loss = self._forward(point, rows.x)
             loss = attack.loss(logits, rows) + auxiliary_loss
             grad = torch.autograd.grad(loss.sum(), point)[0] if gradient else None
         if grad is not None:  # a layout other than the point's makes all that follows slower
@@ -166,17 +120,24 @@ class Oracle:
         return Answer(logits.detach(), loss.detach(), grad, usable)
 
     def peek(self, rows: Rows) -> Tensor:
-        """Logits at ``rows.point``, (N, K)."""
+        """Logits at ``rows.point``, (N, K), for one forward pass on each of ``rows``."""
         rows.forwards += 1
         return self.logits(rows.point, rows.x)
 
     def boundaries(self, rows: Rows) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
-        """Logits (N, K) at ``rows.point``, the margin of each wrong class (N, K - 1), and one after
-        the other each margin's gradient (N, C, H, W) with the rows where it is usable (N,).
+        """All decision boundaries at ``rows.point``, for one backward pass per wrong class.
+
+        Args:
+            rows: the state of the search, N rows.
+
+        Returns:
+            Logits (N, K); the margin of each wrong class, its logit minus the true one, (N, K - 1);
+            and one after the other each margin's gradient (N, C, H, W), with the rows where it is
+            usable, (N,) bool.
         """
         point = rows.point.detach().requires_grad_()
         with torch.enable_grad():
-            logits, _ = self._ask(point, rows.x)
+            logits, _ = self._forward(point, rows.x)
             wrong = torch.arange(logits.shape[1] - 1, device=logits.device)
             wrong = wrong + (wrong >= rows.y[:, None])
             margins = logits.gather(1, wrong) - logits.gather(1, rows.y[:, None])
@@ -184,20 +145,22 @@ class Oracle:
 
         def gradients() -> Iterator[tuple[Tensor, Tensor]]:
             for column in range(margins.shape[1]):
-                kept = column < margins.shape[1] - 1
-                grad = torch.autograd.grad(margins[:, column].sum(), point, retain_graph=kept)[0]
+                retain = column < margins.shape[1] - 1
+                gradient = torch.autograd.grad(
+                    margins[:, column].sum(), point, retain_graph=retain
+                )[0]
                 rows.backwards += 1
-                yield _finite(grad)
+                yield _finite(gradient)
 
         return logits.detach(), margins.detach(), gradients()
 
 
 def _finite(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient with zeros where it is not finite, and which rows are finite somewhere."""
-    # A sum is finite where all entries are: one pass over a batch that is sound.
-    sound = gradient.flatten(1).sum(1).isfinite()
-    if surely_all(sound):
-        return gradient, sound
+    # A sum is finite where all entries are: one pass over a batch with no such entry.
+    usable = gradient.flatten(1).sum(1).isfinite()
+    if surely_all(usable):
+        return gradient, usable
     finite = gradient.isfinite()
     return torch.where(finite, gradient, 0.0), finite.flatten(1).any(1)
 
@@ -236,7 +199,7 @@ class Attack(ABC):
         """Searches per sample, one after the other: restarts, times targets if it is targeted."""
 
     def stays_inside(self, threat: Threat) -> bool:
-        """Whether every point that it queries lies inside the threat."""
+        """Whether every point that it queries lies inside ``threat``."""
         return True
 
     @property
@@ -262,11 +225,25 @@ class Attack(ABC):
         """
 
     def loss(self, logits: Tensor, rows: Rows) -> Tensor:
-        """What the search raises, (N,)."""
+        """What the search raises; the gradient of a query is that of this loss.
+
+        Args:
+            logits: at ``rows.point``, (N, K), float32.
+            rows: the state of the search, N rows.
+
+        Returns:
+            (N,), larger is closer to an error; by default the margin.
+        """
         return losses.margin(logits, rows.y)
 
     def ask(self, oracle: Oracle, rows: Rows, threat: Threat) -> Answer:
-        """Query the oracle at ``rows.point``."""
+        """Query the oracle at ``rows.point``, once by default.
+
+        Args:
+            oracle: answers queries to the victim model.
+            rows: the state, N rows; the oracle adds to ``forwards`` and ``backwards``.
+            threat: where the search may go.
+        """
         return oracle.query(self, rows, self.gradient)
 
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> Tensor | None:
@@ -285,31 +262,26 @@ class Attack(ABC):
         raise NotImplementedError
 
     def settle(self, rows: Rows, logits: Tensor, threat: Threat) -> None:
-        """Use the logits at ``rows.point``, (N, K); for an attack that ``peeks``."""
+        """Use the logits at the point that ``advance`` moved to; for an attack that ``peeks``.
+
+        Args:
+            rows: the state, N rows, changed in place.
+            logits: at ``rows.point``, (N, K).
+            threat: where the search may go.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def check(self, num_classes: int, threat: Threat) -> None:
         """Check that the attack is defined, before anything runs.
 
+        Args:
+            num_classes: of the victim model, K.
+            threat: its norm and radius.
+
         Raises:
             UserError: if it can't run with so many classes, or in that norm.
         """
-
-
-def started(clean: Clean, point: Tensor, restart: Tensor) -> dict[str, Tensor]:
-    """The fields of ``Rows`` for a new search at ``point``."""
-    zero = torch.zeros_like(clean.ids)
-    return {
-        "ids": clean.ids,
-        "x": clean.x,
-        "y": clean.y,
-        "restart": restart,
-        "point": point,
-        "iteration": zero,
-        "forwards": zero.clone(),
-        "backwards": zero.clone(),
-    }
 
 
 def untargeted(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -340,10 +312,15 @@ def need_targets(targets: int, num_classes: int) -> None:
 
 
 def wrong_class(oracle: Oracle, rows: Rows, rank: Tensor) -> Tensor:
-    """Each row's wrong class of that rank, (N,), at the cost of a forward pass.
+    """Each row's wrong class of that rank, at the cost of a forward pass.
 
     Args:
+        oracle: answers queries to the victim model.
+        rows: the state of the search, N rows.
         rank: (N,), zero for the largest wrong logit on the clean image.
+
+    Returns:
+        Classes, (N,).
     """
     logits = oracle.logits(rows.x)
     # The true class ranks last, also below a class that the model masks.
@@ -367,6 +344,13 @@ def attackable(*models: nn.Module) -> Iterator[None]:
 
 def craft(attack: Attack, model: nn.Module, clean: Clean, threat: Threat, random: Random) -> Tensor:
     """One search for every row, to its last point, without a referee: for training.
+
+    Args:
+        attack: whose points all lie inside the threat (``attack.stays_inside``).
+        model: the victim model; (N, C, H, W) to logits (N, K).
+        clean: images in [0, 1], ids and classes, N of each.
+        threat: where the search may go.
+        random: such as ``TorchRandom()``.
 
     Returns:
         x' (N, C, H, W) inside the threat. The model's mode and parameters are left alone.

@@ -15,8 +15,11 @@ class Expectation(Oracle):
     """Answers with the mean over fresh evaluations of a stochastic model (EOT).
 
     Args:
+        model: as ``Oracle`` takes it; each call draws anew.
         samples: EOT samples, at least 1. Logits, losses and gradients are means; the counts are
             sums.
+        check: as for ``Oracle``.
+        needs_clean_input: as for ``Oracle``.
     """
 
     def __init__(
@@ -30,24 +33,24 @@ class Expectation(Oracle):
         self.samples = samples
 
     def logits(self, x: Tensor, clean: Tensor | None = None) -> Tensor:
-        ask = super().logits
-        return torch.stack([ask(x, clean) for _ in range(self.samples)]).mean(0)
+        logits = super().logits
+        return torch.stack([logits(x, clean) for _ in range(self.samples)]).mean(0)
 
     def peek(self, rows: Rows) -> Tensor:
         rows.forwards += self.samples - 1
         return super().peek(rows)
 
     def query(self, attack: Attack, rows: Rows, gradient: bool = True) -> Answer:
-        logits, loss, slope, usable, _ = super().query(attack, rows, gradient)
+        logits, loss, gradients, usable, _ = super().query(attack, rows, gradient)
         for _ in range(self.samples - 1):
-            other = super().query(attack, rows, gradient)
-            logits, loss = logits + other.logits, loss + other.loss
-            if slope is not None and other.gradient is not None:
-                slope = slope + other.gradient
-            if usable is not None and other.usable is not None:
-                usable = usable | other.usable
+            sample = super().query(attack, rows, gradient)
+            logits, loss = logits + sample.logits, loss + sample.loss
+            if gradients is not None and sample.gradient is not None:
+                gradients = gradients + sample.gradient
+            if usable is not None and sample.usable is not None:
+                usable = usable | sample.usable
         n = self.samples
-        return Answer(logits / n, loss / n, None if slope is None else slope / n, usable)
+        return Answer(logits / n, loss / n, None if gradients is None else gradients / n, usable)
 
     def boundaries(self, rows: Rows) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
-        raise UserError("untargeted FAB takes no mean over draws: use the targeted one")
+        raise UserError("untargeted FAB takes no mean over EOT samples: use the targeted one")

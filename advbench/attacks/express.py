@@ -96,37 +96,37 @@ class Express(Attack):
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
         assert isinstance(rows, ExpressRows) and answer.gradient is not None
         margin = losses.margin(answer.logits, rows.y)
-        better = margin > rows.margin_best
-        rows.margin_best = torch.where(better, margin, rows.margin_best)
-        rows.logits_best = torch.where(better[:, None], answer.logits, rows.logits_best)
+        improved = margin > rows.margin_best
+        rows.margin_best = torch.where(improved, margin, rows.margin_best)
+        rows.logits_best = torch.where(improved[:, None], answer.logits, rows.logits_best)
         step = rows.iteration % self.steps
-        moved = self._move(rows, step, answer.gradient, threat)
-        rows.previous, rows.point = rows.point, moved
+        next_point = self._move(rows, step, answer.gradient, threat)
+        rows.previous, rows.point = rows.point, next_point
         rows.iteration += 1
-        over = (step == self.steps - 1) & (rows.iteration < self.queries)
-        if not surely_none(over):
-            self._aim(rows, over, threat, random)
+        finished = (step == self.steps - 1) & (rows.iteration < self.queries)
+        if not surely_none(finished):
+            self._aim(rows, finished, threat, random)
 
     def _move(self, rows: ExpressRows, step: Tensor, gradient: Tensor, threat: Threat) -> Tensor:
         x, point = rows.x, rows.point
         share = 0.5 * (1 + torch.cos(math.pi / (self.steps - 1) * step)).to(x.dtype)
         size = per_row(2 * threat.radius * share, x)
-        keep = projection(x, threat.norm, threat.radius)
-        ahead = keep(torch.addcmul(point, size, _direction(gradient, threat.norm, share)))
+        into_threat = projection(x, threat.norm, threat.radius)
+        step_end = into_threat(torch.addcmul(point, size, _direction(gradient, threat.norm, share)))
         weight = per_row(torch.where(step == 0, 1.0, MOMENTUM), x)
         # alpha (ahead - point) + (1 - alpha) (point - previous), added to the point
-        return keep(torch.lerp(2 * point - rows.previous, ahead, weight))
+        return into_threat(torch.lerp(2 * point - rows.previous, step_end, weight))
 
-    def _aim(self, rows: ExpressRows, over: Tensor, threat: Threat, random: Random) -> None:
+    def _aim(self, rows: ExpressRows, finished: Tensor, threat: Threat, random: Random) -> None:
         """Give the rows in a mask (N,) their next target, and a new start."""
         logits = rows.logits_best.nan_to_num(torch.finfo(rows.logits_best.dtype).min)
         target = logits.masked_fill(rows.used, -torch.inf).argmax(1)
-        rows.target = torch.where(over, target, rows.target)
+        rows.target = torch.where(finished, target, rows.target)
         rows.used = rows.used.scatter(1, rows.target[:, None], True)
-        at = rows_of(over)
-        x, eps = rows.x[at], threat.radius
-        start = edge_point(x, threat.norm, eps, random.of(at), rows.iteration[at])
-        rows.point[at] = torch.where(per_row(over[at], x), start, rows.point[at])
+        index = rows_of(finished)
+        x, eps = rows.x[index], threat.radius
+        start = edge_point(x, threat.norm, eps, random.of(index), rows.iteration[index])
+        rows.point[index] = torch.where(per_row(finished[index], x), start, rows.point[index])
 
 
 def _direction(gradient: Tensor, norm: str, share: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _direction(gradient: Tensor, norm: str, share: Tensor) -> Tensor:
     if norm == "l2":
         return unit(gradient, "l2")
     size = gradient.flatten(1).abs()
-    kept = (SPARSITY * share * size.shape[1]).long().clamp_min(1)
-    threshold = size.sort(dim=1, descending=True).values.gather(1, kept[:, None] - 1)
+    num_pixels = (SPARSITY * share * size.shape[1]).long().clamp_min(1)
+    threshold = size.sort(dim=1, descending=True).values.gather(1, num_pixels[:, None] - 1)
     sparse = torch.where(size >= threshold, gradient.flatten(1).sign(), 0.0)
     return unit(sparse.view_as(gradient), "l1")

@@ -24,9 +24,9 @@ from advbench.attacks.waits import must_wait
 from advbench.errors import UserError
 
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
-DEAREST = 128  # coordinates that most l1 projections get by with
-PASSES = 50  # Newton needs 3 to 6, and less than 20 for inputs made to be slow
-QUEUED = 12  # passes of Newton where looking at their outcome would wait for the device
+FIRST_COORDINATES = 128  # coordinates that most l1 projections get by with
+NEWTON_PASSES = 50  # Newton needs 3 to 6, and less than 20 for inputs made to be slow
+NEWTON_PASSES_QUEUED = 12  # where looking at the outcome of each would wait for the device
 TINY, HUGE = 1e-37, 1e30  # in float32
 
 
@@ -99,12 +99,12 @@ class FAB(Attack):
         self, oracle: Oracle, clean: Clean, threat: Threat, random: Random, restart: Tensor
     ) -> FABRows:
         x = clean.x
-        again = (restart % self.restarts > 0).to(x.dtype)
+        restarted = (restart % self.restarts > 0).to(x.dtype)
         point = x.clone()
         if self.restarts > 1:
             noise = 2 * random.uniform(x) - 1 if threat.norm == "linf" else random.normal(x)
-            reach = per_row(again * threat.radius / 2, x)
-            point = (x + reach * unit(noise, threat.norm)).clamp(0.0, 1.0)
+            radius = per_row(restarted * threat.radius / 2, x)
+            point = (x + radius * unit(noise, threat.norm)).clamp(0.0, 1.0)
         rows = FABRows(**started(clean, point, restart), target=clean.y)
         if self.targeted:
             rows.target = wrong_class(oracle, rows, restart // self.restarts)
@@ -125,26 +125,26 @@ class FAB(Attack):
         nearest = torch.full_like(margins[:, 0], torch.inf)
         loss, gradient = margins[:, 0], torch.zeros_like(rows.x)
         usable = torch.zeros_like(nearest, dtype=torch.bool)
-        for margin, (slope, sound) in zip(margins.unbind(1), gradients, strict=True):
-            usable |= sound
-            distance = margin.abs() / (norm_of(slope, DUAL[threat.norm]) + 1e-12)
-            nearer = distance < nearest
-            nearest = torch.where(nearer, distance, nearest)
-            loss = torch.where(nearer, margin, loss)
-            gradient = torch.where(per_row(nearer, slope), slope, gradient)
+        for margin, (margin_gradient, is_finite) in zip(margins.unbind(1), gradients, strict=True):
+            usable |= is_finite
+            distance = margin.abs() / (norm_of(margin_gradient, DUAL[threat.norm]) + 1e-12)
+            closer = distance < nearest
+            nearest = torch.where(closer, distance, nearest)
+            loss = torch.where(closer, margin, loss)
+            gradient = torch.where(per_row(closer, margin_gradient), margin_gradient, gradient)
         return Answer(logits, loss, gradient, usable)
 
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> None:
         assert answer.gradient is not None
         x, point, normal = rows.x, rows.point, answer.gradient
-        ahead = -answer.loss
+        gap = -answer.loss
         drift = (normal * (point - x)).flatten(1).sum(1)
-        both = torch.stack((point, x))
-        moves = hyperplane_moves(both, normal, torch.stack((ahead, ahead + drift)), threat.norm)
+        images = torch.stack((point, x))
+        moves = hyperplane_moves(images, normal, torch.stack((gap, gap + drift)), threat.norm)
         length = norm_of(moves.flatten(0, 1), threat.norm).view(2, -1).clamp_min(1e-8)
         alpha = (length[0] / length.sum(0)).clamp_max(self.alpha_max)
-        over, home = both + self.eta * moves
-        rows.point = torch.lerp(over, home, per_row(alpha, x)).clamp(0.0, 1.0)
+        beyond, x_beyond = images + self.eta * moves
+        rows.point = torch.lerp(beyond, x_beyond, per_row(alpha, x)).clamp(0.0, 1.0)
         rows.iteration += 1
 
     def settle(self, rows: Rows, logits: Tensor, threat: Threat) -> None:
@@ -195,16 +195,16 @@ def _newton(slope: Tensor, full: Tensor, stops: Tensor, goal: Tensor) -> Tensor:
     reached.  goal: (P, N, 1).  Returns (P, N, 1).
     """
     lam, closed = torch.zeros_like(goal), torch.zeros_like(goal)
-    before, mask = None, torch.empty_like(full)
-    for _ in range(QUEUED if must_wait(goal) else PASSES):
-        steep = torch.gt(stops, lam, out=mask).mul_(slope).sum(2, keepdim=True)
-        if before is not None:
+    last_slope, mask = None, torch.empty_like(full)
+    for _ in range(NEWTON_PASSES_QUEUED if must_wait(goal) else NEWTON_PASSES):
+        total_slope = torch.gt(stops, lam, out=mask).mul_(slope).sum(2, keepdim=True)
+        if last_slope is not None:
             # Nothing stopped on the way: lam is the root, and stays it in further passes.
-            if not must_wait(goal) and torch.equal(steep, before):
+            if not must_wait(goal) and torch.equal(total_slope, last_slope):
                 break
             closed = torch.le(stops, lam, out=mask).mul_(full).sum(2, keepdim=True)
-        ahead = ((goal - closed) / steep.clamp_min(TINY)).clamp_max(HUGE)
-        lam, before = torch.maximum(lam, ahead), steep
+        next_lam = ((goal - closed) / total_slope.clamp_min(TINY)).clamp_max(HUGE)
+        lam, last_slope = torch.maximum(lam, next_lam), total_slope
     return lam
 
 
@@ -215,10 +215,10 @@ def _greedy(size: Tensor, room: Tensor, goal: Tensor) -> Tensor:
     is above a threshold, and the rest of the goal shared out where it is at the threshold.
     """
     full = size * room
-    enough = size.shape[1] if must_wait(goal) else min(DEAREST, size.shape[1])
-    threshold, short = _threshold(size, full, goal, enough)
-    rows = short.any(0).squeeze(1)
-    if enough < size.shape[1] and rows.any():
+    k = size.shape[1] if must_wait(goal) else min(FIRST_COORDINATES, size.shape[1])
+    threshold, unreached = _threshold(size, full, goal, k)
+    rows = unreached.any(0).squeeze(1)
+    if k < size.shape[1] and rows.any():
         threshold[:, rows], _ = _threshold(size[rows], full[:, rows], goal[:, rows], size.shape[1])
     above, at = (size > threshold).to(size.dtype), (size == threshold).to(size.dtype)
     rest = goal - (above * full).sum(2, keepdim=True)

@@ -40,7 +40,7 @@ class _ContiguousGradient(torch.autograd.Function):
         return grads[0].contiguous()
 
 
-class _Border(nn.Module):
+class _ContiguousModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -50,7 +50,7 @@ class _Border(nn.Module):
 
 
 @contextlib.contextmanager
-def _own_generator(device: torch.device, seed: int) -> Iterator[None]:
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Seed PyTorch's global generators inside, and leave them as they were outside."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -58,13 +58,13 @@ def _own_generator(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def _muted() -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 
 @contextlib.contextmanager
-def _one_line(attack: str, how: str = "") -> Iterator[None]:
+def _library_errors(attack: str, how: str = "") -> Iterator[None]:
     """An exception of a library becomes a UserError, except for out of memory."""
     try:
         yield
@@ -93,8 +93,8 @@ class LibraryAttack(Attack):
     ) -> Rows:
         counted = oracle.model
         forwards, backwards = counted.forwards, counted.backwards
-        with _silent():
-            point = self.perturb(_Border(counted).eval(), clean, threat)
+        with _muted():
+            point = self.perturb(_ContiguousModel(counted).eval(), clean, threat)
         rows = Rows(**started(clean, point.detach().to(clean.x), restart))
         # A library does not say which row it spent a pass on: the batch's mean, rounded.
         rows.forwards += round((counted.forwards - forwards) / len(rows))
@@ -102,7 +102,16 @@ class LibraryAttack(Attack):
         return rows
 
     def perturb(self, model: nn.Module, clean: Clean, threat: Threat) -> Tensor:
-        """x' for a whole batch, (N, C, H, W)."""
+        """Run the library's attack on a whole batch.
+
+        Args:
+            model: counts its passes; (N, C, H, W) to logits (N, K), in evaluation mode.
+            clean: images in [0, 1] and classes, N of each.
+            threat: what the attack is given as norm and radius; the referee projects in any case.
+
+        Returns:
+            x', (N, C, H, W).
+        """
         raise NotImplementedError
 
 
@@ -152,8 +161,8 @@ class ReferenceAutoAttack(LibraryAttack):
             self.member.replace("-ce", "").replace("-dlr", ""), suite.fab
         )
         attack.seed = self.seed
-        own = _own_generator(x.device, self.seed)
-        with _one_line(f"pyautoattack's {self.member}"), own, torch.no_grad():
+        seeded = _seeded(x.device, self.seed)
+        with _library_errors(f"pyautoattack's {self.member}"), seeded, torch.no_grad():
             return attack.perturb(x.contiguous(), clean.y)
 
 
@@ -191,32 +200,32 @@ class TorchAttack(LibraryAttack):
             )
 
     def check(self, num_classes: int, threat: Threat) -> None:
-        own = "l2" if self.name in _L2_BALLS else "linf"
+        norm = "l2" if self.name in _L2_BALLS else "linf"
         bounded = "eps" in self._known() and "norm" not in self._known()
-        if bounded and threat.norm != own:
-            raise UserError(f"torchattacks' {self.name} is for {own} and the threat is {threat}")
+        if bounded and threat.norm != norm:
+            raise UserError(f"torchattacks' {self.name} is for {norm} and the threat is {threat}")
 
     def _known(self) -> list[str]:
-        known = inspect.signature(getattr(_torchattacks(), self.name).__init__).parameters
-        return [name for name in known if name not in ("self", "model")]
+        parameters = inspect.signature(getattr(_torchattacks(), self.name).__init__).parameters
+        return [name for name in parameters if name not in ("self", "model")]
 
     def perturb(self, model: nn.Module, clean: Clean, threat: Threat) -> Tensor:
-        make: Callable[..., Any] = getattr(_torchattacks(), self.name)
-        given = {
+        attack_class: Callable[..., Any] = getattr(_torchattacks(), self.name)
+        defaults = {
             "eps": threat.radius,
             "norm": _NORMS[threat.norm],
             "n_classes": self.num_classes,
             "seed": self.seed,
         }
-        known = self._known()
-        params = {k: v for k, v in given.items() if k in known} | dict(self.params)
+        names = self._known()
+        params = {k: v for k, v in defaults.items() if k in names} | dict(self.params)
         x = clean.x
         # A batch of its own draws, the same after an interruption.
         seed = hash_of(f"{self.seed}/{self.name}/{clean.ids.tolist()}")
-        with _one_line(f"torchattacks' {self.name}", f" with {params}"):
-            attack = make(model, **params)
+        with _library_errors(f"torchattacks' {self.name}", f" with {params}"):
+            attack = attack_class(model, **params)
             attack.set_device(x.device)
-            with _own_generator(x.device, seed), torch.enable_grad():
+            with _seeded(x.device, seed), torch.enable_grad():
                 return attack(x.contiguous(), clean.y)
 
 

@@ -27,23 +27,43 @@ class Random(Protocol):
     """The source of an attack's random numbers."""
 
     def uniform(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
-        """Uniform in [0, 1), with the shape, device and type of ``like`` (N, ...)."""
+        """Uniform in [0, 1).
+
+        Args:
+            like: gives shape (N, ...), device and type.
+            iteration: of the search, from 0: one number for all rows, or (N,). Draws of other
+                iterations are independent.
+        """
         ...
 
     def normal(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
-        """Standard normal, with the shape, device and type of ``like`` (N, ...)."""
+        """Standard normal.
+
+        Args:
+            like: gives shape (N, ...), device and type.
+            iteration: as for ``uniform``.
+        """
         ...
 
     def words(self, like: Tensor, count: int, iteration: int | Tensor = 0) -> Tensor:
-        """(N, count) uniform integers in [0, 2**32), int64; ``like`` (N, ...) says N and device."""
+        """Uniform integers in [0, 2**32).
+
+        Args:
+            like: gives N, its first dimension, and the device.
+            count: integers per row.
+            iteration: as for ``uniform``.
+
+        Returns:
+            (N, count), int64.
+        """
         ...
 
     def of(self, rows: Tensor | slice) -> Random:
-        """The draws of some rows, given by an index."""
+        """The draws of some of the rows: ``rows`` is an index (M,), a mask (N,) or a slice."""
         ...
 
 
-class TorchRandom:
+class TorchRandom(Random):
     """PyTorch's global generator: for training, where the loop seeds every step."""
 
     def uniform(self, like: Tensor, iteration: int | Tensor = 0) -> Tensor:
@@ -59,10 +79,8 @@ class TorchRandom:
         return self
 
 
-class KeyedRandom:
+class KeyedRandom(Random):
     """Draws keyed by (seed, stage, sample id, restart, iteration).
-
-    An iteration is one number for all rows, or (N,) numbers.
 
     Args:
         seed: of the evaluation.

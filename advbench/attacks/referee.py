@@ -77,17 +77,17 @@ class Referee:
         proposal = proposal.detach().to(torch.float32)
         proposal = torch.where(proposal.isfinite(), proposal, x)
         point = self.threat.project_closely(proposal, x)
-        judged = self.score(point, y)
-        for times in CONFIRMATIONS if self.draws > 1 else ():
-            claimed = judged.broken.nonzero().squeeze(1)
-            if len(claimed):
-                again = self.score(point[claimed], y[claimed], times * self.draws)
-                judged.label[claimed] = again.label
-                judged.margin[claimed] = again.margin
-                judged.broken[claimed] = again.broken
-                judged.wrong[claimed] = again.wrong
-                judged.evaluations[claimed] += again.evaluations
-        return judged
+        judgement = self.score(point, y)
+        for factor in CONFIRMATIONS if self.draws > 1 else ():
+            candidates = judgement.broken.nonzero().squeeze(1)
+            if len(candidates):
+                confirmation = self.score(point[candidates], y[candidates], factor * self.draws)
+                judgement.label[candidates] = confirmation.label
+                judgement.margin[candidates] = confirmation.margin
+                judgement.broken[candidates] = confirmation.broken
+                judgement.wrong[candidates] = confirmation.wrong
+                judgement.evaluations[candidates] += confirmation.evaluations
+        return judgement
 
     @torch.no_grad()
     def score(self, point: Tensor, y: Tensor, draws: int | None = None) -> Judgement:
@@ -100,30 +100,32 @@ class Referee:
         """
         draws = draws or self.draws
         with full_float32():  # whatever the search runs in
-            drawn = [self._score(point, y) for _ in range(draws)]
-        label, margin, missed = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-        wrong, spent = missed.float().mean(0), torch.full_like(y, draws)
+            evaluations = [self._score(point, y) for _ in range(draws)]
+        label, margin, errors = (torch.stack(parts) for parts in zip(*evaluations, strict=True))
+        error_rate, counts = errors.float().mean(0), torch.full_like(y, draws)
         if draws == 1:
-            return Judgement(point, label[0], margin[0], missed[0], wrong, spent)
-        broken = 2 * missed.sum(0) > draws
-        other = torch.where(label != y, label, -1).amax(0)  # a wrong label that was drawn
+            return Judgement(point, label[0], margin[0], errors[0], error_rate, counts)
+        broken = 2 * errors.sum(0) > draws
+        wrong_label = torch.where(label != y, label, -1).amax(0)  # of one of the evaluations
         return Judgement(
             point,
-            torch.where(broken, other, y),
+            torch.where(broken, wrong_label, y),
             margin.sort(0).values[draws // 2],
             broken,
-            wrong,
-            spent,
+            error_rate,
+            counts,
         )
 
     def _score(self, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Label, margin and broken of each row."""
         parts = []
         for part in point.split(self.chunk):
-            missing = self.chunk - len(part)
-            full = torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) if missing else part
-            parts.append(self.model(full)[: len(part)].float())
+            padding = self.chunk - len(part)
+            batch = (
+                torch.cat([part, part[:1].expand(padding, *part.shape[1:])]) if padding else part
+            )
+            parts.append(self.model(batch)[: len(part)].float())
         logits = torch.cat(parts)
-        label, sound = logits.argmax(1), finite(logits)
-        margin = torch.where(sound, -losses.margin(logits, y), -torch.inf)
-        return label, margin, (label != y) | ~sound
+        label, is_finite = logits.argmax(1), finite(logits)
+        margin = torch.where(is_finite, -losses.margin(logits, y), -torch.inf)
+        return label, margin, (label != y) | ~is_finite

@@ -20,6 +20,10 @@ NORMS = ("linf", "l2", "l1")
 def pixels(value: float | int | str, what: str = "eps") -> float:
     """A length in pixel units of [0, 1], from a number or a fraction such as "8/255".
 
+    Args:
+        value: as a user writes it.
+        what: the name of the setting, for the message.
+
     Raises:
         UserError: for anything else, for NaN and for negative lengths.
     """
@@ -70,16 +74,28 @@ class Threat:
         return norm_of(point - x, self.norm)
 
     def contains(self, point: Tensor, x: Tensor) -> Tensor:
-        """Which rows lie inside the budget, up to float32 rounding: (N, ...) -> (N,) bool."""
+        """Which rows of ``point`` lie within eps of ``x``, up to float32 rounding.
+
+        Shapes: (N, ...) and (N, ...) -> (N,) bool. It does not look at [0, 1].
+        """
         return self.distance(point, x) <= self.radius * (1 + 1e-5) + 1e-7
 
     def project(self, point: Tensor, x: Tensor) -> Tensor:
-        """The rows of ``point`` brought inside the budget and [0, 1]."""
+        """The rows of ``point`` brought within eps of ``x`` and into [0, 1].
+
+        Args:
+            point: any finite numbers, (N, ...).
+            x: clean images in [0, 1], (N, ...).
+
+        Returns:
+            (N, ...); in linf and l1 the nearest such image.
+        """
         return project(point, x, self.norm, self.radius)
 
     def project_closely(self, point: Tensor, x: Tensor) -> Tensor:
-        """``project`` in float64 where the device has it, in the type of ``x``: over the pixels of
-        a large image, sums in float32 miss the budget.
+        """``project`` in float64 where the device has it: over the pixels of a large image, sums in
+        float32 miss the budget. ``point`` and the result are (N, ...), the result in the type of
+        ``x``.
         """
         wide = widest(x)
         return self.project(point.to(wide), x.to(wide)).to(x.dtype)
@@ -94,6 +110,13 @@ def edge_point(
     """A random image that touches the budget's edge where [0, 1] allows it: (N, ...) -> (N, ...).
 
     The start of APGD (Croce & Hein 2020, arXiv 2003.01690; 2021, arXiv 2103.01208).
+
+    Args:
+        x: clean images in [0, 1], (N, ...).
+        norm: linf, l2 or l1.
+        eps: radius in pixel units.
+        random: draws for these rows.
+        iteration: of the search, one number or (N,).
     """
     if norm == "l1":
         return project(x + random.normal(x, iteration), x, norm, eps)

@@ -35,13 +35,13 @@ def rows_of(mask: Tensor) -> Any:
     return slice(None) if must_wait(mask) else mask.nonzero().squeeze(1)
 
 
-def overwrite(target: Tensor, mask: Tensor, source: Tensor) -> None:
+def overwrite(destination: Tensor, mask: Tensor, source: Tensor) -> None:
     """Overwrite the rows in a mask (N,) by those of ``source``, in place: both (N, ...)."""
     if must_wait(mask):
-        target.copy_(torch.where(per_row(mask, target), source, target))
+        destination.copy_(torch.where(per_row(mask, destination), source, destination))
         return
-    at = mask.nonzero().squeeze(1)
-    target[at] = source[at]
+    rows = mask.nonzero().squeeze(1)
+    destination[rows] = source[rows]
 
 
 def sent(index: Tensor, device: torch.device) -> Tensor:
@@ -55,5 +55,5 @@ def fetched(*columns: Tensor) -> list[Tensor]:
     """Columns (N,) on the host, each in its own type, after one wait for all of them."""
     if columns[0].device.type == "cpu":
         return list(columns)
-    together = torch.stack([column.to(widest(columns[0])) for column in columns]).cpu()
-    return [part.to(column.dtype) for part, column in zip(together, columns, strict=True)]
+    stacked = torch.stack([column.to(widest(columns[0])) for column in columns]).cpu()
+    return [part.to(column.dtype) for part, column in zip(stacked, columns, strict=True)]

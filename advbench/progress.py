@@ -13,7 +13,7 @@ class Progress(Protocol):
     """
 
     def note(self, text: str) -> None:
-        """Show one line of text."""
+        """Show ``text``, one line."""
         ...
 
     def stage(self, name: str, total: int) -> None:
@@ -46,11 +46,11 @@ class Progress(Protocol):
         ...
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Show a finished epoch of a training: a row of metrics.csv."""
+        """Show a finished epoch of a training: ``row`` is that of metrics.csv, by column."""
         ...
 
 
-class NullProgress:
+class NullProgress(Progress):
     """Shows nothing."""
 
     def note(self, text: str) -> None:

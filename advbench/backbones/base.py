@@ -20,8 +20,17 @@ class Classifier(nn.Module):
     buffers. Every activation site is a module of its own, so that surgery counts sites and
     calls alike.
 
-    trunk: from normalised images to (N, D) features.
-    mean, std: per channel, in pixel units of [0, 1]; none means no normalisation.
+    Args:
+        trunk: from normalised images to features (N, D).
+        num_features: D.
+        num_classes: K.
+        input_shape: (C, H, W) of the images.
+        mean: per channel, or one value for all, in pixel units of [0, 1]; None is 0.
+        std: per channel, or one value for all, in pixel units of [0, 1]; None is 1.
+        head: from features (N, D) to logits (N, K); None is a new linear layer.
+
+    Raises:
+        UserError: for a number of means or deviations that the channels do not have.
     """
 
     mean: Tensor
@@ -55,10 +64,11 @@ class Classifier(nn.Module):
         self.input_shape = tuple(input_shape)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] -> (N, D)."""
+        """What the head reads: ``x`` (N, C, H, W) in [0, 1] -> (N, D)."""
         return self.trunk((x - self.mean) / self.std)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits: ``x`` (N, C, H, W) in [0, 1] -> (N, K)."""
         return self.head(self.features(x))
 
 
@@ -82,11 +92,17 @@ class Backbone(ABC):
     def build(self) -> Classifier:
         """A classifier with fresh weights, drawn from torch's global generator.
 
-        Raises UserError for parameters or images that the backbone can't take.
+        Raises:
+            UserError: for parameters or images that the backbone can't take.
         """
 
     def classifier(self, trunk: nn.Module, *, num_features: int) -> Classifier:
-        """The trunk, its normalisation before it and a new linear head behind it."""
+        """A classifier of the trunk, with the normalisation before it and a new linear head.
+
+        Args:
+            trunk: from normalised images (N, C, H, W) to features (N, D).
+            num_features: D.
+        """
         return Classifier(
             trunk,
             num_features=num_features,

@@ -50,7 +50,14 @@ class PooledBackbone(Backbone):
 
     @abstractmethod
     def body(self, act: type[nn.Module]) -> tuple[dict[str, nn.Module], int]:
-        """Modules from (N, C, H, W) to (N, D, H / downsampling, W / downsampling), and D."""
+        """The layers before the pooling.
+
+        Args:
+            act: class of the activations; each site gets a module of its own.
+
+        Returns:
+            Modules by name, from (N, C, H, W) to (N, D, H / downsampling, W / downsampling); and D.
+        """
 
     def build(self) -> Classifier:
         act = activation_class(self.activation)

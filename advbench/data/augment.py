@@ -19,21 +19,21 @@ from advbench.errors import UserError, did_you_mean
 class Augment:
     """Random crop, horizontal flip, cutout and CutMix, drawn independently for every image.
 
-    crop: pixels of zero padding on each side before a window of the old size is cut out; 0 is off.
-    flip: mirror left and right with probability 1/2.
-    cutout: side in pixels of a square set to zero (DeVries & Taylor 2017, arXiv 1708.04552); its
-        centre is uniform over the image, so that it may stick out at the border. 0 is off.
-    cutmix: the probability that an image gets a rectangle of another one, and that share of its
-        label (``advbench.data.cutmix``); 1 in Rebuffi et al. 2021, 1/2 for CIFAR in Yun et al.
-        2019. 0 is off.
-
-    Raises UserError for a negative crop or cutout, and for a cutmix outside [0, 1].
+    Raises:
+        UserError: for a negative crop or cutout, and for a cutmix outside [0, 1].
     """
 
     crop: int = 0
+    """Pixels of zero padding on each side before a window of the old size is cut out; 0 is off."""
     flip: bool = False
+    """Mirror left and right with probability 1/2."""
     cutout: int = 0
+    """Side in pixels of a square set to zero (DeVries & Taylor 2017, arXiv 1708.04552); its centre
+    is uniform over the image, so that it may stick out at the border. 0 is off."""
     cutmix: float = 0.0
+    """The probability that an image gets a rectangle of another one, and that share of its label
+    (``advbench.data.cutmix``); 1 in Rebuffi et al. 2021, 1/2 for CIFAR in Yun et al. 2019. 0 is
+    off."""
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout"):
@@ -49,7 +49,11 @@ class Augment:
 
     @classmethod
     def of(cls, value: Augment | Mapping[str, Any]) -> Augment:
-        """The same, from a config node too. Raises UserError for an unknown key."""
+        """``value`` itself, or the object of a config node with these keys.
+
+        Raises:
+            UserError: for an unknown key.
+        """
         if isinstance(value, Augment):
             return value
         names = [field.name for field in fields(cls)]
@@ -59,11 +63,14 @@ class Augment:
         return cls(**{key: value[key] for key in names if key in value})
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, C, H, W) floats in [0, 1] -> the same shape, type and range.
+        """Crop, flip and cutout. Nothing waits for the device.
 
-        generator: on the device of x; one state of it gives one result. Nothing is written into x
-        and nothing waits for the device. With everything off, x itself comes back and nothing is
-        drawn.
+        Args:
+            x: floats in [0, 1], (B, C, H, W); not written into.
+            generator: on the device of ``x``; one state of it gives one result.
+
+        Returns:
+            The same shape, type and range; with everything off, ``x`` itself, and nothing is drawn.
         """
         if self.crop or self.flip:
             x = self._crop_and_flip(x, generator)
@@ -74,7 +81,17 @@ class Augment:
     def mix(
         self, x: Tensor, y: Tensor, num_classes: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x (B, C, H, W) and y (B,) after CutMix, and soft labels (B, K); None where it is off."""
+        """CutMix.
+
+        Args:
+            x: images in [0, 1], (B, C, H, W).
+            y: classes, (B,).
+            num_classes: K.
+            generator: on the device of ``x``.
+
+        Returns:
+            Images, classes, and soft labels (B, K); these are None where CutMix is off.
+        """
         if not self.cutmix:
             return x, y, None
         return cutmix(x, y, num_classes, self.cutmix, generator)

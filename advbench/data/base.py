@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from advbench.data.augment import Augment
+from advbench.data.hold_out import hold_out
 from advbench.errors import UserError
 
 Part = Literal["train", "test"]
@@ -52,12 +52,10 @@ def fingerprint(images: Tensor, labels: Tensor) -> str:
 
 
 class Split(ABC):
-    """One split of a data set: N labelled images.
-
-    labels: (N,) int64 in [0, K), on the CPU.
-    """
+    """One split of a data set: N labelled images."""
 
     labels: Tensor
+    """(N,) int64 in [0, K), on the CPU."""
     moment_images: ClassVar[int] = sys.maxsize
     """How many images, evenly spaced over the split, ``moments`` looks at."""
 
@@ -68,17 +66,22 @@ class Split(ABC):
     def batches(
         self, order: Tensor, batch_size: int, device: Device, seed: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches on ``device``: images (B, C, H, W) float32 in [0, 1] and labels (B,) int64.
+        """Batches of images (B, C, H, W) float32 in [0, 1] and labels (B,) int64.
 
-        order: (M,) int64, the samples in the order in which they come; the last batch may be short.
-        seed: a number per epoch that keys the random crops of data augmented while it is read;
-            None reads every image as evaluation does. Arrays have no such crops and ignore it:
-            ``Splits.augment`` is for all data, after this.
+        Args:
+            order: (M,) int64, the samples in the order in which they come.
+            batch_size: B; the last batch may be short.
+            device: where the batches lie.
+            seed: a number per epoch that keys the random crops of data augmented while it is read;
+                None reads every image as evaluation does. Arrays have no such crops and ignore it:
+                ``Splits.augment`` is for all data, after this.
         """
 
     @abstractmethod
     def fetch(self, index: Tensor, device: Device) -> tuple[Tensor, Tensor]:
-        """The samples ``index`` (B,), in that order, as evaluation reads them: one batch."""
+        """The samples ``index`` (B,), in that order, as evaluation reads them: one batch on
+        ``device``, images (B, C, H, W) float32 in [0, 1] and labels (B,) int64.
+        """
 
     @abstractmethod
     def sha256(self) -> str:
@@ -111,8 +114,9 @@ def _mean_and_std(mean: Tensor, variance: Tensor) -> tuple[tuple[float, ...], tu
 class ArraySplit(Split):
     """A split in memory, which moves to a device once and stays there.
 
-    images: (N, C, H, W), uint8 in [0, 255] or float32 in [0, 1], on the CPU.
-    labels: (N,) int64, on the CPU.
+    Args:
+        images: (N, C, H, W), uint8 in [0, 255] or float32 in [0, 1], on the CPU.
+        labels: (N,) int64, on the CPU.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -162,31 +166,32 @@ class ArraySplit(Split):
 
 @dataclass(frozen=True)
 class Info:
-    """What a model must know of its data.
-
-    input_shape: (C, H, W).
-    mean, std: per channel, in units of [0, 1].
-    classes: a name for each label; num_classes of them.
-    notes: what its user should know of how it was read, a line each.
-    """
+    """What a model must know of its data."""
 
     name: str
+    """Of the data set."""
     num_classes: int
+    """Number of classes, K."""
     input_shape: tuple[int, int, int]
+    """(C, H, W) of the images."""
     mean: tuple[float, ...]
+    """Per channel, in pixel units of [0, 1]."""
     std: tuple[float, ...]
+    """Per channel, in pixel units of [0, 1]."""
     classes: tuple[str, ...]
+    """A name for each label."""
     notes: tuple[str, ...] = ()
+    """What its user should know of how it was read, a line each."""
 
 
 class Source(ABC):
-    """Where a data set comes from. It opens one part at a time, and only when asked.
-
-    moments: mean and standard deviation per channel where they are known, else None.
-    """
+    """Where a data set comes from. It opens one part at a time, and only when asked."""
 
     name: str
+    """Of the data set, in results and messages."""
     moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and standard deviation per channel, in pixel units of [0, 1]; None where they are not
+    known."""
 
     @property
     @abstractmethod
@@ -209,39 +214,11 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, part: Part) -> Split:
-        """Read that part. Raises UserError where it is missing, damaged or wrong."""
+        """Read ``part``, ``train`` or ``test``.
 
-
-def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Parts the samples into the rest and ``count`` held out, each class with its share of these.
-
-    labels: (N,) int64.  Returns two arrays of indices, ascending. Shares are rounded by the
-    largest remainders, the seed decides between equal ones, and each class keeps a sample. The same
-    labels and seed give the same parts on every machine.
-    Raises UserError if that leaves fewer than ``count`` to hold out.
-    """
-    y = labels.numpy()
-    # The legacy generator is the one whose stream NumPy promises never to change.
-    shuffled = np.random.RandomState(seed).permutation(len(y))
-    by_class = shuffled[np.argsort(y[shuffled], kind="stable")]
-    sizes = np.bincount(y)
-    quota, remainder = np.divmod(sizes * count, len(y))
-    most = np.maximum(sizes - 1, 0)
-    if count > most.sum():
-        raise UserError(
-            f"there are {len(y)} samples of {np.count_nonzero(sizes)} classes, and each class "
-            f"keeps one: {count} cannot be held out, but up to {most.sum()}"
-        )
-    classes = np.random.RandomState(seed).permutation(len(sizes))
-    order = classes[np.argsort(-remainder[classes], kind="stable")]
-    while missing := count - quota.sum():
-        quota[order[quota[order] < most[order]][:missing]] += 1
-    rank = np.arange(len(y)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    held_out = rank < np.repeat(quota, sizes)
-    return (
-        torch.from_numpy(np.sort(by_class[~held_out])),
-        torch.from_numpy(np.sort(by_class[held_out])),
-    )
+        Raises:
+            UserError: where it is missing, damaged or wrong.
+        """
 
 
 class Splits:
@@ -251,15 +228,20 @@ class Splits:
     arguments here alone. The test part is opened by touching ``test`` and by nothing else, except
     that a source without a training part has nothing else to learn its ``info`` from.
 
-    val: below 1 the fraction, from 1 on the number of training samples that are held out.
-    split_seed: which ones; independent of the seed of an experiment.
-    mean, std: per channel; None takes the known values of a known set, else those of ``train``,
-        else (evaluation data alone) 0 and 1, which means no normalisation.
-    extra: opens further training images that fit such an ``Info`` (``advbench.data.extra``); called
-        when ``extra`` is first touched.
-    extra_fraction: which share of every training batch they are; 0 leaves them away.
+    Args:
+        source: opens the training and the test part.
+        val: below 1 the fraction, from 1 on the number of training samples that are held out.
+        split_seed: which ones, in [0, 2**32); independent of the seed of an experiment.
+        mean: per channel, in pixel units of [0, 1]; None takes the known values of a known set,
+            else those of ``train``, else (evaluation data alone) 0, which means no normalisation.
+        std: per channel, as ``mean``; the last resort is 1.
+        augment: of training batches; an object, or a config node with its keys.
+        extra: opens further training images that fit such an ``Info`` (``advbench.data.extra``);
+            called when ``extra`` is first touched.
+        extra_fraction: which share of every training batch they are, in [0, 1); 0 leaves them away.
 
-    Raises UserError for a value out of range.
+    Raises:
+        UserError: for a value out of range.
     """
 
     def __init__(
@@ -331,7 +313,8 @@ class Splits:
     def extra(self) -> Split | None:
         """Further images to train on, and for nothing else: the size and classes of ``train``.
 
-        Raises UserError where the file does not hold such images.
+        Raises:
+            UserError: where the file does not hold such images.
         """
         if self._extra is None or self.extra_fraction == 0:
             return None
@@ -347,10 +330,15 @@ class Splits:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """A training batch as the model is to see it: x, y, and soft labels where there are any.
 
-        x: (B, C, H, W) in [0, 1].  y: (B,).  generator: see ``Augment``.
-        Returns x, y and, if CutMix is on, (B, K) the share of each class; y is then the class with
-        most of the image. Attacks inside recipes take y, cross-entropy the shares (ours; Rebuffi et
-        al. 2021 attack the divergence from the shares).
+        Args:
+            x: images in [0, 1], (B, C, H, W).
+            y: classes, (B,).
+            generator: on the device of ``x``; one state of it gives one result.
+
+        Returns:
+            x, y and, if CutMix is on, (B, K) the share of each class, else None; y is then the
+            class with most of the image. Attacks inside recipes take y, cross-entropy the shares
+            (ours; Rebuffi et al. 2021 attack the divergence from the shares).
         """
         x = self.augment(x, generator)
         return self.augment.mix(x, y, self.info.num_classes, generator)

@@ -15,9 +15,10 @@ from advbench.config.roles import Role
 from advbench.data import torchvision_sets as published
 from advbench.data.arrays import array_split
 from advbench.data.augment import Augment
-from advbench.data.base import Part, Source, Split, Splits, hold_out
+from advbench.data.base import Part, Source, Split, Splits
 from advbench.data.extra import opener
 from advbench.data.folder import FolderSource, ImageNetSource
+from advbench.data.hold_out import hold_out
 from advbench.data.npz import NpzSource
 from advbench.data.torchvision_sets import TorchvisionSource
 

@@ -45,7 +45,10 @@ GRADIENTS = ("exact", "straight_through", "discontinuous", "none")
 
 
 def worst(traits: Sequence[Traits]) -> Traits:
-    """What an attacker must know of a model that has all these traits.
+    """What an attacker must know of a model whose parts have these traits.
+
+    Args:
+        traits: of the parts, at least one.
 
     Raises:
         UserError: if two of them are to be judged in batches of different sizes.
@@ -135,7 +138,13 @@ class Surrogate:
 
 
 def surrogates_of(defense: Defense, model: Any, traits: Traits) -> dict[str, Surrogate]:
-    """The defense's surrogates; all are stochastic if the model is by something else than it."""
+    """The defense's surrogates; all are stochastic if the model is by something else than it.
+
+    Args:
+        defense: which names them.
+        model: the defended model, in evaluation mode.
+        traits: of the model as a whole.
+    """
     surrogates = dict(defense.surrogates(model))
     if traits.stochastic and not defense.traits(model).stochastic:
         return {name: replace(one, stochastic=True) for name, one in surrogates.items()}
@@ -167,7 +176,11 @@ class Defense:
     """
 
     def traits(self, model: nn.Module) -> Traits:
-        """What an attacker must know of the defended model, as it is now."""
+        """What an attacker must know of the defended model.
+
+        Args:
+            model: as it is now: its buffers may decide, such as a jump of 0.
+        """
         return Traits()
 
     def apply(self, model: Classifier) -> Classifier:
@@ -201,7 +214,12 @@ class Defense:
         return ()
 
     def before_part(self, model: Any, part: PartName) -> None:
-        """Just before the training step forwards a part of the batch, in training mode."""
+        """Just before the training step forwards a part of the batch.
+
+        Args:
+            model: the defended model, in training mode.
+            part: which part comes next, ``clean`` or ``adversarial``.
+        """
 
     def loss_terms(self, model: Any, step: Step) -> dict[str, Tensor]:
         """The defense's own terms of the loss.
@@ -221,10 +239,19 @@ class Defense:
 
         With several devices each calls this with its own rows, and all end with the buffers of the
         first: what is averaged over rows has to be summed over devices here.
+
+        Args:
+            model: the defended model, in training mode, with the new weights.
+            step: what the step forwarded, with the weights before.
         """
 
     def after_epoch(self, model: Any, data: Splits) -> None:
-        """On the weights that are about to be validated and kept, in evaluation mode, no_grad."""
+        """On the weights that are about to be validated and kept, without gradients.
+
+        Args:
+            model: the defended model, in evaluation mode.
+            data: its training part may be read.
+        """
 
     def finish(self, model: Any, data: Splits) -> dict[str, Any]:
         """Choose what is chosen on a finished model, from validation data (an automatic jump).
@@ -232,6 +259,10 @@ class Defense:
         Called in evaluation mode, without gradients: at the end of a training on its best and on
         its last weights, and at evaluation on a model that a retrofit was put on. An interrupted
         run calls it again, so a second call must choose the same.
+
+        Args:
+            model: the defended model; buffers may be set.
+            data: choose on ``data.val``, never on ``data.test``.
 
         Returns:
             What was chosen, by parameter, for summary.json; {} if the model is as it was.

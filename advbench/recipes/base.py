@@ -71,6 +71,9 @@ class Recipe(ABC):
     def check(self, num_classes: int) -> None:  # noqa: B027  (a hook)
         """Check the recipe before anything is trained.
 
+        Args:
+            num_classes: of the data, K.
+
         Raises:
             UserError: if it can't train so many classes.
         """
@@ -114,6 +117,7 @@ class Recipe(ABC):
         """Around the forward and backward pass of a step: the weights may be elsewhere meanwhile.
 
         Args:
+            model: the defended model, in training mode.
             loss: the loss of the step, a scalar, by a forward pass in training mode at the weights
                 of that moment.
             epoch: from 0.
@@ -121,7 +125,12 @@ class Recipe(ABC):
         yield
 
     def after_step(self, model: nn.Module, step: Step) -> None:  # noqa: B027  (a hook)
-        """After the optimizer's step, without gradients."""
+        """After the optimizer's step, without gradients.
+
+        Args:
+            model: the defended model, with the new weights.
+            step: what the step forwarded, with the weights before.
+        """
 
     def search(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """x' by one search of ``attack`` inside the threat, on the model in eval mode.
@@ -130,6 +139,15 @@ class Recipe(ABC):
         mode, where each attack pass moves the running statistics of batch norm; TRADES and MTARD
         attack in eval mode. Eval mode gains clean accuracy at comparable robustness (Pang et al.
         2021, arXiv 2010.00467), and it attacks the function that will be deployed.
+
+        Args:
+            attack: whose points all lie inside the threat.
+            model: the defended model, in any mode; it comes back in the same.
+            x: clean images in [0, 1], (N, C, H, W).
+            y: true classes, (N,).
+
+        Returns:
+            x', (N, C, H, W).
         """
         assert self.threat is not None
         ids = torch.arange(len(x), device=x.device)

@@ -39,7 +39,11 @@ from advbench.verdict.judge import Judgement
 def load(run: str | Path) -> Classifier:
     """The best model of a finished training run, on the CPU, in evaluation mode.
 
-    Raises ``UserError`` for a run that is missing, did not finish, or does not match its weights.
+    Args:
+        run: its directory.
+
+    Raises:
+        UserError: for a run that is missing, did not finish, or does not match its weights.
     """
     return models.from_run(directory.find(run))[0]
 

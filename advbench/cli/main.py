@@ -50,7 +50,14 @@ Settings follow as KEY=VALUE, in any order:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line.
+
+    Args:
+        argv: the words after ``advbench``; None takes those of this process.
+
+    Returns:
+        The exit code: 0; 2 for a user's mistake; others as the subcommands say.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Let Hydra hand its errors on instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"

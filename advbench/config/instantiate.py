@@ -36,7 +36,17 @@ BUILT = ("backbone", "data")
 
 
 def load_plugins(paths: Iterable[str]) -> tuple[str, ...]:
-    """Import the user's own files; returns the module prefixes that ``build`` may use for them."""
+    """Import the user's own files.
+
+    Args:
+        paths: of Python files.
+
+    Returns:
+        The module prefixes that ``build`` may use for them.
+
+    Raises:
+        UserError: as ``import_file``.
+    """
     prefixes = []
     for path in paths:
         import_file(path)
@@ -45,7 +55,11 @@ def load_plugins(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def import_file(path: str) -> types.ModuleType:
-    """Import a Python file by its path. Raises UserError if it is missing or does not import."""
+    """Import the Python file at ``path``; what lies beside it can be imported too.
+
+    Raises:
+        UserError: if it is missing, does not import, or has the name of a module that is in use.
+    """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"there is no file '{path}'")
@@ -69,7 +83,16 @@ def import_file(path: str) -> types.ModuleType:
 
 
 def target_of(node: Any, group: str, plugins: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """The component that a group node names. Raises UserError if it may not be used."""
+    """The component that a group node names.
+
+    Args:
+        node: with ``_target_``; None is refused.
+        group: such as ``defense``, which decides where components may live.
+        plugins: prefixes from ``load_plugins``.
+
+    Raises:
+        UserError: if it may not be used, or does not exist.
+    """
     if node is not None and not isinstance(node, Mapping | DictConfig):
         raise UserError(f"{group} is {node!r}, not a component: choose one with {group}=NAME")
     name = None if node is None else node.get("_target_")
@@ -145,9 +168,15 @@ def _checkable(hint: Any) -> Any:
 def build(node: Any, group: str, *, plugins: tuple[str, ...] = (), **given: Any) -> Any:
     """The component that a group node describes.
 
-    node: ``_target_`` and parameters.  plugins: prefixes from ``load_plugins``.  given: parameters
-    that the caller supplies. Raises UserError for a target that may not be used, a misspelt key, a
-    wrong type, a missing value, and values that the component can't take.
+    Args:
+        node: ``_target_`` and parameters.
+        group: such as ``defense``.
+        plugins: prefixes from ``load_plugins``.
+        **given: parameters that the caller supplies.
+
+    Raises:
+        UserError: for a target that may not be used, a misspelt key, a wrong type, a missing value,
+            and values that the component can't take.
     """
     target = target_of(node, group, plugins)
     values = {key: value for key, value in plain(node).items() if key != "_target_"}
@@ -166,8 +195,14 @@ def checked(
 ) -> dict[str, Any]:
     """Values for all parameters of ``target`` but those that are ``given`` elsewhere.
 
-    where: the group, for messages. Raises UserError for a misspelt key, a wrong type and a missing
-    value.
+    Args:
+        target: a component: a class or a function.
+        values: of a config node, without ``_target_``.
+        where: the group, for messages.
+        given: names of parameters that the caller supplies.
+
+    Raises:
+        UserError: for a misspelt key, a wrong type and a missing value.
     """
     parameters = _schema(target, given)
     schema = OmegaConf.structured(parameters)
@@ -193,7 +228,15 @@ def checked(
 
 
 def build_defense(node: Any, plugins: tuple[str, ...] = ()) -> Any:
-    """The defense of a node; a chain's members are nodes themselves."""
+    """The defense of a node.
+
+    Args:
+        node: of a defense; a chain's members are nodes themselves (``spelled_out``).
+        plugins: prefixes from ``load_plugins``.
+
+    Raises:
+        UserError: as ``build``.
+    """
     members = None if node is None else node.get("members")
     if members is None:
         return build(node, "defense", plugins=plugins)
@@ -204,9 +247,16 @@ def build_defense(node: Any, plugins: tuple[str, ...] = ()) -> Any:
 def build_recipe(
     node: Any, plugins: tuple[str, ...] = (), *, threat: Any, teachers: Mapping[str, Any]
 ) -> Any:
-    """The recipe of a node; what it is ``of`` is a node itself.
+    """The recipe of a node.
 
-    threat: of both.  teachers: given to the one that has parameters of these names.
+    Args:
+        node: of a recipe; what it is ``of`` is a node itself (``spelled_out``).
+        plugins: prefixes from ``load_plugins``.
+        threat: of the recipe and of what it is ``of``; None without an adversarial part.
+        teachers: models by the name of the parameter that takes each.
+
+    Raises:
+        UserError: as ``build``.
     """
     given = {} if node is None else {key: teachers[key] for key in teachers if key in node}
     if node is not None and node.get("of") is not None:

@@ -20,6 +20,10 @@ def roles_of(node: Mapping[str, Any] | DictConfig, group: str) -> Mapping[str, R
 
     Keys of the user's own component are what keys of these names are in the shipped component that
     is most like it. Its code is not read, so a report knows them without it.
+
+    Args:
+        node: ``_target_`` and parameters.
+        group: such as ``defense``.
     """
     try:
         return roles.of(target_of(node, group))

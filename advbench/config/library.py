@@ -16,7 +16,12 @@ from advbench.errors import UserError, did_you_mean
 def shipped(group: str, name: str) -> DictConfig:
     """The node of a shipped option, such as ``shipped("threat", "linf_8")``.
 
-    Raises UserError, with the nearest name, if there is none.
+    Args:
+        group: such as ``threat``.
+        name: of the option; one of a subfolder is FOLDER/NAME.
+
+    Raises:
+        UserError: with the nearest name, if there is none.
     """
     names = options(group)
     if name not in names:
@@ -27,7 +32,7 @@ def shipped(group: str, name: str) -> DictConfig:
 
 
 def options(group: str) -> Mapping[str, Any]:
-    """The shipped options of a group and their files; those of a subfolder as FOLDER/NAME."""
+    """The shipped options of ``group`` and their files; those of a subfolder as FOLDER/NAME."""
     files: dict[str, Any] = {}
     for file in (importlib.resources.files("advbench.configs") / group).iterdir():
         if file.name.endswith(".yaml"):

@@ -23,8 +23,13 @@ LARGEST, DEEPEST = 2**20, 50
 def spelled_out(node: Any, group: str = "defense") -> Any:
     """The node of a defense or a recipe, with what is inside it as nodes in place of names.
 
-    A member of a chain, or what a recipe is ``of``, is NAME, {NAME: {KEY: VALUE}} or a node.
-    Raises UserError for what is neither.
+    Args:
+        node: a member of a chain, or what a recipe is ``of``, is NAME, {NAME: {KEY: VALUE}} or a
+            node.
+        group: ``defense`` or ``recipe``.
+
+    Raises:
+        UserError: for a member that is none of these.
     """
     key = INSIDE[group]
     if node is None or node.get(key) is None:
@@ -76,7 +81,16 @@ def _option(group: str, name: str) -> DictConfig:
 
 
 def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
-    """The node, or where it is left to the run, the run's with the values that were given."""
+    """The node, or where it is left to the run, the run's with the values that were given.
+
+    Args:
+        node: of the evaluation; one without a ``_target_`` is left to the run.
+        trained: the config of the training run; None for a model of the user's own.
+        group: ``data``, ``defense`` or ``threat``.
+
+    Raises:
+        UserError: for a key that the run's component does not have, and where nothing is chosen.
+    """
     if node is not None and node.get("_target_") is not None:
         return node
     overrides = {} if node is None else plain(node)
@@ -107,7 +121,7 @@ def inherit(node: Any, trained: DictConfig | None, group: str) -> Any:
 
 
 def plain(cfg: Any) -> dict[str, Any]:
-    """A config as nested dicts and lists, interpolations resolved."""
+    """``cfg`` as nested dicts and lists, interpolations resolved."""
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
@@ -116,8 +130,9 @@ def plain(cfg: Any) -> dict[str, Any]:
 def text_of(path: Path) -> str:
     """The text of a run's YAML file, which can be read without running out of time or memory.
 
-    Raises UserError if it can't be read, is larger or nested deeper than any config, or repeats
-    parts of itself by aliases, which can unfold without end.
+    Raises:
+        UserError: if it can't be read, is larger or nested deeper than any config, or repeats parts
+            of itself by aliases, which can unfold without end.
     """
     try:
         with path.open("rb") as file:
@@ -138,10 +153,11 @@ def text_of(path: Path) -> str:
 
 
 def read(path: Path) -> DictConfig:
-    """Read a YAML file of a run, which is resolved.
+    """Read the YAML file at ``path``, of a run, which is resolved.
 
-    Raises UserError for what ``text_of`` refuses, for what is not a mapping with mappings for its
-    groups, and for interpolations: a downloaded one could read the environment.
+    Raises:
+        UserError: for what ``text_of`` refuses, for what is not a mapping with mappings for its
+            groups, and for interpolations: a downloaded one could read the environment.
     """
     text = text_of(path)
     try:

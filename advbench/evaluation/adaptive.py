@@ -39,16 +39,19 @@ class MSAProtocol(Protocol):
     FAB is left out on surrogates: it stops at the surrogate's boundary, short of the model's. On a
     surrogate with a loss of its own, only that loss is raised.
 
-    draws: of a stochastic target, of which each gradient is the mean (EOT).
-    square: queries of the black-box attack; 0 leaves it out.
-    search: full, or express: the search of ``protocol=express`` in the place of APGD-CE and APGD-T.
+    Raises:
+        UserError: for values out of these ranges.
     """
 
     name: ClassVar[str] = "msa"
     surrogates: ClassVar[bool] = True
     draws: int = 20
+    """EOT samples of each gradient of a stochastic victim, at least 1."""
     square: int = 5000
+    """Queries of the black-box attack; 0 leaves it out."""
     search: str = "full"
+    """``full``, or ``express``: the search of ``protocol=express`` in the place of APGD-CE and
+    APGD-T."""
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.square < 0:
@@ -74,7 +77,7 @@ class MSAProtocol(Protocol):
         }
         reasons.append(words[gradient])
         if subject.traits.stochastic and self.draws > 1:
-            reasons.append(f"gradients of the model are means over {self.draws} draws")
+            reasons.append(f"gradients of the model are means over {self.draws} EOT samples")
         if gradient != "exact" and not subject.surrogates:
             reasons.append("it names no surrogate: the result is no more than a first look")
         return reasons
@@ -86,17 +89,17 @@ class MSAProtocol(Protocol):
     def stages(self, subject: Subject) -> list[Stage]:
         own = {name: s for name, s in subject.surrogates.items() if not s.transfer}
         if self.search == "express":
-            return [*self.expressed(own, subject, model=True), *self.last(subject)]
+            return [*self._express(own, subject, model=True), *self._last(subject)]
         return [
-            *self.on_model("apgd-ce", subject),
-            *self.searches(own, subject),
+            *self._on_model("apgd-ce", subject),
+            *self._searches(own, subject),
             # On a stochastic model one search on the DLR loss instead of nine, as AutoAttack does.
-            *self.on_model("apgd-dlr" if subject.traits.stochastic else "apgd-t", subject),
-            *self.targeted(own, subject),
-            *self.last(subject),
+            *self._on_model("apgd-dlr" if subject.traits.stochastic else "apgd-t", subject),
+            *self._targeted(own, subject),
+            *self._last(subject),
         ]
 
-    def expressed(
+    def _express(
         self, surrogates: Surrogates, subject: Subject, *, model: bool = False
     ) -> list[Stage]:
         """Express on the model and on each surrogate without an auxiliary loss."""
@@ -104,22 +107,22 @@ class MSAProtocol(Protocol):
         stages = [plain] if model and subject.traits.gradient != "none" else []
         for name, surrogate in surrogates.items():
             if surrogate.auxiliary_loss:
-                stages += self.searches({name: surrogate}, subject)
+                stages += self._searches({name: surrogate}, subject)
             else:
-                stages.append(self.on(name, surrogate, EXPRESS, plain.attack))
+                stages.append(self._on(name, surrogate, EXPRESS, plain.attack))
         return stages
 
-    def on_model(self, member: str, subject: Subject) -> list[Stage]:
+    def _on_model(self, member: str, subject: Subject) -> list[Stage]:
         """A member of AutoAttack on the real model, along its own gradient if it has one."""
         if subject.traits.gradient == "none":
             return []
         draws = self.draws if subject.traits.stochastic else 1
         return [Stage(member, autoattack(member, subject), why(member, subject), eot_samples=draws)]
 
-    def searches(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
+    def _searches(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
         """One search on each surrogate, on the loss that suits it."""
         return [
-            self.on(
+            self._on(
                 name,
                 surrogate,
                 f"apgd-{surrogate.loss}",
@@ -128,25 +131,25 @@ class MSAProtocol(Protocol):
             for name, surrogate in surrogates.items()
         ]
 
-    def targeted(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
+    def _targeted(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
         """APGD-T on each surrogate, class by class."""
         attack = autoattack("apgd-t", subject)
         return [
-            self.on(name, surrogate, "apgd-t", attack)
+            self._on(name, surrogate, "apgd-t", attack)
             for name, surrogate in surrogates.items()
             if not surrogate.auxiliary_loss
         ]
 
-    def last(self, subject: Subject) -> list[Stage]:
+    def _last(self, subject: Subject) -> list[Stage]:
         """The most expensive: minimal perturbations, and the black box."""
         stages = []
         if not (subject.traits.stochastic or subject.traits.batch_dependent):
-            stages += self.on_model("fab-t", subject)
+            stages += self._on_model("fab-t", subject)
         if self.square:
             stages.append(Stage("square", Square(steps=self.square), WHY["square"]))
         return stages
 
-    def on(self, name: str, surrogate: Surrogate, what: str, attack: Attack) -> Stage:
+    def _on(self, name: str, surrogate: Surrogate, what: str, attack: Attack) -> Stage:
         """An attack on a surrogate."""
         draws = self.draws if surrogate.stochastic else 1
         return Stage(f"{what}@{name}", attack, surrogate.why, victim=name, eot_samples=draws)
@@ -158,21 +161,24 @@ class AdaptiveProtocol(MSAProtocol):
 
     The number after the stages of ``msa`` is msa's. Then come, on the real model and on every
     surrogate, the margin loss from several starts with twice the steps, which also shows whether
-    the shorter searches had converged; for a stochastic model more draws, doubled as long as that
-    still breaks samples, up to 16 times as many; and the images that break other models
+    the shorter searches had converged; for a stochastic model more EOT samples, doubled as long as
+    that still breaks images, up to 16 times as many; and the images that break other models
     (``transfer=[RUN]``: the undefended twin, a robust model of the same data).
 
     Then the verdict is computed. Where an indicator is triggered, what settles it follows: Square
     with four times the queries where the gradient misleads, and five times the steps where the
     search had not converged.
 
-    steps, restarts: of the longer searches.
+    Raises:
+        UserError: for values out of these ranges.
     """
 
     name: ClassVar[str] = "adaptive"
     version: ClassVar[str] = "2"
     steps: int = 200
+    """Of each of the longer searches, at least 1."""
     restarts: int = 3
+    """Starts of the longer searches, at least 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,12 +193,12 @@ class AdaptiveProtocol(MSAProtocol):
         transfer = {name: s for name, s in subject.surrogates.items() if s.transfer}
         return [
             *super().stages(subject),
-            *self.longer(subject),
-            *self.more_draws(subject),
+            *self._longer(subject),
+            *self.more_eot_samples(subject),
             *(
-                self.expressed(transfer, subject)
+                self._express(transfer, subject)
                 if self.search == "express"
-                else (*self.searches(transfer, subject), *self.targeted(transfer, subject))
+                else (*self._searches(transfer, subject), *self._targeted(transfer, subject))
             ),
         ]
 
@@ -224,8 +230,8 @@ class AdaptiveProtocol(MSAProtocol):
         reasons = (f"{stage.name} follows, for {', '.join(asked[stage.name])}" for stage in stages)
         return FollowUp(stages, "; ".join(reasons))
 
-    def longer(self, subject: Subject) -> list[Stage]:
-        """More steps and starts on the margin, for everyone whose loss is not their own."""
+    def _longer(self, subject: Subject) -> list[Stage]:
+        """More steps and restarts on the margin, except for surrogates with a loss of their own."""
         attack = APGD(
             steps=self.steps,
             restarts=self.restarts,
@@ -237,13 +243,17 @@ class AdaptiveProtocol(MSAProtocol):
         if subject.traits.gradient != "none" and not subject.traits.stochastic:
             stages.append(Stage("apgd-margin-long", attack, why))
         return stages + [
-            replace(self.on(name, surrogate, "apgd-margin-long", attack), why=why)
+            replace(self._on(name, surrogate, "apgd-margin-long", attack), why=why)
             for name, surrogate in subject.surrogates.items()
             if not (surrogate.auxiliary_loss or surrogate.transfer)
         ]
 
-    def more_draws(self, subject: Subject) -> list[Stage]:
-        """EOT with twice as many samples each time, while that breaks more, up to a limit."""
+    def more_eot_samples(self, subject: Subject) -> list[Stage]:
+        """EOT with twice as many samples each time, while that breaks more images; up to 16 times.
+
+        Args:
+            subject: what is attacked; without noise, or without a gradient, there are no stages.
+        """
         if not subject.traits.stochastic or subject.traits.gradient == "none":
             return []
         stages: list[Stage] = []
@@ -254,7 +264,7 @@ class AdaptiveProtocol(MSAProtocol):
                 Stage(
                     f"apgd-margin-eot{draws}",
                     attack,
-                    f"margin, mean over {draws} draws",
+                    f"margin, mean over {draws} EOT samples",
                     eot_samples=draws,
                     only_if=stages[-1].name if times > 2 else None,
                 )

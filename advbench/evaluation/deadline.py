@@ -34,7 +34,8 @@ class Budget(NamedTuple):
 def parse(text: str) -> Budget:
     """The budget that a text such as 90s, 10min, 1h30min or 2e6passes means.
 
-    Raises UserError for anything else, and for zero.
+    Raises:
+        UserError: for anything else, and for zero.
     """
     words = re.sub(r"\s", "", text.lower())
     if match := re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)passes", words):

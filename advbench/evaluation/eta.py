@@ -16,7 +16,8 @@ class Forecast:
     A sample's work is a number of queries; it ends early if it breaks. How likely it is to come so
     far is estimated from all samples, finished or under way (Kaplan & Meier 1958).
 
-    queries: of a sample that holds, over all its tries.
+    Args:
+        queries: of a robust sample, over all its searches.
     """
 
     def __init__(self, queries: int) -> None:

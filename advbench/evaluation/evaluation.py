@@ -66,7 +66,8 @@ class Evaluation:
     def plan(self) -> Plan:
         """The plan. Hashes the model and the data, once.
 
-        Raises UserError where model, data and protocol do not fit.
+        Raises:
+            UserError: where model, data and protocol do not fit.
         """
         with full_float32():
             return self._plan()
@@ -284,7 +285,8 @@ class Evaluation:
 def finished_results(folder: Path) -> Results | None:
     """The results of an evaluation that is complete, with its verdict; None for another.
 
-    Raises UserError where its files are not what it wrote.
+    Raises:
+        UserError: where its files are not what it wrote.
     """
     path = folder / RESULTS
     results = Results.load(path) if path.exists() else None
@@ -321,9 +323,11 @@ def is_home(folder: Path, plan: Plan, needs_images: bool = False) -> bool:
 def claim(folder: Path, plan: Plan, needs_images: bool = False) -> list[str]:
     """Save this plan in ``folder``; returns notes for the user.
 
-    An evaluation that other code started is resumed: the plan then says which code found which
-    stages. One that keeps no images goes on without, unless ``needs_images``.
-    Raises UserError if the folder is another evaluation's, or is damaged.
+    An evaluation that other code started is resumed: the plan then says which code ran which
+    stages. One that keeps no images is resumed without, unless ``needs_images``.
+
+    Raises:
+        UserError: if the folder is another evaluation's, or is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted, notes = folder / PLAN, plan.to_json(), []

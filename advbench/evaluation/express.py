@@ -64,7 +64,12 @@ class ExpressProtocol(Protocol):
     def audited(self, survivors: int, n: int) -> int:
         """How many of the survivors of n images the audit attacks.
 
-        Raises UserError for an ``audit`` that means nothing.
+        Args:
+            survivors: images that are still correct after Express, at most ``n``.
+            n: images of the evaluation.
+
+        Raises:
+            UserError: for an ``audit`` that means nothing.
         """
         said = str(self.audit).strip()
         if said == "all":

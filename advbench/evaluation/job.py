@@ -21,6 +21,7 @@ CLEAN = "clean"
 
 
 def never() -> bool:
+    """The deadline of an evaluation without a budget."""
     return False
 
 
@@ -28,7 +29,8 @@ def never() -> bool:
 class Job:
     """What is attacked, and how. Evaluation, engine and searches share this object.
 
-    Raises UserError for a batch size below 1, and for a surrogate in training mode.
+    Raises:
+        UserError: for a batch size below 1, and for a surrogate in training mode.
     """
 
     model: nn.Module

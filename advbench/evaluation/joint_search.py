@@ -30,9 +30,17 @@ from advbench.evaluation.store import Records, Store
 class Bench:
     """Judges the images of a fixed batch on the real model, and keeps the results.
 
-    clean: the batch.  broken, alone: (N,), see above.  label, margin, distance: as in ``Records``.
-    closest: inside the threat, the image of each row with the smallest margin so far.
-    forwards: passes of each row.
+    Attributes:
+        broken, alone: (N,), see above.
+        label, margin, distance: as in ``Records``.
+        closest: inside the threat, the image of each row with the smallest margin so far.
+        images: the image that broke each row, or the clean one.
+        forwards: passes of each row.
+
+    Args:
+        model: the real one, in evaluation mode.
+        threat: what counts as a proposal.
+        clean: the batch, N rows.
     """
 
     def __init__(self, model: nn.Module, threat: Threat, clean: Clean) -> None:

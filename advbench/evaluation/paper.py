@@ -17,13 +17,11 @@ from advbench.evaluation.protocols import PGDProtocol
 
 @dataclass(frozen=True)
 class PaperPGD(PGDProtocol):
-    """PGD on the defended model as it is: one EOT sample if it is stochastic, no surrogate.
-
-    paper: the defense whose paper judged itself so.
-    """
+    """PGD on the defended model as it is: one EOT sample if it is stochastic, no surrogate."""
 
     name: ClassVar[str] = "paper"
     paper: str = ""
+    """The defense whose paper judged itself so."""
 
     @property
     def title(self) -> str:
@@ -36,13 +34,12 @@ class PaperJumpReLU(Protocol):
 
     The number of steps is what fits into the threat, so that no point leaves it. Gray-box: the
     images are made on the net without the jump (surrogate ``base``).
-
-    step_size: in pixel units.
     """
 
     name: ClassVar[str] = "paper/jumprelu"
     surrogates: ClassVar[bool] = True
     step_size: float | str = 0.01
+    """In pixel units, above 0 and at most eps."""
 
     def stages(self, subject: Subject) -> list[Stage]:
         size = pixels(self.step_size, "protocol.step_size")

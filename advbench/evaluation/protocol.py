@@ -44,10 +44,17 @@ class Protocol(ABC):
 
     @abstractmethod
     def stages(self, subject: Subject) -> list[Stage]:
-        """The stages, in order of running."""
+        """The stages, in order of running; a pure function.
+
+        Args:
+            subject: traits, classes, threat and surrogates of what is attacked.
+
+        Raises:
+            UserError: where the protocol is not defined for such a model or threat.
+        """
 
     def may_follow(self, subject: Subject) -> list[Stage]:
-        """The stages from which ``follow_up`` chooses; none by default."""
+        """The stages from which ``follow_up`` chooses, for such a ``subject``; none by default."""
         return []
 
     def follow_up(self, plan: Plan, findings: Findings) -> FollowUp | None:
@@ -71,7 +78,15 @@ class Protocol(ABC):
         return None
 
     def reasons(self, subject: Subject, stages: Sequence[Stage]) -> list[str]:
-        """What follows from the traits, in words, and what these stages of the plan leave out."""
+        """What follows from the traits, in words, and what these stages of the plan leave out.
+
+        Args:
+            subject: what is attacked.
+            stages: of the plan.
+
+        Returns:
+            Sentences; ``plan.json`` keeps them, the command line shows them.
+        """
         traits, reasons = subject.traits, []
         if traits.stochastic:
             reasons.append(
@@ -99,9 +114,10 @@ class Protocol(ABC):
         return reasons
 
     def plan(self, subject: Subject) -> tuple[Stage, ...]:
-        """The stages for a model with these traits, classes and surrogates.
+        """The stages for such a ``subject``, checked.
 
-        Raises UserError where the protocol would not measure what it says.
+        Raises:
+            UserError: where the protocol would not measure what it says.
         """
         planned = tuple(self.stages(subject))
         self._check_all((*planned, *self.may_follow(subject)), subject)

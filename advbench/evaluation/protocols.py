@@ -29,17 +29,19 @@ class CleanProtocol(Protocol):
 
 @dataclass(frozen=True)
 class PGDProtocol(Protocol):
-    """PGD with a fixed step; one step without a random start is FGSM.
-
-    loss: ce, margin or dlr.  step_size: in pixel units; None is 2.5 eps / steps.
-    """
+    """PGD with a fixed step; one step without a random start is FGSM."""
 
     name: ClassVar[str] = "pgd"
     steps: int = 50
+    """Steps per search, at least 1."""
     step_size: float | str | None = None
+    """In pixel units, ``2/255`` or a number; None is 2.5 eps / steps."""
     restarts: int = 1
+    """Searches per sample, at least 1."""
     loss: str = "ce"
+    """``ce``, ``margin`` or ``dlr``."""
     random_start: bool = True
+    """Start at a random point of the ball, not at the image."""
 
     def stages(self, subject: Subject) -> list[Stage]:
         attack = PGD(
@@ -59,24 +61,27 @@ class FGSMProtocol(PGDProtocol):
 
     name: ClassVar[str] = "fgsm"
     steps: int = 1
+    """One step of eps; more make it PGD without a random start."""
     random_start: bool = False
+    """Start at a random point of the ball, not at the image."""
 
 
 @dataclass(frozen=True)
 class APGDProtocol(Protocol):
-    """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690), ours: linf, l2 and l1, two classes and more.
-
-    loss: ce, margin, dlr, margin_targeted or dlr_targeted.  targets: of a targeted loss, at most
-    the number of classes less one are used.
-    """
+    """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690), ours: linf, l2, l1, two classes or more."""
 
     name: ClassVar[str] = "apgd"
     steps: int = 100
+    """Steps per search, at least 1."""
     restarts: int = 1
+    """Searches per sample, and per target for a targeted loss; at least 1."""
     loss: str = "margin"
+    """``ce``, ``margin``, ``dlr``, ``margin_targeted`` or ``dlr_targeted``."""
     targets: int = 9
+    """Of a targeted loss; at most the number of classes less one are used."""
 
     def attack(self, subject: Subject) -> APGD:
+        """The attack on such a ``subject``."""
         return APGD(
             steps=self.steps,
             restarts=self.restarts,
@@ -92,15 +97,15 @@ class APGDProtocol(Protocol):
 
 @dataclass(frozen=True)
 class FABProtocol(Protocol):
-    """FAB (Croce & Hein 2020, arXiv 1907.02044): the smallest perturbation, class by class.
-
-    targets: at most the number of classes less one are used.
-    """
+    """FAB (Croce & Hein 2020, arXiv 1907.02044): the smallest perturbation, class by class."""
 
     name: ClassVar[str] = "fab"
     steps: int = 100
+    """Steps per search, at least 1."""
     restarts: int = 1
+    """Searches per sample and target, at least 1."""
     targets: int = 9
+    """Classes to reach; at most the number of classes less one are used."""
 
     def stages(self, subject: Subject) -> list[Stage]:
         targets = min(self.targets, subject.num_classes - 1)
@@ -114,7 +119,9 @@ class SquareProtocol(Protocol):
 
     name: ClassVar[str] = "square"
     steps: int = 5000
+    """Queries per search, at least 1."""
     restarts: int = 1
+    """Searches per sample, at least 1."""
 
     def stages(self, subject: Subject) -> list[Stage]:
         attack = Square(steps=self.steps, restarts=self.restarts)
@@ -127,17 +134,20 @@ class CurveProtocol(APGDProtocol):
 
     A sample that breaks at one radius is broken at every larger one, so a stage attacks only what
     the smaller radii left, and the curve falls by construction.
-
-    points: evenly spaced radii, the last of which is the threat's.
-    eps: radii instead, in pixel units, below the threat's, which is added.
     """
 
     name: ClassVar[str] = "curve"
     points: int = 8
+    """Evenly spaced radii, the last of which is the threat's; at least 1."""
     eps: list[float | str] | None = None
+    """Radii in the place of ``points``, in pixel units, below the threat's, which is added."""
 
     def radii(self, threat: Threat) -> list[float]:
-        """The radii in order. Raises UserError for one that is not inside the threat."""
+        """The radii in order, in pixel units; the last is that of ``threat``.
+
+        Raises:
+            UserError: for one that is not inside the threat.
+        """
         if not threat.radius > 0:
             raise UserError(f"protocol={self.name} needs threat.eps above 0")
         if self.eps is None:
@@ -185,17 +195,21 @@ _ENGINES = ("fast", "reference")
 class AutoAttackProtocol(Protocol):
     """AutoAttack (Croce & Hein 2020, arXiv 2003.01690), upstream order and parameters.
 
-    suite: standard, plus, or rand, whose gradients are means over 20 draws.  engine: fast is ours,
-    reference is the authors' own code. With fewer than four classes, where its DLR losses are not
-    defined, fast takes the margin; there are never more targets than wrong classes.
-    attacks: some of them instead of the suite's, in their order, with the parameters that they have
-    in the suite. Their result is not a result of AutoAttack.
+    With fewer than four classes, where its DLR losses are not defined, the fast engine takes the
+    margin; there are never more targets than wrong classes.
+
+    Raises:
+        UserError: for names that do not exist.
     """
 
     name: ClassVar[str] = "autoattack"
     suite: str = "standard"
+    """``standard``, ``plus``, or ``rand``, whose gradients are means over 20 EOT samples."""
     engine: str = "fast"
+    """``fast`` is ours, ``reference`` is the authors' own code."""
     attacks: list[str] | None = None
+    """Some of its attacks in the place of the suite's, in their order, with the parameters that
+    they have in the suite. Their result is not a result of AutoAttack."""
 
     def __post_init__(self) -> None:
         given = [("suite", self.suite, _MEMBERS), ("engine", self.engine, _ENGINES)]
@@ -237,7 +251,12 @@ class AutoAttackProtocol(Protocol):
 
 
 def why(member: str, subject: Subject) -> str:
-    """What a member of AutoAttack adds, in words."""
+    """What a member of AutoAttack adds, in words.
+
+    Args:
+        member: such as ``apgd-t``.
+        subject: what is attacked; with few classes the loss is another one.
+    """
     loss = {"apgd-dlr": "dlr", "apgd-t": "dlr_targeted"}.get(member)
     if loss is None or subject.num_classes >= FEWEST_CLASSES[loss]:
         return WHY[member]
@@ -246,7 +265,13 @@ def why(member: str, subject: Subject) -> str:
 
 
 def autoattack(member: str, subject: Subject, suite: str = "standard") -> Attack:
-    """A member of AutoAttack with the parameters that upstream gives it in that suite and norm."""
+    """A member of AutoAttack with the parameters that upstream gives it in that suite and norm.
+
+    Args:
+        member: ``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``, ``fab-t`` or ``square``.
+        subject: what is attacked.
+        suite: ``standard``, ``plus`` or ``rand``.
+    """
     l1 = subject.threat.norm == "l1" and suite == "standard"
     restarts = 5 if suite == "plus" or l1 else 1
     wrong = subject.num_classes - 1
@@ -268,14 +293,13 @@ def autoattack(member: str, subject: Subject, suite: str = "standard") -> Attack
 
 @dataclass(frozen=True)
 class TorchattacksProtocol(Protocol):
-    """Any attack of torchattacks by name, with the referee's checks.
-
-    attack: name of a class of torchattacks.  params: for its constructor.
-    """
+    """Any attack of torchattacks by name, with the referee's checks."""
 
     name: ClassVar[str] = "torchattacks"
     attack: str = "PGD"
+    """A class of torchattacks, such as ``PGD``, ``MIFGSM`` or ``CW``."""
     params: dict[str, Any] = field(default_factory=dict)
+    """Arguments of its constructor."""
 
     def stages(self, subject: Subject) -> list[Stage]:
         attack = TorchAttack(self.attack, dict(self.params), subject.num_classes, subject.seed)

@@ -54,23 +54,25 @@ class ProcessGroup:
 class Resources:
     """The devices, and how the model runs on them.
 
-    accelerator: auto, cpu, cuda or mps.
-    devices: a number or a list such as "0,1"; the samples are dealt out to them.
-    num_nodes: machines, each of which runs the same command through a launcher (torchrun, SLURM).
-    batch_size: samples attacked side by side, at least 1; "auto" fits it to the images. It belongs
-        to the result of ``engine=reference``, whose random numbers depend on the batch.
-    precision, compile: as of ``FastModelOptions``.
-    deterministic: on a GPU, the same bits in every run, at some cost; a CPU gives them anyway.
-    Raises UserError for values out of range, and for a device that is not there.
+    Raises:
+        UserError: for values out of range, and for a device that is not there.
     """
 
     accelerator: str = field(default="auto", metadata={"role": Role.RESOURCE})
+    """``auto``, ``cpu``, ``cuda`` or ``mps``."""
     devices: int | str = field(default=1, metadata={"role": Role.RESOURCE})
+    """A number or a list such as ``0,1``, among which the samples are divided."""
     num_nodes: int = field(default=1, metadata={"role": Role.RESOURCE})
+    """Machines, each of which runs the same command through a launcher (torchrun, SLURM)."""
     batch_size: int | str = field(default="auto", metadata={"role": Role.OUTCOME | Role.RESOURCE})
+    """Samples attacked side by side, at least 1; ``auto`` fits it to the images. It belongs to the
+    result of ``engine=reference``, whose random numbers depend on the batch."""
     precision: str = field(default="32", metadata={"role": Role.RESOURCE})
+    """As of ``FastModelOptions``."""
     compile: str | None = field(default=None, metadata={"role": Role.RESOURCE})
+    """As of ``FastModelOptions``."""
     deterministic: bool = field(default=False, metadata={"role": Role.RESOURCE})
+    """On a GPU, the same bits in every run, at some cost; a CPU gives them anyway."""
 
     def __post_init__(self) -> None:
         known = ("auto", "cpu", "cuda", "mps")
@@ -117,7 +119,8 @@ class Resources:
     def launch(self) -> ProcessGroup:
         """Start the other processes, which run this same command, and meet them.
 
-        Raises UserError for devices that are not available.
+        Raises:
+            UserError: for devices that are not available.
         """
         if str(self.devices) == "1" and self.num_nodes == 1 and "WORLD_SIZE" not in os.environ:
             return ProcessGroup(self.device)

@@ -14,16 +14,20 @@ from advbench.errors import UserError
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of an evaluation: rows ``ids`` (sorted) of a split, on a device."""
+    """The samples of an evaluation: some rows of a split, on a device."""
 
     split: Split
+    """All images and labels of the test part."""
     ids: Tensor
+    """Rows of the split, (N,) int64, sorted, on the CPU."""
     device: torch.device
+    """Where ``fetch`` puts the images."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def fetch(self, ids: Tensor) -> Clean:
+        """Images, labels and ids on the device: ``ids`` (B,) of the split, in that order."""
         x, y = self.split.fetch(ids, self.device)
         return Clean(ids.to(self.device), x, y)
 
@@ -47,7 +51,9 @@ def fixed_batches(total: int, size: int) -> Tensor:
 
     They are cut from the order that ``subset`` draws from, so a sample's batch depends neither on n
     nor on what else is evaluated. The last batch is filled up with the first samples.
-    Raises UserError if the split has fewer samples than a batch.
+
+    Raises:
+        UserError: if the split has fewer samples than a batch.
     """
     if total < size:
         raise UserError(

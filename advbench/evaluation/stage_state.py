@@ -16,7 +16,12 @@ PROGRESS = ("attempt", "margin", "wrong", "forwards", "backwards")
 class StageState:
     """Columns over the samples of a stage; a *position* is an index into ``samples``.
 
-    attempt: the search that a sample is in, or waits for.  The other columns are as in ``Records``.
+    ``attempt`` is the search that a sample is in, or waits for. The other columns are as in
+    ``Records``.
+
+    Args:
+        samples: ids, (N,), sorted.
+        labels: true classes, (N,).
     """
 
     def __init__(self, samples: Tensor, labels: Tensor) -> None:

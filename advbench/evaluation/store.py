@@ -50,26 +50,28 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Records:
-    """What one stage found for some samples; arrays of length N.
-
-    sample: ids.  broken: misclassified by the real model at a point inside the threat.
-    label: class predicted there; the true class for a sample that held.  margin: true logit minus
-    the best wrong one, at that point or the smallest seen.  distance: size of the perturbation that
-    broke it, in the threat's norm; NaN for a sample that held.  wrong: share of the evaluations
-    that missed there, of which a stochastic model has several.  alone: broken by its own image,
-    among clean ones; only for a batch-dependent model is that another thing than broken.
-    forwards, backwards: passes spent.
-    """
+    """The results of one stage for some samples; arrays of length N."""
 
     sample: np.ndarray
+    """Ids."""
     broken: np.ndarray
+    """Whether the real model misclassifies a point inside the threat."""
     label: np.ndarray
+    """The class predicted there; the true class of a robust sample."""
     margin: np.ndarray
+    """The true logit minus the best wrong one, at that point; of a robust sample the smallest one
+    of the search."""
     distance: np.ndarray
+    """The size of the perturbation, in the threat's norm; NaN for a robust sample."""
     wrong: np.ndarray
+    """The share of evaluations that are wrong there, of which a stochastic model has several."""
     alone: np.ndarray
+    """Whether its own image breaks it among clean ones; differs from ``broken`` only for a
+    batch-dependent model."""
     forwards: np.ndarray
+    """Forward passes spent."""
     backwards: np.ndarray
+    """Backward passes spent."""
 
     DTYPES = {  # noqa: RUF012  (a constant of the class, not a field)
         "sample": np.int64,
@@ -118,9 +120,11 @@ class Images:
 
 
 class Store:
-    """The records of one evaluation, stage by stage; in memory if ``folder`` is None.
+    """The records of one evaluation, stage by stage.
 
-    rank: of this process among those that share the evaluation.
+    Args:
+        folder: of the evaluation; None keeps the records in memory.
+        rank: of this process among those that share the evaluation.
     """
 
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
@@ -184,7 +188,12 @@ class Store:
     ) -> None:
         """Keep the records, on disk before this returns.
 
-        seconds: time spent on them.  images: adversarial images of those broken alone, in order.
+        Args:
+            stage: its name.
+            records: of N samples.
+            seconds: time spent on them.
+            images: adversarial images of those broken alone, in order, (K, C, H, W); None if they
+                are not kept.
         """
         if self.folder is not None:
             arrays = {name: getattr(records, name) for name in Records.DTYPES}
@@ -310,7 +319,8 @@ def clear_journal(folder: Path) -> None:
 def read_images(folder: Path) -> Images | None:
     """The adversarial images of a finished evaluation; None where it kept none, or broke nothing.
 
-    Raises UserError for a file that is not what the evaluation wrote, or is damaged.
+    Raises:
+        UserError: for a file that is not what the evaluation wrote, or is damaged.
     """
     path = folder / IMAGES
     if not path.is_file() and not belongs(path):

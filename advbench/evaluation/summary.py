@@ -124,13 +124,19 @@ def undecided(job: Job, stages: Sequence[Stage], store: Store) -> bool:
 def measures(
     traits: Traits, n: int, records: list[Records], robust: float | None
 ) -> dict[str, float]:
-    """Other ways to say what the records hold, shares in [0, 1].
+    """Further measures of the same records, shares in [0, 1].
 
-    records: of the clean images and of each stage.  robust: accuracy; None if nothing was attacked.
-    wra: weighted robust accuracy, the mean of clean and robust.  mean_draw, worst_draw: robust
-    accuracy if one evaluation of a stochastic model decides, on average, and if the worst of them
-    does.  single_image: the share that no image broke alone among clean ones; an upper bound, since
-    the attacks alter whole batches.
+    Args:
+        traits: of the model.
+        n: images of the evaluation.
+        records: of the clean images and of each stage.
+        robust: robust accuracy; None if nothing was attacked.
+
+    Returns:
+        ``wra``: weighted robust accuracy, the mean of clean and robust. ``mean_draw`` and
+        ``worst_draw``: robust accuracy if one evaluation of a stochastic model decides, on average,
+        and if the worst of them does. ``single_image``: the share that no image broke alone among
+        clean ones; an upper bound, since the attacks alter whole batches.
     """
     clean = records[0]
     found = {} if robust is None else {"wra": (float((~clean.broken).mean()) + robust) / 2}

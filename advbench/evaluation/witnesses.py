@@ -20,15 +20,14 @@ FORMATS = (".pt", ".pth", ".npz", ".npy", ".safetensors")
 
 @dataclass(frozen=True)
 class Witnesses:
-    """Images and whose they are.
-
-    ids: (K,) sorted sample ids.  images: (K, C, H, W), floats in [0, 1] or uint8.
-    notes: how the file was read, a line each.
-    """
+    """Images, and the samples that they belong to."""
 
     ids: np.ndarray
+    """(K,) sample ids, sorted."""
     images: np.ndarray
+    """(K, C, H, W), floats in [0, 1] or uint8."""
     notes: tuple[str, ...] = ()
+    """How the file was read, a line each."""
 
     def has(self, rows: Tensor) -> Tensor:
         """Which of the samples have an image: (N,) bool."""

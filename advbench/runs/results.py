@@ -233,6 +233,9 @@ class Results:
     def load(cls, path: Path) -> Results:
         """Read a ``results.json``, of earlier schemas too.
 
+        Args:
+            path: of the file.
+
         Raises:
             UserError: For a file of another kind, and for one that contradicts itself or has
                 another content than was written.

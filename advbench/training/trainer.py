@@ -82,6 +82,11 @@ class Trainer(Settings):
 
         Args:
             model: the defended model, ``defense.apply`` done; it ends with the last weights.
+            splits: the data; the test part is not opened.
+            recipe: makes the inputs and the loss of a step.
+            defense: gives its hooks; ``Defense()`` for none.
+            optimizer: with its learning-rate schedule.
+            seed: of all random numbers.
             threat: of the robust validation accuracy; None measures the clean one alone.
             folder: exists. Gets ``model.safetensors`` (the best epoch), ``last.safetensors``,
                 ``metrics.csv``, ``summary.json`` (written last: the training is finished exactly if

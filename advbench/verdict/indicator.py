@@ -47,11 +47,20 @@ class Indicator:
     """What it reads of an evaluation's findings; unless they change, it is not computed again."""
 
     def basis(self, look: Look) -> str:
-        """Hash of all that the entry depends on, beside what is attacked: findings and code."""
+        """Hash of all that the entry depends on, beside what is attacked: the findings of ``look``
+        that it ``rests_on``, and the code.
+        """
         return short_hash([self.id, *map(look.finding, self.rests_on), _code()])
 
     def entry(self, look: Look) -> Entry | None:
-        """What stands in ``results.json``; None where the indicator does not apply."""
+        """Measure it.
+
+        Args:
+            look: the evaluation; passes of the model are counted there.
+
+        Returns:
+            The entry for ``results.json``; None where the indicator does not apply.
+        """
         before = look.forwards, look.backwards
         reading = self.measure(look)
         if reading is None:

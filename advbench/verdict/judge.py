@@ -33,17 +33,17 @@ COSTS = {
 class Judgement:
     """Computes indicators after the attacks, and the verdict from them.
 
-    effort: none, free, cheap or all; protocol leaves it to the protocol, which is cheap for a suite
-        of attacks, all for adaptive and free for a single attack.
-    indicators: these alone, by id, whatever they cost.
-    only: attack nothing; compute the verdict anew on an evaluation that is finished.
-
-    Raises UserError for an effort or an id that does not exist.
+    Raises:
+        UserError: for an effort or an id that does not exist.
     """
 
     effort: str = "protocol"
+    """``none``, ``free``, ``cheap`` or ``all``; ``protocol`` leaves it to the protocol, which is
+    cheap for a suite of attacks, all for adaptive and free for a single attack."""
     indicators: list[str] | None = None
+    """These alone, by id, whatever they cost."""
     only: bool = False
+    """Attack nothing; compute the verdict anew on an evaluation that is finished."""
 
     def __post_init__(self) -> None:
         known = (*COSTS, "protocol")
@@ -55,7 +55,7 @@ class Judgement:
                 raise UserError(f"no indicator '{name}'{did_you_mean(name, ids)}")
 
     def of(self, protocol: Protocol) -> IndicatorJudge | None:
-        """What judges an evaluation by that protocol; None where nothing is to be computed."""
+        """What judges an evaluation by ``protocol``; None where nothing is to be computed."""
         effort = protocol.effort if self.effort == "protocol" else self.effort
         chosen = tuple(
             indicator

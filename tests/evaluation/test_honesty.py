@@ -156,7 +156,7 @@ def test_a_group_of_a_model_that_draws_is_not_filled_up_with_others() -> None:
 
 def test_draws_are_doubled_as_long_as_that_breaks_somebody() -> None:
     subject = Subject(Traits(stochastic=True), 10, Threat("linf", 0.1))
-    names = {s.name: s.only_if for s in AdaptiveProtocol(draws=20).more_draws(subject)}
+    names = {s.name: s.only_if for s in AdaptiveProtocol(draws=20).more_eot_samples(subject)}
     draws = [20, 40, 80, 160, 320]
     assert list(names) == [f"apgd-margin-eot{n}" for n in draws]
     assert list(names.values())[2:] == list(names)[1:-1]

@@ -472,7 +472,7 @@ def test_reasons_say_what_follows() -> None:
 
     joint, noisy = said(MSAProtocol(), PLANS[4][0]), PLANS[3][0]
     assert "batches of 10 never change" in joint and "straight through" in joint
-    assert "means over 20 draws" in said(MSAProtocol(), noisy)
+    assert "means over 20 EOT samples" in said(MSAProtocol(), noisy)
     black_box = MSAProtocol(square=10)
     assert "names no surrogate" in said(black_box, subject({}, gradient="none"))
     assert "each step of apgd-ce, apgd-t, fab-t:" in said(AutoAttackProtocol(), noisy)

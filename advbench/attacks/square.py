@@ -113,7 +113,7 @@ class SquareRows(Rows):
     loss_best: Tensor
     """The margin of the best point, (N,)."""
     windows: Tensor
-    """Those of the next proposals, see ``_draw_windows``."""
+    """Those of the next proposals, see ``_deal``."""
     dealt: Tensor
     """The number of the first proposal in ``windows``, (N,)."""
 
@@ -171,47 +171,45 @@ class Square(Attack):
                 tiles *= threat.radius / tiles.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             point = threat.project_closely(x.to(widest(x)) + tiles, x)
         fields = started(clean, point, restart)
-        dealt, windows = self._draw_windows(x, fields["iteration"], threat.norm, random)
-        no_loss = torch.full((len(x),), -torch.inf, device=x.device)
+        dealt, windows = self._deal(x, fields["iteration"], threat.norm, random)
+        worst = torch.full((len(x),), -torch.inf, device=x.device)
         return SquareRows(
-            **fields, point_best=point.clone(), loss_best=no_loss, windows=windows, dealt=dealt
+            **fields, point_best=point.clone(), loss_best=worst, windows=windows, dealt=dealt
         )
 
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> Tensor | None:
         assert isinstance(rows, SquareRows)
         ages = rows.iteration.cpu() if answer.age is None else answer.age
         # Misclassified is above zero, hence above the best of a search that continues.
-        improved = answer.loss > rows.loss_best
-        overwrite(rows.point_best, improved, rows.point)
-        overwrite(rows.loss_best, improved, answer.loss)
+        better = answer.loss > rows.loss_best
+        overwrite(rows.point_best, better, rows.point)
+        overwrite(rows.loss_best, better, answer.loss)
 
-        rows.point, unchanged = self._proposals(rows, slice(None), ages, threat)
+        rows.point, idle = self._proposals(rows, slice(None), ages, threat)
         if int(ages.max()) >= self.steps:
-            finished = rows.iteration >= self.steps
-            rows.point = torch.where(per_row(finished, rows.x), rows.point_best, rows.point)
+            done = rows.iteration >= self.steps
+            rows.point = torch.where(per_row(done, rows.x), rows.point_best, rows.point)
         rows.iteration += 1
         for _ in range(SKIPS if threat.norm == "linf" else 0):
             # A window that has these signs already changes nothing: its answer is known.
-            unchanged &= rows.iteration < self.steps
-            if surely_none(unchanged):
+            idle &= rows.iteration < self.steps
+            if surely_none(idle):
                 break
-            index = rows_of(unchanged)
-            point, still_unchanged = self._proposals(rows, index, ages, threat)
-            rows.point[index] = torch.where(
-                per_row(unchanged[index], point), point, rows.point[index]
-            )
-            rows.iteration += unchanged
-            unchanged[index] = unchanged[index] & still_unchanged
-        return self._refresh_windows(rows, threat.norm, random)
+            at = rows_of(idle)
+            point, again = self._proposals(rows, at, ages, threat)
+            rows.point[at] = torch.where(per_row(idle[at], point), point, rows.point[at])
+            rows.iteration += idle
+            idle[at] = idle[at] & again
+        return self._deal_in_time(rows, threat.norm, random)
 
-    def _refresh_windows(self, rows: SquareRows, norm: str, random: Random) -> Tensor:
-        """Draw new windows if a row could use up its own in the next query.
+    def _deal_in_time(self, rows: SquareRows, norm: str, random: Random) -> Tensor:
+        """Deal anew if a row could come to the end of its windows in the next query.
 
         Returns the ages on the host, (N,): what is read here waits for the device.
         """
         ages, used = torch.stack((rows.iteration, rows.iteration - rows.dealt)).cpu()
         if int(used.max()) >= 2 * BLOCK - SKIPS:
-            rows.dealt, rows.windows = self._draw_windows(rows.x, rows.iteration, norm, random)
+            rows.dealt, rows.windows = self._deal(rows.x, rows.iteration, norm, random)
         return ages
 
     def _proposals(
@@ -222,26 +220,24 @@ class Square(Attack):
         ages: of all rows, on the host, before those that were skipped.
         """
         age, windows = rows.iteration[at], rows.windows[at]
-        proposals = windows[torch.arange(len(age), device=age.device), age - rows.dealt[at]]
+        drawn = windows[torch.arange(len(age), device=age.device), age - rows.dealt[at]]
         x, best = rows.x[at], rows.point_best[at]
-        fewest, most = (bisect_left(HALVINGS, int(n)) for n in ages.aminmax())
-        if fewest == most or threat.norm == "linf":
-            return self._propose(x, best, proposals, threat, fewest)
+        young, old = (bisect_left(HALVINGS, int(n)) for n in ages.aminmax())
+        if young == old or threat.norm == "linf":
+            return self._propose(x, best, drawn, threat, young)
         point = torch.empty_like(x)
-        for halvings in range(fewest, most + 1):  # the same sums, whatever the ages of the others
-            mask = proposals[:, 1] == halvings
-            index = rows_of(mask)
-            points, _ = self._propose(x[index], best[index], proposals[index], threat, halvings)
-            point[index] = torch.where(per_row(mask[index], points), points, point[index])
-        return point, torch.zeros_like(mask)
+        for halvings in range(young, old + 1):  # the same sums, whatever the ages of the others
+            mine = drawn[:, 1] == halvings
+            one = rows_of(mine)
+            some, _ = self._propose(x[one], best[one], drawn[one], threat, halvings)
+            point[one] = torch.where(per_row(mine[one], some), some, point[one])
+        return point, torch.zeros_like(mine)
 
-    def _draw_windows(
-        self, x: Tensor, age: Tensor, norm: str, random: Random
-    ) -> tuple[Tensor, Tensor]:
+    def _deal(self, x: Tensor, age: Tensor, norm: str, random: Random) -> tuple[Tensor, Tensor]:
         """The windows of each row's current BLOCK of proposals and of the next.
 
-        When one row has used up its windows, all rows draw new ones. The draws of a block are
-        always the same, and rows of many ages draw no more often than once in BLOCK.
+        A row that comes to the end of its windows lets all deal anew. A block's draws are always
+        the same, and rows of many ages draw no more often than once in BLOCK.
 
         Returns the number of the first proposal, (N,), and per proposal the window's side, how
         often its area has halved, its first row and column, for l2 and l1 those of a second window,
@@ -264,20 +260,20 @@ class Square(Attack):
         return first, torch.cat((side, halved, corner, bits), 2)
 
     def _propose(
-        self, x: Tensor, best: Tensor, proposals: Tensor, threat: Threat, halvings: int
+        self, x: Tensor, best: Tensor, drawn: Tensor, threat: Threat, halvings: int
     ) -> tuple[Tensor, Tensor]:
         """The best points with a window changed: 2020, alg. 2 (linf) and 3 (l2); l1: 2021.
 
         Returns the points, and for linf which of them are the best points still, (N,).
         Works on crops of the images, as large as the window after so many halvings.
-        drawn: what ``_draw_windows`` says of each row's proposal.
+        drawn: what ``_deal`` says of each row's proposal.
         """
         norm = threat.norm
         plan = _plan(norm, self.p_init, tuple(x.shape[2:]), x.device, x.dtype)
         crop = plan.sizes[halvings]
         windows = 1 if norm == "linf" else 2
-        side, halved = proposals[:, 0].view(-1, 1, 1, 1), proposals[:, 1]
-        corner = proposals[:, 2 : 2 + 2 * windows].view(-1, windows, 2)
+        side, halved = drawn[:, 0].view(-1, 1, 1, 1), drawn[:, 1]
+        corner = drawn[:, 2 : 2 + 2 * windows].view(-1, windows, 2)
         shift = (corner - (plan.extent - crop)).clamp_min(0)  # of the window in its crop
         along = torch.arange(crop, device=x.device) - shift[..., None]  # (N, windows, 2, crop)
         pixel = corner[..., None] + along
@@ -287,38 +283,36 @@ class Square(Attack):
         index = index[:, :, None].expand(-1, -1, x.shape[1], -1)  # (N, windows, C, crop * crop)
         inside = inside[:, :, None]
 
-        signs = _signs(proposals[:, 3 + 2 * windows :, None], x)  # (N, C, 1)
+        signs = _signs(drawn[:, 3 + 2 * windows :, None], x)  # (N, C, 1)
         if norm == "linf":
             point = best.flatten(2).clone()
             index = index[:, 0]
             corners = (x.flatten(2).gather(2, index) + threat.radius * signs).clamp_(0.0, 1.0)
-            old_values = point.gather(2, index)
-            new_values = torch.where(inside[:, 0], corners, old_values)
-            return point.scatter_(2, index, new_values).view_as(x), (
-                new_values == old_values
-            ).flatten(1).all(1)
+            before = point.gather(2, index)
+            after = torch.where(inside[:, 0], corners, before)
+            return point.scatter_(2, index, after).view_as(x), (after == before).flatten(1).all(1)
 
         order = 2 if norm == "l2" else 1
         delta = (best - x).flatten(2)
-        slack = threat.radius**order - torch.linalg.vector_norm(delta, order, (1, 2)) ** order
-        removed = []
+        spare = threat.radius**order - torch.linalg.vector_norm(delta, order, (1, 2)) ** order
+        lifted = []
         for k in range(windows):
-            values = delta.gather(2, index[:, k])
-            removed.append(torch.where(inside[:, k], values, 0.0))
-            delta.scatter_(2, index[:, k], values - removed[k])
-        norms = [torch.linalg.vector_norm(part, order, 2, keepdim=True) for part in removed]
-        mass = slack.clamp_min(0.0).view(-1, 1, 1) / x.shape[1]
+            there = delta.gather(2, index[:, k])
+            lifted.append(torch.where(inside[:, k], there, 0.0))
+            delta.scatter_(2, index[:, k], there - lifted[k])
+        norms = [torch.linalg.vector_norm(part, order, 2, keepdim=True) for part in lifted]
+        mass = spare.clamp_min(0.0).view(-1, 1, 1) / x.shape[1]
         mass = mass + norms[0] ** order + norms[1] ** order
 
         down, across = along[:, 0, 0, :, None], along[:, 0, 1, None, :]
-        which, size = (2 * halved + proposals[:, 6]).view(-1, 1, 1), plan.sizes[0]
+        which, size = (2 * halved + drawn[:, 6]).view(-1, 1, 1), plan.sizes[0]
         cells = ((which * size + down) * size + across).flatten(1)
         eta = plan.bumps.take(cells.clamp_(0, plan.bumps.numel() - 1))[:, None]
-        window = torch.where(inside[:, 0], eta * signs, 0.0) + removed[0] / (norms[0] + TINY)
-        window /= torch.linalg.vector_norm(window, order, 2, keepdim=True) + TINY
+        fresh = torch.where(inside[:, 0], eta * signs, 0.0) + lifted[0] / (norms[0] + TINY)
+        fresh /= torch.linalg.vector_norm(fresh, order, 2, keepdim=True) + TINY
         # l2: the whole budget again. l1 asks for more, and the projection takes the least of it.
-        window *= mass.sqrt() if norm == "l2" else mass * x.shape[1]
-        delta.scatter_add_(2, index[:, 0], window)
+        fresh *= mass.sqrt() if norm == "l2" else mass * x.shape[1]
+        delta.scatter_add_(2, index[:, 0], fresh)
         point = delta.view_as(x).add_(x)
         point = point.clamp_(0.0, 1.0) if norm == "l2" else _project_sparse(point, x, threat)
         return point, torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -329,18 +323,18 @@ def _project_sparse(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
 
     A row whose nearest point in [0, 1] is inside the budget needs no more than that.
     """
-    clipped = point.clamp(0.0, 1.0)
-    outside = ~threat.contains(clipped, x)
-    row, pixel = ((point != x).flatten(1) & outside[:, None]).nonzero(as_tuple=True)
+    boxed = point.clamp(0.0, 1.0)
+    over = ~threat.contains(boxed, x)
+    row, pixel = ((point != x).flatten(1) & over[:, None]).nonzero(as_tuple=True)
     if not len(row):
-        return clipped
-    count = outside.new_zeros(len(x), dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
+        return boxed
+    count = over.new_zeros(len(x), dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
     rank = torch.arange(len(row), device=x.device) - (count.cumsum(0) - count)[row]
     # In float64, where the width of the packed rows does not show in a sum.
     packed = x.new_zeros(2, len(x), int(count.max()), dtype=widest(x))
     packed[0, row, rank] = point.flatten(1)[row, pixel].to(packed.dtype)
     packed[1, row, rank] = x.flatten(1)[row, pixel].to(packed.dtype)
-    flat = clipped.flatten(1)
+    flat = boxed.flatten(1)
     flat[row, pixel] = threat.project(packed[0], packed[1])[row, rank].to(x.dtype)
     return flat.view_as(x)
 

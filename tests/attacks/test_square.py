@@ -159,7 +159,7 @@ def test_a_proposal_from_the_clean_image_is_its_window(norm: str) -> None:
     directions = set()
     for youngest in (0, 10, 11, 50, 51, 200, 201):
         ages = youngest + torch.arange(60) * 3
-        dealt, windows = attack._draw_windows(rows.x, ages, norm, keyed(rows))
+        dealt, windows = attack._deal(rows.x, ages, norm, keyed(rows))
         drawn = windows[torch.arange(60), ages - dealt]
         moves = torch.empty_like(clean.x)
         for halvings in drawn[:, 1].unique().tolist():
@@ -186,7 +186,7 @@ def test_windows_reach_every_place_evenly() -> None:
     rows = begin(attack, Oracle(linear((1, 8, 8))), clean, threat)
     seen = torch.cat(
         [
-            attack._draw_windows(rows.x, torch.full_like(rows.ids, age), "linf", keyed(rows))[1]
+            attack._deal(rows.x, torch.full_like(rows.ids, age), "linf", keyed(rows))[1]
             for age in (0, 128)
         ],
         1,

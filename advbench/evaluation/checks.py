@@ -174,11 +174,28 @@ def agree(ours: Tensor, theirs: Tensor) -> bool:
     sound = ours.isfinite().all(1)
     if not torch.equal(sound, theirs.isfinite().all(1)):
         return False
-    ours, theirs = ours[sound].double(), theirs[sound].double()
-    spread = ours.amax(1) - ours.amin(1)
-    ulp = torch.finfo(torch.float32).eps * ours.abs().amax(1)
+    ours, theirs = ours[sound], theirs[sound]
+    ulp = torch.finfo(torch.float32).eps * ours.double().abs().amax(1)
+    gap, spread = _gap_and_spread(ours, theirs)
+    return bool((gap <= ROUNDING * spread + ULPS * ulp + 1e-6).all())
+
+
+def gaps(ours: Tensor, theirs: Tensor) -> Tensor:
+    """How far apart logits (N, K) are, as a share of the spread within their rows: (N,).
+
+    What ``agree`` calls the same is 0. A row that is not finite in either is infinitely far.
+    """
+    gap, spread = _gap_and_spread(ours, theirs)
+    same = torch.tensor([agree(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)])
+    share = (gap / spread.clamp_min(1e-12)).nan_to_num(torch.inf)
+    return share.masked_fill(same.to(share.device), 0.0)
+
+
+def _gap_and_spread(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest difference of two rows without their means, and the spread within ours, (N,)."""
+    ours, theirs = ours.double(), theirs.double()
     gap = (ours - ours.mean(1, keepdim=True)) - (theirs - theirs.mean(1, keepdim=True))
-    return bool((gap.abs().amax(1) <= ROUNDING * spread + ULPS * ulp + 1e-6).all())
+    return gap.abs().amax(1), ours.amax(1) - ours.amin(1)
 
 
 def are_shares(outputs: Tensor) -> bool:

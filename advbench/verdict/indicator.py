@@ -76,7 +76,7 @@ class Indicator:
             "triggered": reading.triggered,
             "why": reading.why,
             "source": self.source,
-            "settles": self.settles,
+            "settles": reading.settles or self.settles,
             "forwards": look.forwards - before[0],
             "backwards": look.backwards - before[1],
         }

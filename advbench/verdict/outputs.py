@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from advbench.evaluation.checks import PROBE, agree, are_shares, off_the_grid
+from advbench.attacks.base import Clean
+from advbench.evaluation.checks import PROBE, agree, are_shares, gaps, off_the_grid
+from advbench.text import percent
 from advbench.verdict.look import Look
-from advbench.verdict.reading import Reading
+from advbench.verdict.reading import Reading, images, of_share
+
+TINY = 1e-4
+"""Of the pixel range: a fortieth of what separates two 8-bit values."""
+MOVED = 0.01
+"""Of the spread of an image's logits: ten times what rounding may move them."""
+MOVED_SHARE = 0.25
 
 
 def probabilities(look: Look) -> Reading | None:
@@ -48,6 +57,44 @@ def stochastic_mismatch(look: Look) -> Reading | None:
         "search was misled, and each image was judged by one draw"
     )
     return Reading(is_, said, True, why)
+
+
+def tiny_change(look: Look) -> Reading | None:
+    """The share of images whose logits move with a change that no gradient can mean."""
+    if not look.by_image or look.job.traits.stochastic:
+        return None
+    clean = look.sample(look.job.samples.ids.numpy())
+    x = off_the_grid(clean)
+    moved = gaps(look.logits(x), look.logits(_beside(look, clean, x))) > MOVED
+    hits, of = int(moved.sum()), len(moved)
+    why = f"a change of {TINY:g} in each pixel moves the logits of {hits or 'none'} of {images(of)}"
+    more = (
+        ", as with noise that is computed from the image itself: an attacker can try many such "
+        "changes, and the more are tried, the fewer images withstand"
+    )
+    return of_share(hits, of, MOVED_SHARE, why, more=more)
+
+
+def _beside(look: Look, clean: Clean, x: Tensor) -> Tensor:
+    """The images (N, C, H, W) with a tiny change, up or down, in each pixel."""
+    up = look.random("tiny_change", clean.ids).uniform(x) < 0.5
+    return torch.where(up, x + TINY, x - TINY).clamp(0, 1)
+
+
+def unsteadiness(look: Look, clean: Clean) -> str | None:
+    """What the logits of these images move with, though it should not move them; None: nothing."""
+    x = off_the_grid(clean)
+    together = look.logits(x)
+    others = {
+        "in a second pass of the same images": look.logits(x),
+        f"alone and in a batch of {len(x)}": torch.cat([look.logits(row) for row in x.split(1)]),
+        f"with a change of {TINY:g} in each pixel": look.logits(_beside(look, clean, x)),
+    }
+    for how, others_logits in others.items():
+        moved = gaps(together, others_logits).amax().item()
+        if moved > MOVED:
+            return f"by {percent(moved)} of their spread {how}"
+    return None
 
 
 def batch_mismatch(look: Look) -> Reading | None:

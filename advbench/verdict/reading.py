@@ -32,6 +32,8 @@ class Reading:
     """Class of this reading, where it is another than the indicator's."""
     question: Question | None = None
     """The question that this reading answers, where it is another than the indicator's."""
+    settles: str | None = None
+    """What settles this reading, where it is something else than the indicator's."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Numbers for a picture, of plain types."""
 

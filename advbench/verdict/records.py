@@ -11,6 +11,7 @@ import torch
 from advbench.evaluation.plan import Stage
 from advbench.evaluation.rescoring import RANGE_SLACK
 from advbench.verdict.look import Look
+from advbench.verdict.outputs import unsteadiness
 from advbench.verdict.reading import Reading, images, of_share
 
 PROOF, EVIDENCE = 0.05, 0.01
@@ -144,13 +145,24 @@ def silent_success(look: Look) -> Reading | None:
     broken = look.search("silent_success", stage.attack, clean, stage=stage.name)
     hits, of = int(broken.sum()), len(broken)
     why = (
-        f"{stage.name}, repeated, passes through images that fool the model for {hits} of "
-        f"{images(of)} that it is said to have left: the number is too high, and our records are "
-        "wrong"
-        if hits
-        else f"{stage.name}, repeated on {images(of)}, passes through no image that fools the model"
+        f"{stage.name}, repeated, fools the model for {hits or 'none'} of {images(of)} that it had "
+        "left"
     )
-    return of_share(hits, of, EVIDENCE, why)
+    reading = of_share(hits, of, EVIDENCE, why)
+    if not reading.triggered:
+        return reading
+    moved = unsteadiness(look, clean)
+    if moved is None:
+        return replace(reading, why=f"{why}: the number is too high, and our records are wrong")
+    why += (
+        f": the model's logits differ {moved}, so no search runs twice the same way. The record "
+        "counts; more searches would leave fewer"
+    )
+    cure = (
+        "remove what makes the logits differ (noise, batch statistics, a memory), or declare it: "
+        "traits.stochastic=true, traits.batch_dependent=true"
+    )
+    return replace(reading, why=why, weight="evidence", settles=cure)
 
 
 def norm(look: Look) -> Reading | None:

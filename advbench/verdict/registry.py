@@ -62,6 +62,21 @@ INDICATORS = (
         measure=outputs.batch_mismatch,
     ),
     Indicator(
+        id="tiny_change",
+        weight="evidence",
+        kind="outputs",
+        question="number",
+        cost="cheap",
+        about=(
+            "The share of images whose logits move by more than 1 % of their spread if each pixel "
+            "changes by 0.0001, a fortieth of an 8-bit step: noise that is computed from the image "
+            "itself, or another trick that a gradient cannot show."
+        ),
+        source="ours",
+        settles="draw the noise anew in each pass (traits.stochastic=true), or remove it",
+        measure=outputs.tiny_change,
+    ),
+    Indicator(
         id="zero_gradient",
         weight="proof",
         kind="gradient",
@@ -256,7 +271,7 @@ INDICATORS = (
         cost="cheap",
         about=(
             "A search of the evaluation, repeated on a few survivors, passes through an image that "
-            "fools the model. This guards our own code."
+            "fools the model. Either its logits are not steady (evidence), or advbench is wrong."
         ),
         source=f"{PINTOR} (silent success)",
         settles="report it, please: it is a mistake of advbench",

@@ -5,11 +5,11 @@
     python scripts/bench/verdict.py judge --folder DIR --out benchmarks/data/verdict.jsonl
     python scripts/bench/verdict.py table --out benchmarks/data/verdict.jsonl > table.md
 
-``attack`` runs AutoAttack (or, with --protocol quick, less) on n images of each model, in a
-directory of its own inside DIR; what is finished is not repeated, so kill and restart at will. It
-also finds the truth: the images that break the net under the disguise, or a straight-through twin,
-are scored on the model. ``judge`` computes the verdict from these records, anew each time:
-thresholds may change without a new attack.
+``attack`` evaluates n images of each model as ``advbench eval protocol=NAME`` would, with the
+verdict, in a directory of its own inside DIR; what is finished is not repeated, so kill and restart
+at will. It also finds the truth: the images that break the net under the disguise, or a
+straight-through twin, are scored on the model. ``judge`` computes the verdict from these records,
+anew each time: thresholds may change without a new attack.
 Seeds below 2 are for setting thresholds (``calibration``), the others are looked at once
 (``held out``).
 """
@@ -39,15 +39,16 @@ from advbench.attacks.apgd import APGD
 from advbench.attacks.square import Square
 from advbench.errors import UserError
 from advbench.evaluation.evaluation import Evaluation
-from advbench.evaluation.measured import Measured
+from advbench.evaluation.express import ExpressProtocol
 from advbench.evaluation.protocol import Effort, Protocol, Stage, Subject
 from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.resources import Resources
-from advbench.evaluation.store import Store, read_samples
+from advbench.evaluation.store import read_samples
 from advbench.evaluation.twins import straight_through
 from advbench.experiments.subject import Candidate, TestData, evaluation_of
 from advbench.files import read_json, write_json, write_text
 from advbench.runs.accuracy import clopper_pearson
+from advbench.runs.results import Results
 from advbench.verdict.judge import Judgement
 
 CALIBRATION = 2
@@ -74,7 +75,11 @@ class Quick(Protocol):
         ]
 
 
-PROTOCOLS: dict[str, Protocol] = {"autoattack": AutoAttackProtocol(), "quick": Quick()}
+PROTOCOLS: dict[str, Protocol] = {
+    "autoattack": AutoAttackProtocol(),
+    "express": ExpressProtocol(audit=8, escalate=False),
+    "quick": Quick(),
+}
 CPU = torch.device("cpu")
 
 
@@ -92,8 +97,10 @@ def place(folder: Path) -> Callable[[str, Callable[[], None]], Path]:
     return once
 
 
-def case(entry: Entry, zoo: Zoo, seed: int, n: int, protocol: Protocol) -> Evaluation:
-    """The evaluation of a model, without a verdict."""
+def case(
+    entry: Entry, zoo: Zoo, seed: int, n: int, protocol: str, verdict: Judgement
+) -> Evaluation:
+    """The evaluation of a model."""
     splits = data(NETS[entry.net].classes)
     model = entry.build(zoo, seed)
     subject = Candidate(entry.name, model, entry.traits)
@@ -101,28 +108,28 @@ def case(entry: Entry, zoo: Zoo, seed: int, n: int, protocol: Protocol) -> Evalu
         subject,
         TestData(splits.info.name, splits.test, splits.info.input_shape, splits),
         THREAT,
-        protocol,
+        PROTOCOLS[protocol],
         Resources("cpu", 1, 1, "auto", "32", None),
         CPU,
         seed=seed,
         n=n,
-        verdict=Judgement(effort="none"),
+        verdict=verdict,
     )
 
 
 def attack(
     entry: Entry, zoo: Zoo, seed: int, n: int, folder: Path, protocol: str
 ) -> dict[str, Any]:
-    """Reported and true robust accuracy, in %, of n images; or why it was refused."""
+    """Reported and true robust accuracy of n images, and the verdict; or why it was refused."""
     began = time.monotonic()
     n = min(n, len(entry.test[0]))
     row = {"name": entry.name, "kind": entry.kind, "seed": seed, "n": n, "protocol": protocol}
     try:
-        evaluation = case(entry, zoo, seed, n, PROTOCOLS[protocol])
+        evaluation = case(entry, zoo, seed, n, protocol, Judgement())
         results = evaluation.execute(folder / f"{entry.name}-{seed}", evaluation.plan())
     except UserError as refused:
         return row | {"refused": str(refused)}
-    survivors = left(evaluation, kept(folder / f"{entry.name}-{seed}"))
+    survivors = left(evaluation, results, folder / f"{entry.name}-{seed}")
     more = truth(entry, zoo, seed, evaluation, survivors)
     stages = {stage.name: stage.robust_acc for stage in results.stages}
     return row | {
@@ -132,23 +139,27 @@ def attack(
         "true": (len(survivors) - more) / n,
         "stages": stages,
         "seconds": time.monotonic() - began,
+        **judged(results),
     }
 
 
-def kept(folder: Path) -> Store:
-    """The records of a finished evaluation."""
-    store = Store(None)
-    for name, records in read_samples(folder).items():
-        store.append(name, records, 0.0)
-    return store
-
-
-def left(evaluation: Evaluation, store: Store) -> Tensor:
+def left(evaluation: Evaluation, results: Results, folder: Path) -> Tensor:
     """Ids of the samples that withstood."""
-    names = ["clean", *(stage.name for stage in evaluation.plan().stages)]
-    gone = [r.sample[r.alone] for r in map(store.records, names)]
+    samples = read_samples(folder)
+    names = ("clean", *(stage.name for stage in results.stages))
+    gone = [samples[name] for name in names if name in samples]
+    broken = np.concatenate([records.sample[records.alone] for records in gone])
     ids = evaluation.job.samples.ids
-    return ids[~torch.isin(ids, torch.from_numpy(np.concatenate(gone)))]
+    return ids[~torch.isin(ids, torch.from_numpy(broken))]
+
+
+def judged(results: Results) -> dict[str, Any]:
+    """The verdict of an evaluation, as a row has it."""
+    shown = [
+        {key: one.get(key) for key in ("id", "class", "value", "triggered", "interval")}
+        for one in results.verdict.get("indicators", ())
+    ]
+    return {"label": results.verdict.get("label"), "indicators": shown}
 
 
 def truth(entry: Entry, zoo: Zoo, seed: int, evaluation: Evaluation, survivors: Tensor) -> int:
@@ -163,29 +174,23 @@ def truth(entry: Entry, zoo: Zoo, seed: int, evaluation: Evaluation, survivors: 
     broken = torch.zeros(len(survivors), dtype=torch.bool)
     for source in sources:
         for search in (APGD(loss_name="margin"), APGD(50, loss_name="margin_targeted", targets=3)):
-            images = advbench.attack(source, clean.x, clean.y, THREAT, search, traits=entry.traits)
+            if broken.all():
+                break
+            x, y = clean.x[~broken], clean.y[~broken]
+            images = advbench.attack(source, x, y, THREAT, search, traits=entry.traits)
             with torch.no_grad():
-                answers = [job.model(images).argmax(1) != clean.y for _ in range(10)]
-            broken |= torch.stack(answers).float().mean(0) > 0.5
+                answers = [job.model(images).argmax(1) != y for _ in range(10)]
+            broken[~broken] = torch.stack(answers).float().mean(0) > 0.5
     return int(broken.sum())
 
 
 def judge(entry: Entry, zoo: Zoo, row: dict[str, Any], folder: Path, effort: str) -> dict[str, Any]:
     """The row with the verdict of its records."""
     began = time.monotonic()
-    protocol = PROTOCOLS[row["protocol"]]
-    evaluation = case(entry, zoo, row["seed"], row["n"], protocol)
-    store = kept(folder / f"{entry.name}-{row['seed']}")
-    computed = Judgement(effort=effort).of(protocol)
-    assert computed is not None
-    measured, stages = Measured(), evaluation.plan().stages
-    indicators = computed.indicators(evaluation.job, stages, store, measured) or []
-    label = computed.verdict(indicators, measured.passes).get("label")
-    shown = [
-        {key: one.get(key) for key in ("id", "class", "value", "triggered", "interval")}
-        for one in indicators
-    ]
-    return row | {"label": label, "indicators": shown, "judged_in": time.monotonic() - began}
+    again = Judgement(effort=effort, only=True)
+    evaluation = case(entry, zoo, row["seed"], row["n"], row["protocol"], again)
+    results = evaluation.execute(folder / f"{entry.name}-{row['seed']}")
+    return row | judged(results) | {"judged_in": time.monotonic() - began}
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -271,7 +276,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--names", nargs="+", default=list(ENTRIES), choices=list(ENTRIES))
     parser.add_argument("--n", type=int, default=100)
-    parser.add_argument("--effort", default="all")
+    parser.add_argument("--effort", default="cheap")
     parser.add_argument("--protocol", default="autoattack", choices=list(PROTOCOLS))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -286,13 +291,13 @@ def main() -> None:
                     write_json(path, row)
                     print(json.dumps({k: v for k, v in row.items() if k != "stages"}), flush=True)
     elif args.what == "judge":
-        judged = {} if not args.out.exists() else {key(row): row for row in lines(args.out)}
+        known = {} if not args.out.exists() else {key(row): row for row in lines(args.out)}
         for row in rows(args.folder):
             if row["name"] in args.names and row["seed"] in args.seeds:
                 if "refused" not in row:
                     row = judge(ENTRIES[row["name"]], zoo, row, args.folder, args.effort)
-                judged[key(row)] = row
-                text = "".join(json.dumps(judged[one]) + "\n" for one in sorted(judged))
+                known[key(row)] = row
+                text = "".join(json.dumps(known[one]) + "\n" for one in sorted(known))
                 write_text(args.out, text)
                 print(row["name"], row["seed"], outcome(row), flush=True)
     else:

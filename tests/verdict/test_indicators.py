@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,19 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 30 * self.net(x)
+
+
+class Keyed(nn.Module):
+    """The net with noise on its logits that a checksum of the image decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = [zlib.crc32(row.detach().numpy().tobytes()) for row in x]
+        drawn = [np.random.default_rng(key).normal(0, 3, 10) for key in keys]
+        return self.net(x) + torch.from_numpy(np.stack(drawn).astype(np.float32))
 
 
 class Band(nn.Module):
@@ -86,6 +100,10 @@ CASES: dict[str, tuple[list[Callable[[], Look]], list[Callable[[], Look]]]] = {
             lambda: look(net(), traits=NOISY),
         ],
         [lambda: look(net()), lambda: look(liar("Noise"), traits=NOISY)],
+    ),
+    "tiny_change": (
+        [lambda: look(Keyed())],
+        [lambda: look(net()), lambda: look(liar("KWTA")), lambda: look(liar("Sine"))],
     ),
     "batch_mismatch": ([lambda: look(liar("Crowd"))], [lambda: look(net())]),
     "zero_gradient": (
@@ -148,7 +166,10 @@ CASES: dict[str, tuple[list[Callable[[], Look]], list[Callable[[], Look]]]] = {
         ],
         [lambda: look(net(), n=12)],
     ),
-    "silent_success": ([lambda: look(net())], [lambda: look(net(), eps=0.01)]),
+    "silent_success": (
+        [lambda: look(net()), lambda: look(Keyed())],
+        [lambda: look(net(), eps=0.01)],
+    ),
     "norm": ([lambda: kept(0.3), right_again], [lambda: kept(0.0)]),
 }
 """For each indicator: where it triggers, and where it does not."""
@@ -174,7 +195,7 @@ def test_it_triggers_and_is_quiet(name: str) -> None:
 
 
 def test_every_indicator_is_tried() -> None:
-    assert set(CASES) == set(BY_ID) and len(INDICATORS) == len(BY_ID) >= 19
+    assert set(CASES) == set(BY_ID) and len(INDICATORS) == len(BY_ID) >= 20
 
 
 @pytest.mark.parametrize("indicator", INDICATORS, ids=lambda i: i.id)
@@ -250,6 +271,16 @@ def test_what_other_attacks_broke_too_does_not_concern_the_number() -> None:
     entries = [BY_ID["noise"].entry(found) for found in (alone, both)]
     assert [entry and entry["triggered"] for entry in entries] == [True, True]
     assert [entry and entry["question"] for entry in entries] == ["number", "gradient"]
+
+
+def test_a_search_that_ends_elsewhere_is_a_mistake_only_if_the_logits_are_steady() -> None:
+    steady, moved = (BY_ID["silent_success"].entry(look(one)) for one in (net(), Keyed()))
+    assert steady is not None and moved is not None
+    assert steady["class"] == "proof" and "our records are wrong" in steady["why"]
+    assert "advbench" in steady["settles"]
+    assert moved["class"] == "evidence" and "The record counts" in moved["why"]
+    assert "% of their spread with a change of 0.0001 in each pixel" in moved["why"]
+    assert "traits.stochastic=true" in moved["settles"] and "advbench" not in moved["settles"]
 
 
 def test_fab_is_not_repeated() -> None:

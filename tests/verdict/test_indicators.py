@@ -277,10 +277,11 @@ def test_a_search_that_ends_elsewhere_is_a_mistake_only_if_the_logits_are_steady
     steady, moved = (BY_ID["silent_success"].entry(look(one)) for one in (net(), Keyed()))
     assert steady is not None and moved is not None
     assert steady["class"] == "proof" and "our records are wrong" in steady["why"]
-    assert "advbench" in steady["settles"]
+    assert "advbench" in steady.get("settles", "")
     assert moved["class"] == "evidence" and "The record counts" in moved["why"]
     assert "% of their spread with a change of 0.0001 in each pixel" in moved["why"]
-    assert "traits.stochastic=true" in moved["settles"] and "advbench" not in moved["settles"]
+    cure = moved.get("settles", "")
+    assert "traits.stochastic=true" in cure and "advbench" not in cure
 
 
 def test_fab_is_not_repeated() -> None:

@@ -22,13 +22,16 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils as foreach
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 HOME = torch.device("cuda", 0)
 SHAPES = {"nonzero", "masked_select", "_unique2", "bincount"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+GROUPED = "_group_tensors_by_device_and_dtype"
+COPIES = {"_to_copy", "clone", "lift_fresh"}
 # These take not even a CPU scalar beside tensors of the device.
 STRICT = {
     "cat", "stack", "mm", "bmm", "addmm", "convolution", "convolution_backward", "gather",
@@ -52,7 +55,16 @@ def put(tensor: Tensor, device: bool, pinned: bool = False) -> Tensor:
 
 
 def _tensors(*trees: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
+    """The tensors in nested tuples, lists and dicts; PyTorch's own way is many times slower."""
+    found: list[Tensor] = []
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+        elif isinstance(tree, list | tuple):
+            found += _tensors(*tree)
+        elif isinstance(tree, dict):
+            found += _tensors(*tree.values())
+    return found
 
 
 def _caller() -> str:
@@ -88,7 +100,7 @@ class _Kernels(TorchDispatchMode):
             self._look(name, args, given)
         out = func(*args, **(kwargs or {}))
         wanted = self.wanted[-1]
-        if wanted is not None and (not given or name in ("_to_copy", "clone", "lift_fresh")):
+        if wanted is not None and (not given or name in COPIES or name.endswith("_like")):
             device = wanted
         for tensor in _tensors(out) if device else ():
             put(tensor, True)
@@ -127,12 +139,13 @@ class _Words(TorchFunctionMode):
         self.kernels, self.waits = kernels, kernels.waits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "")
         if name == "__get__":
-            what = getattr(func.__self__, "__name__", "")
+            kwargs, what = kwargs or {}, func.__self__.__name__
             if what in ("device", "is_cuda", "is_cpu") and on_device(args[0]):
                 return {"device": HOME, "is_cuda": True, "is_cpu": False}[what]
             return func(*args, **kwargs)
+        kwargs = dict(kwargs or {})
         if name in ("to", "cpu", "cuda"):
             return self._to(name, args, kwargs)
         if name == "tolist" and on_device(args[0]):
@@ -143,15 +156,15 @@ class _Words(TorchFunctionMode):
         if name == "pin_memory":
             assert not on_device(args[0])
             return put(args[0].clone(), False, pinned=True)
-        if name == "__deepcopy__":
-            home, known = on_device(args[0]), Waits(self.waits)
-            copied = func(*args, **kwargs)
-            self.waits.clear()
-            self.waits.update(known)  # the copy of a storage looks like one to the host
-            return put(copied, home)
+        if name == "__deepcopy__":  # the copy of a storage looks like one to the host
+            return put(self._silently(func, *args, **kwargs), on_device(args[0]))
+        if name == "one_hot" and on_device(args[0]) and len(args) > 1:
+            return self._silently(self._asking, True, func, *args, **kwargs)  # a CPU checks them
         wanted = any(map(on_device, _tensors(args, kwargs))) or None
-        if kwargs.get("device") is not None:
-            wanted, kwargs["device"] = torch.device(kwargs["device"]).type == "cuda", "cpu"
+        self._match(name, kwargs, bool(wanted))
+        device = torch.device(kwargs.get("device") or "meta")
+        if device.type != "meta":
+            wanted, kwargs["device"] = device.type == "cuda", "cpu"
             if name in ("tensor", "as_tensor") and wanted:
                 if isinstance(args[0], Tensor):
                     return self._to("to", (args[0], HOME), {})
@@ -159,6 +172,22 @@ class _Words(TorchFunctionMode):
         elif name == "new_tensor" and wanted:
             self.waits.note("h2d")
         return self._asking(wanted, func, *args, **kwargs)
+
+    def _silently(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        known = Waits(self.waits)
+        made = func(*args, **kwargs)
+        self.waits.clear()
+        self.waits.update(known)
+        return made
+
+    def _match(self, name: str, kwargs: Any, home: bool) -> None:
+        """Raises for a generator of another device than the draws."""
+        if (generator := kwargs.get("generator")) is None:
+            return
+        if kwargs.get("device") is not None:  # it says where to draw
+            home = torch.device(kwargs["device"]).type == "cuda"
+        if getattr(generator, "pretended", False) != home:
+            raise RuntimeError(f"pretended: a generator of another device in {name}")
 
     def _asking(self, wanted: bool | None, func: Any, *args: Any, **kwargs: Any) -> Any:
         self.kernels.wanted.append(wanted)
@@ -184,9 +213,29 @@ class _Words(TorchFunctionMode):
         return put(self._asking(after, Tensor.to, source, copy=True, **how), after)
 
 
+class _Generator(torch.Generator):
+    """Of the CPU, with a tag."""
+
+    pretended = False
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        self = super().__new__(cls)
+        self.pretended = torch.device(device).type == "cuda"
+        return self
+
+
 class _Autocast(torch.autocast):
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+def _grouped(lists: Any, *args: Any) -> Any:
+    """Gradients by device, which clipping takes from below Python."""
+    found = foreach._group_tensors_by_device_and_dtype(lists, *args)
+    return {
+        (HOME if any(map(on_device, _tensors(group))) else device, dtype): group
+        for (device, dtype), group in found.items()
+    }
 
 
 @contextmanager
@@ -204,11 +253,20 @@ def pretending() -> Iterator[Waits]:
         "get_device_properties": lambda device=None: properties,
         "mem_get_info": lambda device=None: (2**36, 2**37),
         "is_current_stream_capturing": lambda: False,
+        "set_device": lambda device: None,
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: None,  # it is the CPU's, which has its own
+        "manual_seed_all": lambda seed: None,
     }
     with ExitStack() as stack:
         for name, stand_in in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        idle = mock.Mock(is_capturing=lambda: False)
+        stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda: idle))
+        stack.enter_context(mock.patch.object(clip_grad, GROUPED, _grouped))
         stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(kernels)
         stack.enter_context(_Words(kernels))
         yield waits

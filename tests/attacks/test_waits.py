@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Attack, int, int]] = {  # waits per query, and in l1
     "apgd-phases": (APGD(steps=12, loss_name="ce", large_radius=True), 1, 1),
     "fab-t": (FAB(steps=6, targets=2), 2, 2),
     "fab": (FAB(steps=5, targeted=False), 2, 2),
-    "square": (Square(steps=70), 2, 4),  # the l1 projection packs the pixels that differ
+    "square": (Square(steps=25), 2, 4),  # the l1 projection packs the pixels that differ
 }
 
 

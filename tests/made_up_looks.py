@@ -20,7 +20,7 @@ from advbench.attacks.threat import Threat
 from advbench.data.arrays import array_split
 from advbench.data.sources import digits
 from advbench.defenses.base import Surrogate, Traits
-from advbench.evaluation.engine import untouched
+from advbench.evaluation.engine import records_without_attack
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.plan import Stage
 from advbench.evaluation.samples import Samples
@@ -83,7 +83,7 @@ def look(
     clean = samples.fetch(samples.ids)
     with torch.no_grad():
         wrong = (model(clean.x).argmax(1) != clean.y).numpy()
-    found = untouched(samples.ids, samples)
+    found = records_without_attack(samples.ids, samples)
     records = {CLEAN: replace(found, broken=wrong, alone=wrong)}
     left = samples.ids[~torch.from_numpy(wrong)]
     for number, one in enumerate(stages):
@@ -92,7 +92,9 @@ def look(
         spent = np.where(fallen, 1, 20)
         if one is stages[-1]:
             spent[:late] = 20
-        record = replace(untouched(left, samples), broken=fallen, alone=fallen, forwards=spent)
+        record = replace(
+            records_without_attack(left, samples), broken=fallen, alone=fallen, forwards=spent
+        )
         records[one.name] = record
         left = left[hits:]
     return Look(job, tuple(stages), records, images)

@@ -44,14 +44,14 @@ def overwrite(destination: Tensor, mask: Tensor, source: Tensor) -> None:
     destination[rows] = source[rows]
 
 
-def sent(index: Tensor, device: torch.device) -> Tensor:
+def to_device(index: Tensor, device: torch.device) -> Tensor:
     """An index on a device, without waiting for it."""
     if device.type == "cuda":
         return index.pin_memory().to(device, non_blocking=True)
     return index.to(device)
 
 
-def fetched(*columns: Tensor) -> list[Tensor]:
+def to_host(*columns: Tensor) -> list[Tensor]:
     """Columns (N,) on the host, each in its own type, after one wait for all of them."""
     if columns[0].device.type == "cpu":
         return list(columns)

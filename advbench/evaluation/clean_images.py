@@ -12,7 +12,7 @@ from torch import Tensor
 from advbench.attacks.referee import Referee
 from advbench.devices import out_of_memory
 from advbench.errors import UserError
-from advbench.evaluation.groups import Group, no_room, seed_noise
+from advbench.evaluation.groups import Group, out_of_memory_error, seed_noise
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.store import Records
 
@@ -78,7 +78,7 @@ def score_clean(job: Job, group: Group, wanted: Tensor, chunk: int) -> tuple[Rec
         if not out_of_memory(problem):
             raise
         if job.traits.batch_dependent or job.traits.stochastic:
-            raise no_room(len(batch)) from problem
+            raise out_of_memory_error(len(batch)) from problem
         return None
     if odd := int((~torch.isfinite(judged.margin)).sum()):
         raise UserError(

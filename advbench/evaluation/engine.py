@@ -20,7 +20,7 @@ from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.clean_images import no_better_than_chance, score_clean, votes
 from advbench.evaluation.deadline import PassCounter
 from advbench.evaluation.fast_model import FastModel, Logits, copy_of_surrogate
-from advbench.evaluation.groups import NOISE_GROUP, Group, groups, no_room, seed_noise
+from advbench.evaluation.groups import NOISE_GROUP, Group, groups, out_of_memory_error, seed_noise
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.joint_search import JointSearch
 from advbench.evaluation.phases import to_attack
@@ -43,21 +43,21 @@ class Engine:
     """What is attacked, and how."""
     archive: Archive | None = None
     """Records of other evaluations."""
-    moved: bool = field(default=False, init=False)
+    progressed: bool = field(default=False, init=False)
     """Whether anything was done in this sitting."""
 
     def __post_init__(self) -> None:
         # Of all samples, not of this process's: the shape of a batch decides its rounding.
         job = self.job
-        most = NOISE_GROUP if job.traits.stochastic else job.batch_size
-        largest = min(most, job.batch_size, len(job.samples))
+        limit = NOISE_GROUP if job.traits.stochastic else job.batch_size
+        largest = min(limit, job.batch_size, len(job.samples))
         self.batch_sizes = BatchSizes(largest, coarse=job.fast_model.compile is not None)
-        everyone = groups(job)
-        self.groups = None if everyone is None else everyone[job.rank :: job.world_size]
-        self.mine = job.samples.ids[job.rank :: job.world_size]
+        all_groups = groups(job)
+        self.groups = None if all_groups is None else all_groups[job.rank :: job.world_size]
+        self.assigned = job.samples.ids[job.rank :: job.world_size]
         if self.groups is not None:
-            own = [group.own for group in self.groups]
-            self.mine = torch.cat([self.mine[:0], *own]).sort().values
+            members = [group.members for group in self.groups]
+            self.assigned = torch.cat([self.assigned[:0], *members]).sort().values
 
     def run(self, stages: Sequence[Stage], store: Store) -> bool:
         """Run every stage of the plan that ``store`` does not hold yet.
@@ -65,29 +65,31 @@ class Engine:
         Returns False if the budget was spent before.
         """
         keep_freed_memory()
-        job, mine = self.job, self.mine
+        job, assigned = self.job, self.assigned
         if job.world_size > 1 and not all(stage.attack.queries for stage in stages):
             raise UserError(
                 "the attacks of other libraries draw by the batch: run them with trainer.devices=1"
             )
-        others = [surrogate.model for surrogate in job.surrogates.values()]
-        with attackable(job.model, *others), full_float32(), kernels(job.deterministic):
-            if not self._score_clean(mine, store):
+        surrogate_models = [surrogate.model for surrogate in job.surrogates.values()]
+        with attackable(job.model, *surrogate_models), full_float32(), kernels(job.deterministic):
+            if not self._score_clean(assigned, store):
                 return False
-            correct = still_correct(store, CLEAN, mine)
+            correct = still_correct(store, CLEAN, assigned)
             if job.rank == 0 and (warning := no_better_than_chance(store.records(CLEAN), job)):
                 job.progress.note(f"note: {warning}")
             prepared: dict[str, nn.Module] = {}
             for stage in stages:
-                wanted = torch.from_numpy(to_attack(stage, correct.numpy()))
-                pending = self._pending(store, stage.name, wanted)
+                to_search = torch.from_numpy(to_attack(stage, correct.numpy()))
+                pending = self._pending(store, stage.name, to_search)
                 if len(pending):
-                    if self._late() or self._spent(store):
+                    if self._time_is_up() or self._passes_are_spent(store):
                         return False
                     if stage.victim not in prepared:
                         prepared = {stage.victim: self._fast_model(stage.victim)}
-                    left = len(still_correct(store, stage.name, correct))
-                    search = self._search(stage, prepared[stage.victim], store, left, len(mine))
+                    num_correct = len(still_correct(store, stage.name, correct))
+                    search = self._search(
+                        stage, prepared[stage.victim], store, num_correct, len(assigned)
+                    )
                     if job.traits.batch_dependent:
                         job.progress.stage(stage.name, len(pending))
                     if not self._attack(stage, search, store, pending):
@@ -103,19 +105,22 @@ class Engine:
         Returns False if the budget was spent before: of passes, at the end of a group.
         """
         for group in self.groups or [Group(pending, pending)]:
-            wanted = group.own[torch.isin(group.own, pending)]
-            if not len(wanted):
+            members = group.members[torch.isin(group.members, pending)]
+            if not len(members):
                 continue
-            if stage.only_if and not torch.isin(broken_by(store, stage.only_if), group.own).any():
-                store.append(stage.name, untouched(wanted, self.job.samples), 0.0)
+            if (
+                stage.only_if
+                and not torch.isin(broken_by(store, stage.only_if), group.members).any()
+            ):
+                store.append(stage.name, records_without_attack(members, self.job.samples), 0.0)
                 continue
-            if self._spent(store):
+            if self._passes_are_spent(store):
                 return False
             seed_noise(self.job, stage.name, group)
             with tf32() if self.job.fast_model.precision == "tf32" else nullcontext():
-                if not search(group, wanted):
+                if not search(group, members):
                     return False
-            self.moved = True
+            self.progressed = True
         return True
 
     def _search(
@@ -129,43 +134,43 @@ class Engine:
         threat = job.threat if stage.eps is None else Threat(job.threat.norm, stage.eps)
         job = replace(job, threat=threat)
         if self.groups is not None:  # a budget of passes ends between two of them: none is lost
-            job = replace(job, deadline=self._late, passes=PassCounter())
+            job = replace(job, deadline=self._time_is_up, passes=PassCounter())
         oracle = self._oracle(stage, victim)
         if job.traits.batch_dependent:
             joint = JointSearch(job, stage, oracle, store, correct=correct, total=total)
-            return lambda group, wanted: joint.run(group.rows, wanted)
+            return lambda group, members: joint.run(group.rows, members)
         chunk = CHUNKS.get(job.samples.device.type, CHUNKS["cpu"])
         referee = Referee(job.model, threat, min(chunk, self.batch_sizes.largest), votes(job))
-        single = Search(
+        search = Search(
             job, stage, oracle, store, referee, self.batch_sizes, correct=correct, total=total
         )
-        return lambda group, wanted: single.run(wanted)
+        return lambda group, members: search.run(members)
 
-    def _late(self) -> bool:
+    def _time_is_up(self) -> bool:
         """Whether time is up. Something is done in any case, so that short sittings come to an end
         too: a group that is attacked as a whole would be lost if it were cut.
         """
-        return self.moved and self.job.deadline()
+        return self.progressed and self.job.deadline()
 
-    def _spent(self, store: Store) -> bool:
+    def _passes_are_spent(self, store: Store) -> bool:
         """Whether this process's share of the passes is spent, in this sitting and earlier ones."""
         passes = self.job.passes
         if passes.limited:
-            passes.begin(store.passes(self.mine.numpy()))
+            passes.begin(store.passes(self.assigned.numpy()))
         return passes.spent()
 
     def _oracle(self, stage: Stage, victim: nn.Module) -> Oracle:
-        itself = stage.victim == "model"
-        clean = not itself and self.job.surrogates[stage.victim].needs_clean_input
+        is_model = stage.victim == "model"
+        needs_clean_input = not is_model and self.job.surrogates[stage.victim].needs_clean_input
         if stage.eot_samples == 1:
-            return Oracle(victim, needs_clean_input=clean)
-        return Expectation(victim, stage.eot_samples, needs_clean_input=clean)
+            return Oracle(victim, needs_clean_input=needs_clean_input)
+        return Expectation(victim, stage.eot_samples, needs_clean_input=needs_clean_input)
 
     def _fast_model(self, victim: str) -> nn.Module:
         """The victim's copy for searching; finds out which batch sizes suit it."""
-        job, noisy = self.job, self.job.traits.stochastic
-        itself = Surrogate(job.model, exact=True, loss="ce", why="", stochastic=noisy)
-        surrogate = itself if victim == "model" else job.surrogates[victim]
+        job, stochastic = self.job, self.job.traits.stochastic
+        real_model = Surrogate(job.model, exact=True, loss="ce", why="", stochastic=stochastic)
+        surrogate = real_model if victim == "model" else job.surrogates[victim]
         output, options = job.traits.output, job.fast_model
         if self.groups is not None and job.traits.batch_dependent:  # batches of one size
             batch = job.samples.fetch(self.groups[0].rows)
@@ -174,13 +179,13 @@ class Engine:
             except RuntimeError as problem:
                 if not out_of_memory(problem):
                     raise
-                raise no_room(len(batch.x)) from problem
+                raise out_of_memory_error(len(batch.x)) from problem
         self.batch_sizes.forget()
         while True:
             clean = job.samples.fetch(job.samples.ids[: self.batch_sizes.largest])
-            few = Clean(*(part[:COMPARED] for part in clean))
+            probe_images = Clean(*(part[:COMPARED] for part in clean))
             try:
-                fast = copy_of_surrogate(surrogate, output, options, few)
+                fast = copy_of_surrogate(surrogate, output, options, probe_images)
                 if not surrogate.stochastic:  # noise can't be compared
                     self.batch_sizes.probe(Logits(fast, surrogate.needs_clean_input), clean)
                 break
@@ -213,37 +218,39 @@ class Engine:
         """The samples that have no record of the stage, here or in the archive."""
         pending = attacked[~torch.isin(attacked, torch.from_numpy(store.records(stage).sample))]
         if self.archive is not None and not self.job.traits.stochastic and len(pending):
-            for known, folder in self.archive.known(stage, pending):
-                records = known.records
-                store.append(stage, records, known.seconds, known.aligned())
+            for cached, folder in self.archive.known(stage, pending):
+                records = cached.records
+                store.append(stage, records, cached.seconds, cached.aligned())
                 self.job.progress.note(f"{stage}: {len(records)} samples known from {folder}")
                 pending = pending[~torch.isin(pending, torch.from_numpy(records.sample))]
         return pending
 
-    def _score_clean(self, mine: Tensor, store: Store) -> bool:
+    def _score_clean(self, assigned: Tensor, store: Store) -> bool:
         """Score the clean images. Returns False if the budget was spent before."""
-        pending = self._pending(store, CLEAN, mine)
+        pending = self._pending(store, CLEAN, assigned)
         if len(pending):
             self.job.progress.stage(CLEAN, len(pending))
         while len(pending):
-            if self._late() or self._spent(store):
+            if self._time_is_up() or self._passes_are_spent(store):
                 return False
-            some = pending[: self.batch_sizes.largest]
-            group = Group(some, some)
+            chunk_ids = pending[: self.batch_sizes.largest]
+            group = Group(chunk_ids, chunk_ids)
             if self.groups is not None:
-                group = next(group for group in self.groups if pending[0] in group.own)
-            wanted = group.own[torch.isin(group.own, pending)]
+                group = next(group for group in self.groups if pending[0] in group.members)
+            members = group.members[torch.isin(group.members, pending)]
             chunk = self.batch_sizes.largest if self.groups is None else len(group.rows)
-            scored = score_clean(self.job, group, wanted, chunk)
+            scored = score_clean(self.job, group, members, chunk)
             if scored is None:
                 self._back_off()
                 continue
             store.append(CLEAN, *scored)
-            self.moved = True
-            pending = pending[~torch.isin(pending, group.own)]
-            known = store.records(CLEAN)
+            self.progressed = True
+            pending = pending[~torch.isin(pending, group.members)]
+            records = store.records(CLEAN)
             self.job.progress.update(
-                len(mine) - len(pending), correct=int((~known.broken).sum()), samples=len(known)
+                len(assigned) - len(pending),
+                correct=int((~records.broken).sum()),
+                samples=len(records),
             )
         return True
 
@@ -254,7 +261,7 @@ def broken_by(store: Store, stage: str) -> Tensor:
     return torch.from_numpy(records.sample[records.broken])
 
 
-def untouched(ids: Tensor, samples: Samples) -> Records:
+def records_without_attack(ids: Tensor, samples: Samples) -> Records:
     """Records of samples that a stage does not attack."""
     state = StageState(ids, samples.split.labels[ids])
     return state.records(range(len(ids)))[0]

@@ -21,7 +21,7 @@ class Group(NamedTuple):
 
     rows: Tensor
     """Ids of all samples of the batch."""
-    own: Tensor
+    members: Tensor
     """Ids of those that get a record; the others only complete the batch."""
 
 
@@ -37,8 +37,8 @@ def groups(job: Job) -> list[Group] | None:
     """
     samples, traits = job.samples, job.traits
     if not traits.batch_dependent:
-        parts = samples.ids.split(min(job.batch_size, NOISE_GROUP))
-        return [Group(ids, ids) for ids in parts] if traits.stochastic else None
+        chunks = samples.ids.split(min(job.batch_size, NOISE_GROUP))
+        return [Group(ids, ids) for ids in chunks] if traits.stochastic else None
     if traits.stochastic:
         raise UserError(
             "the model is stochastic and batch-dependent, and there is no rule yet by which to "
@@ -49,13 +49,13 @@ def groups(job: Job) -> list[Group] | None:
             "the model is batch-dependent: say in which batches it is judged, with "
             "traits.batch_size=NUMBER"
         )
-    found, left = [], samples.ids
+    batches, remaining = [], samples.ids
     for batch in fixed_batches(len(samples.split), traits.batch_size):
-        own = left[torch.isin(left, batch)]
-        left = left[~torch.isin(left, batch)]
-        if len(own):
-            found.append(Group(batch, own))
-    return found
+        members = remaining[torch.isin(remaining, batch)]
+        remaining = remaining[~torch.isin(remaining, batch)]
+        if len(members):
+            batches.append(Group(batch, members))
+    return batches
 
 
 def seed_noise(job: Job, stage: str, group: Group) -> None:
@@ -64,7 +64,7 @@ def seed_noise(job: Job, stage: str, group: Group) -> None:
         torch.manual_seed(hash_of(f"{job.seed}/{stage}/{int(group.rows[0])}"))
 
 
-def no_room(rows: int) -> UserError:
+def out_of_memory_error(rows: int) -> UserError:
     """The error for a batch that does not fit into memory and can't be split."""
     return UserError(
         f"the device has no memory for a batch of {rows} images that is attacked as a whole"

@@ -20,14 +20,14 @@ from advbench.attacks.referee import Referee, finite
 from advbench.attacks.threat import Threat
 from advbench.devices import out_of_memory
 from advbench.errors import UserError
-from advbench.evaluation.groups import no_room
+from advbench.evaluation.groups import out_of_memory_error
 from advbench.evaluation.job import Job
 from advbench.evaluation.protocol import Stage
 from advbench.evaluation.search import NO_GRADIENT, SHOW_SECONDS
 from advbench.evaluation.store import Records, Store
 
 
-class Bench:
+class BatchReferee:
     """Judges the images of a fixed batch on the real model, and keeps the results.
 
     Attributes:
@@ -59,26 +59,26 @@ class Bench:
 
     def judge(self, proposal: Tensor) -> None:
         """Score a batch of proposals, (N, C, H, W), on the real model."""
-        judged = self.referee.judge(self.clean.x, self.clean.y, proposal)
+        judgement = self.referee.judge(self.clean.x, self.clean.y, proposal)
         self.forwards += 1
-        closer = judged.margin < self.margin
-        self.closest[closer] = judged.point[closer]
-        self.margin = torch.minimum(self.margin, judged.margin)
-        self._break(judged.broken & ~self.broken, judged.label, judged.point)
+        improved = judgement.margin < self.margin
+        self.closest[improved] = judgement.point[improved]
+        self.margin = torch.minimum(self.margin, judgement.margin)
+        self._break(judgement.broken & ~self.broken, judgement.label, judgement.point)
 
     def judge_alone(self, rows: Tensor) -> None:
         """Score the closest image of each of these rows alone among clean images."""
         for row in rows.tolist():
             batch = self.clean.x.clone()
             batch[row] = self.closest[row]
-            judged = self.referee.score(batch, self.clean.y)
+            judgement = self.referee.score(batch, self.clean.y)
             self.forwards += 1
-            self.alone[row] = judged.broken[row]
-            if judged.broken[row]:
+            self.alone[row] = judgement.broken[row]
+            if judgement.broken[row]:
                 self.images[row] = batch[row]
-            mine = torch.zeros_like(judged.broken)
-            mine[row] = judged.broken[row] & ~self.broken[row]
-            self._break(mine, judged.label, batch)
+            newly_broken = torch.zeros_like(judgement.broken)
+            newly_broken[row] = judgement.broken[row] & ~self.broken[row]
+            self._break(newly_broken, judgement.label, batch)
 
     def _break(self, new: Tensor, label: Tensor, point: Tensor) -> None:
         self.broken |= new
@@ -106,90 +106,94 @@ class JointSearch:
         self.job, self.stage, self.attack = job, stage, stage.attack
         self.oracle, self.store = oracle, store
         self.correct, self.total = correct, total
-        self.done = 0
+        self.finished = 0
         self.shown = time.perf_counter()
 
-    def run(self, rows: Tensor, wanted: Tensor) -> bool:
-        """Attack the batch with the ids ``rows``, and keep a record of the ``wanted`` ones.
+    def run(self, rows: Tensor, members: Tensor) -> bool:
+        """Attack the batch with the ids ``rows``, and keep a record of its ``members``.
 
         Returns False if time was up before, and then nothing is kept. Raises UserError if the
         device has no memory for the batch, which can't be cut.
         """
         try:
-            return self._run(rows, wanted)
+            return self._run(rows, members)
         except RuntimeError as problem:
             if not out_of_memory(problem):
                 raise
-            raise no_room(len(rows)) from problem
+            raise out_of_memory_error(len(rows)) from problem
 
-    def _run(self, rows: Tensor, wanted: Tensor) -> bool:
-        begin = time.perf_counter()
+    def _run(self, rows: Tensor, members: Tensor) -> bool:
+        start = time.perf_counter()
         batch = self.job.samples.fetch(rows)
         order = rows.argsort()
-        order = order[torch.isin(rows[order], wanted)].to(batch.x.device)
-        bench = Bench(self.job.model, self.job.threat, batch)
+        order = order[torch.isin(rows[order], members)].to(batch.x.device)
+        referee = BatchReferee(self.job.model, self.job.threat, batch)
         forwards, backwards = torch.zeros_like(batch.ids), torch.zeros_like(batch.ids)
         for attempt in range(self.attack.starts):
-            state = self._search(batch, bench, attempt, len(order))
+            state = self._search(batch, referee, attempt, len(order))
             if state is None:  # the work is lost, and the time was spent
-                seconds = time.perf_counter() - begin
+                seconds = time.perf_counter() - start
                 self.store.append(self.stage.name, Records.joined([]), seconds)
                 return False
             forwards, backwards = forwards + state.forwards, backwards + state.backwards
-        bench.judge_alone(order)
-        broken = bench.broken | bench.alone
+        referee.judge_alone(order)
+        broken = referee.broken | referee.alone
         columns = {
             "sample": batch.ids,
             "broken": broken,
-            "label": bench.label,
-            "margin": bench.margin,
-            "distance": bench.distance,
-            "wrong": bench.broken.float(),
-            "alone": bench.alone,
-            "forwards": forwards + bench.forwards,
+            "label": referee.label,
+            "margin": referee.margin,
+            "distance": referee.distance,
+            "wrong": referee.broken.float(),
+            "alone": referee.alone,
+            "forwards": forwards + referee.forwards,
             "backwards": backwards,
         }
         records = Records(**{name: part[order].cpu().numpy() for name, part in columns.items()})
         # What broke among others is not a proof by itself.
-        images = (
-            bench.images[order][bench.alone[order]].cpu().numpy() if self.job.keep_images else None
-        )
-        self.store.append(self.stage.name, records, time.perf_counter() - begin, images)
-        self.done += len(order)
+        images = None
+        if self.job.keep_images:
+            images = referee.images[order][referee.alone[order]].cpu().numpy()
+        self.store.append(self.stage.name, records, time.perf_counter() - start, images)
+        self.finished += len(order)
         self.correct -= int(records.alone.sum())
         return True
 
-    def _search(self, batch: Clean, bench: Bench, attempt: int, counted: int) -> Rows | None:
+    def _search(
+        self, batch: Clean, referee: BatchReferee, attempt: int, counted: int
+    ) -> Rows | None:
         """One search of all rows at once; returns their state, or None if time was up before."""
-        attack, tries = self.attack, self.attack.starts
+        attack, searches = self.attack, self.attack.starts
         restart = torch.full_like(batch.ids, attempt)
         random = KeyedRandom(self.job.seed, self.stage.name, batch.ids, restart)
         rows = attack.start(self.oracle, batch, self.job.threat, random, restart)
         for query in range(attack.queries):
             answer = attack.ask(self.oracle, rows, self.job.threat)
-            _look(bench, answer.logits, rows.point)
+            _check_success(referee, answer.logits, rows.point)
             if answer.usable is not None and not bool(answer.usable.all()):
                 raise UserError(NO_GRADIENT)
             attack.advance(rows, answer, self.job.threat, random)
             if attack.peeks:
                 logits = self.oracle.peek(rows)
-                _look(bench, logits, rows.point)
+                _check_success(referee, logits, rows.point)
                 attack.settle(rows, logits, self.job.threat)
             if time.perf_counter() - self.shown > SHOW_SECONDS:
                 self.shown = time.perf_counter()
-                share = (attempt + (query + 1) / attack.queries) / tries
+                progress = (attempt + (query + 1) / attack.queries) / searches
                 self.job.progress.update(
-                    self.done + int(share * counted), correct=self.correct, samples=self.total
+                    self.finished + int(progress * counted),
+                    correct=self.correct,
+                    samples=self.total,
                 )
             if self.job.deadline():
                 return None
-        bench.judge(rows.point)
-        bench.judge(bench.closest)  # the best of each row, together
+        referee.judge(rows.point)
+        referee.judge(referee.closest)  # the best of each row, together
         return rows
 
 
-def _look(bench: Bench, logits: Tensor, point: Tensor) -> None:
+def _check_success(referee: BatchReferee, logits: Tensor, point: Tensor) -> None:
     """Judge the batch where the victim calls a row wrong that is still robust."""
-    wrong = (logits.argmax(1) != bench.clean.y) | ~finite(logits)
-    if bool((wrong & ~bench.broken).any()):
-        bench.judge(point)
+    wrong = (logits.argmax(1) != referee.clean.y) | ~finite(logits)
+    if bool((wrong & ~referee.broken).any()):
+        referee.judge(point)

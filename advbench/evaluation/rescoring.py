@@ -118,7 +118,7 @@ def _rescored(job: Job, group: Group, witnesses: Witnesses | None) -> dict[str, 
     point, given = clean.x.clone(), torch.zeros(len(group.rows), dtype=torch.bool)
     if witnesses is not None:
         given, images = witnesses.of(group.rows)
-        given &= torch.isin(group.rows, group.own)
+        given &= torch.isin(group.rows, group.members)
         point[given.to(point.device)] = images[given[witnesses.has(group.rows)]].to(point)
     # Row by row the tests are those of the referee: float32, up to rounding.
     inside = job.threat.contains(point, clean.x)
@@ -128,7 +128,7 @@ def _rescored(job: Job, group: Group, witnesses: Witnesses | None) -> dict[str, 
     counts = given.to(point.device) & inside & ~off
     point = torch.where(counts.view(-1, 1, 1, 1), point, clean.x)
     judged = _judged(job, clean.x, point, clean.y, counts)
-    own = torch.isin(group.rows, group.own)
+    own = torch.isin(group.rows, group.members)
     columns = {
         "sample": group.rows,
         "given": given,

@@ -40,13 +40,13 @@ class StageState:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def spend(self, at: Tensor, margin: Tensor, forwards: Tensor, backwards: Tensor) -> None:
+    def add_cost(self, at: Tensor, margin: Tensor, forwards: Tensor, backwards: Tensor) -> None:
         """Add the cost of a search of these positions that ended or was interrupted."""
         self.margin[at] = torch.minimum(self.margin[at], margin)
         self.forwards[at] += forwards
         self.backwards[at] += backwards
 
-    def robust(self, at: Tensor, wrong: Tensor) -> None:
+    def mark_robust(self, at: Tensor, wrong: Tensor) -> None:
         """These samples stayed correct; ``wrong`` is the share of evaluations that were wrong."""
         self.wrong[at] = torch.maximum(self.wrong[at], wrong)
 
@@ -54,7 +54,7 @@ class StageState:
     def alone(self) -> Tensor:
         return self.broken
 
-    def breaks(
+    def mark_broken(
         self, at: Tensor, label: Tensor, margin: Tensor, distance: Tensor, wrong: Tensor
     ) -> None:
         """The referee found these samples broken."""
@@ -85,13 +85,31 @@ class StageState:
 
     def resume(self, progress: dict[str, Tensor]) -> None:
         """Take up what ``progress`` remembered of samples that are not further on already."""
-        known = torch.isin(progress["sample"], self.samples)
-        at = torch.searchsorted(self.samples, progress["sample"][known])
-        attempt, forwards = progress["attempt"][known], progress["forwards"][known]
-        same = attempt == self.attempt[at]
-        newer = (attempt > self.attempt[at]) | (same & (forwards > self.forwards[at]))
+        shared = torch.isin(progress["sample"], self.samples)
+        at = torch.searchsorted(self.samples, progress["sample"][shared])
+        attempt, forwards = progress["attempt"][shared], progress["forwards"][shared]
+        same_attempt = attempt == self.attempt[at]
+        newer = (attempt > self.attempt[at]) | (same_attempt & (forwards > self.forwards[at]))
         for name in PROGRESS:
-            getattr(self, name)[at[newer]] = progress[name][known][newer]
+            getattr(self, name)[at[newer]] = progress[name][shared][newer]
+
+    def newest_rows(self, saved: dict[str, Tensor]) -> dict[int, int]:
+        """Of saved rows, the one of each sample that is furthest in the sample's current search.
+
+        Args:
+            saved: columns of ``Rows``, of this process and of others.
+
+        Returns:
+            Row of ``saved`` by position.
+        """
+        rows = {}
+        for row in saved["iteration"].argsort(stable=True).tolist():
+            position = int(torch.searchsorted(self.samples, saved["ids"][row]))
+            if position == len(self) or self.samples[position] != saved["ids"][row]:
+                continue  # another process's
+            if saved["restart"][row] == self.attempt[position]:
+                rows[position] = row
+        return rows
 
 
 def within(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

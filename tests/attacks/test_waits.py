@@ -66,7 +66,7 @@ def attacked(attack: Attack, norm: str, tmp_path: Path, eot: int = 1) -> Count:
         traits = Traits(stochastic=eot > 1)
         job = Job(model, samples, Threat(norm, RADII[norm]), traits=traits, batch_size=8)
         stage = Stage("stage", attack, "a test", eot_samples=eot)
-        real = Search._round
+        real = Search._query
 
         def round_(search: Search) -> None:
             before, judged_before = waits.total(), judged[0]
@@ -77,9 +77,9 @@ def attacked(attack: Attack, norm: str, tmp_path: Path, eot: int = 1) -> Count:
                 count.waits = waits
 
         with (
-            mock.patch.object(Search, "_round", round_),
+            mock.patch.object(Search, "_query", round_),
             mock.patch.object(Search, "_judge", counting(Search._judge, judged)),
-            mock.patch.object(Search, "_leave", counting(Search._leave, judged)),
+            mock.patch.object(Search, "_release", counting(Search._release, judged)),
         ):
             assert Engine(job).run([stage], Store(tmp_path))
     assert len(count.quiet) > 2, "no query to count"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,11 +179,14 @@ def test_a_shipped_option_has_keys_of_its_component_alone(group: str) -> None:
 def test_an_evaluation_may_change_the_keys_that_say_so() -> None:
     """``run`` is the option by which ``eval`` takes a group from the run."""
     for group in ("data", "defense", "threat"):
-        found = {
-            key
-            for other, _, node in options()
-            if other == group
-            for key, role in roles.of(target_of(node, group)).items()
-            if role & Role.EVALUATION
-        }
-        assert found == config.shipped(group, "run").keys() - {"_target_"} and found, group
+        owners: dict[str, set[str]] = {}
+        for other, name, node in options():
+            for key, role in roles.of(target_of(node, other)).items():
+                if other == group and role & Role.EVALUATION:
+                    owners.setdefault(key, set()).add(name)
+        assert owners.keys() == config.shipped(group, "run").keys() - {"_target_"} and owners, group
+        text = config.options(group)["run"].read_text(encoding="utf-8")
+        comments = dict(re.findall(r"^(\w+): null  # ([\w, ]+)", text, re.M))
+        assert {key: {*named.split(", ")} for key, named in comments.items()} == (
+            owners if group == "defense" else {}
+        )

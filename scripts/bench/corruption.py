@@ -7,6 +7,7 @@ of their files is flipped in a copy; then the command is repeated, the run liste
 and its records read. Noticed: one line with exit code 2, or a note. Harmless: all numbers are those
 of the run as it was. Silent: other numbers without a word, which must not happen. Crash: another
 exception than the one line, which must not happen either.
+Files of a run that stand in --out with as many flips are left out, so that a later sitting goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -256,10 +257,12 @@ def flip(path: Path, chance: random.Random) -> None:
     path.write_bytes(content)
 
 
-def flips(case: Case, copy: Path, number: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Flip bits in every file of a run. Returns the counts, a row for each file."""
+def flips(
+    case: Case, names: Sequence[str], copy: Path, number: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Flip bits in files of a run. Returns the counts, a row for each file."""
     whole = case.look(fresh(case, copy))
-    for name in case.files:
+    for name in names:
         chance, found = random.Random(f"{seed}/{case.name}/{name}"), Counter()
         for _ in range(number):
             kind, why = outcome(case, lambda at: flip(at / name, chance), copy, whole)  # noqa: B023
@@ -289,10 +292,19 @@ def main() -> None:
     os.chdir(given.work)
     shutil.rmtree("runs", ignore_errors=True)
     make(Path("runs"))
+    done = set()
+    if out is not None and out.exists():
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        done = {
+            (row["run"], row["file"])
+            for row in rows
+            if sum(row[kind] for kind in OUTCOMES) == given.flips
+        }
     for case in cases_in(Path("runs")):
-        if not case.name.startswith(given.only):
+        left = [name for name in case.files if (case.name, name) not in done]
+        if not case.name.startswith(given.only) or not left:
             continue
-        for row in flips(case, Path(f"copy-{os.getpid()}"), given.flips, given.seed):
+        for row in flips(case, left, Path(f"copy-{os.getpid()}"), given.flips, given.seed):
             print(json.dumps(row), flush=True)
             if out is not None:
                 append(out, row)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from processes import run_script
 
 from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
@@ -63,8 +63,8 @@ assert not out_of_memory(RuntimeError("shapes do not match"))
         "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
     ],
 )
-def test_no_switch_of_the_user_stands_in_the_way(before: str) -> None:
-    subprocess.run([sys.executable, "-c", SCRIPT.format(before=before)], check=True, timeout=120)
+def test_no_switch_of_the_user_stands_in_the_way(before: str, tmp_path: Path) -> None:
+    run_script(SCRIPT.format(before=before), folder=tmp_path)
 
 
 def test_tf32_is_refused_where_there_is_none() -> None:

@@ -91,11 +91,11 @@ def together(number: int, work: Callable[..., int | None], *given: Any, folder: 
     return ranks[0].output
 
 
-def run_script(script: str, *arguments: str, folder: Path, processes: int = 1) -> str:
+def run_script(text: str, *arguments: str, folder: Path, processes: int = 1) -> str:
     """Python text in processes that find the helpers here; returns the output of the first."""
     path = folder / "script.py"
-    path.write_text(textwrap.dedent(script))
-    return together(processes, _run, str(path), list(arguments), folder=folder)
+    path.write_text(textwrap.dedent(text))
+    return together(processes, script, str(path), list(arguments), folder=folder)
 
 
 def killed(pattern: str, writes: int, work: Callable[..., int | None], *given: Any) -> int | None:
@@ -131,8 +131,10 @@ def main_of(words: list[str]) -> int:
     return main(words)
 
 
-def _run(path: str, arguments: list[str]) -> None:
+def script(path: str, arguments: list[str]) -> None:
+    """A Python file, as work of a process."""
     sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).absolute().parent))
     runpy.run_path(path, run_name="__main__")
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -25,6 +24,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from filelock import FileLock
+from processes import Process, script
 
 from advbench.cli.main import main
 from advbench.runs.results import MEASURES
@@ -88,8 +88,10 @@ def run(words: list[str]) -> int:
         except SystemExit as end:  # of --help
             return int(end.code or 0)
     assert words[0] == "python", f"no test knows how to run '{words[0]}'"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words[1:]], env=environment, check=False).returncode
+    if words[1] == "-m":
+        return subprocess.run([sys.executable, *words[1:]], check=False).returncode
+    process = Process(script, words[1], words[2:], folder=Path.cwd())
+    return process.wait()
 
 
 def composes(words: list[str]) -> bool:

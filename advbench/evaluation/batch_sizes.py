@@ -56,16 +56,18 @@ class BatchSizes:
     def probe(self, model: nn.Module, clean: Clean) -> None:
         """Find the sizes at which ``model`` returns the same bits. clean: rows to try."""
         largest = self.largest
-        full = _part(clean, torch.arange(largest) % len(clean.x))
-        truth = _answers(model, full)
-        back = torch.arange(largest - 1, -1, -1)
-        turned = ask(model, _part(full, back))
-        self.same_at_all_positions = _same([part[back] for part in truth[1:]], turned)
+        batch = _part(clean, torch.arange(largest) % len(clean.x))
+        answers = _answers(model, batch)
+        reversed_rows = torch.arange(largest - 1, -1, -1)
+        reversed_answers = ask(model, _part(batch, reversed_rows))
+        self.same_at_all_positions = _same(
+            [part[reversed_rows] for part in answers[1:]], reversed_answers
+        )
 
         def same(size: int) -> bool:
             part = torch.arange(size)
             return self.same_at_all_positions and _same(
-                [answer[part] for answer in truth], _answers(model, _part(full, part))
+                [answer[part] for answer in answers], _answers(model, _part(batch, part))
             )
 
         self._usable, self._try = {}, same

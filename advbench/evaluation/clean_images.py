@@ -20,7 +20,7 @@ VOTES = 10
 """Evaluations of a stochastic model, of which the majority decides."""
 
 
-FEW = 20
+FEW_IMAGES = 20
 """Images of which a test says little."""
 
 
@@ -44,8 +44,8 @@ def no_better_than_chance(clean: Records, job: Job) -> str | None:
     counts = np.bincount(labels[torch.from_numpy(clean.sample)].numpy())
     classes = int(labels.max()) + 1
     chance = max(1 / classes, counts.max(initial=0) / max(n, 1))
-    lucky = float(bdtrc(correct - 1, n, chance))  # as many by guessing
-    if n == 0 or (correct > chance * n and (lucky < 0.05 or n < FEW)):
+    p_value = float(bdtrc(correct - 1, n, chance))  # as many by guessing
+    if n == 0 or (correct > chance * n and (p_value < 0.05 or n < FEW_IMAGES)):
         return None
     return (
         f"the clean accuracy, {100 * correct / n:.1f} %, is no better than guessing one of "
@@ -54,7 +54,9 @@ def no_better_than_chance(clean: Records, job: Job) -> str | None:
     )
 
 
-def score_clean(job: Job, group: Group, wanted: Tensor, chunk: int) -> tuple[Records, float] | None:
+def score_clean(
+    job: Job, group: Group, members: Tensor, chunk: int
+) -> tuple[Records, float] | None:
     """Score the clean images of a group on the real model.
 
     Args:
@@ -69,36 +71,36 @@ def score_clean(job: Job, group: Group, wanted: Tensor, chunk: int) -> tuple[Rec
     Raises:
         UserError: if outputs are not finite, or a batch that can't be cut does not fit.
     """
-    begin, batch = time.perf_counter(), group.rows
+    start, batch = time.perf_counter(), group.rows
     seed_noise(job, CLEAN, group)
     clean = job.samples.fetch(batch)
     try:
-        judged = Referee(job.model, job.threat, chunk, votes(job)).score(clean.x, clean.y)
+        judgement = Referee(job.model, job.threat, chunk, votes(job)).score(clean.x, clean.y)
     except RuntimeError as problem:
         if not out_of_memory(problem):
             raise
         if job.traits.batch_dependent or job.traits.stochastic:
             raise out_of_memory_error(len(batch)) from problem
         return None
-    if odd := int((~torch.isfinite(judged.margin)).sum()):
+    if bad_rows := int((~torch.isfinite(judgement.margin)).sum()):
         raise UserError(
-            f"the model's logits are not finite for {odd} of {len(batch)} clean images: correct "
-            "the model's forward pass (a logarithm of 0, a division by 0, an overflow)"
+            f"the model's logits are not finite for {bad_rows} of {len(batch)} clean images: "
+            "correct the model's forward pass (a logarithm of 0, a division by 0, an overflow)"
         )
     order = batch.argsort()
-    order = order[torch.isin(batch[order], wanted)]
+    order = order[torch.isin(batch[order], members)]
     rows = order.to(clean.x.device)
     zeros = np.zeros(len(order), np.int64)
-    broken = judged.broken[rows].cpu().numpy()
+    broken = judgement.broken[rows].cpu().numpy()
     records = Records(
         sample=batch[order].numpy(),
         broken=broken,
-        label=judged.label[rows].cpu().numpy(),
-        margin=judged.margin[rows].cpu().numpy(),
+        label=judgement.label[rows].cpu().numpy(),
+        margin=judgement.margin[rows].cpu().numpy(),
         distance=zeros.astype(np.float32),
-        wrong=judged.wrong[rows].cpu().numpy(),
+        wrong=judgement.wrong[rows].cpu().numpy(),
         alone=broken,
         forwards=zeros + votes(job),
         backwards=zeros,
     )
-    return records, time.perf_counter() - begin
+    return records, time.perf_counter() - start

@@ -37,12 +37,12 @@ def parse(text: str) -> Budget:
     Raises:
         UserError: for anything else, and for zero.
     """
-    words = re.sub(r"\s", "", text.lower())
-    if match := re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)passes", words):
+    compact = re.sub(r"\s", "", text.lower())
+    if match := re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)passes", compact):
         if float(match[1]) >= 1:
             return Budget(passes=float(match[1]))
-    elif re.fullmatch(r"(\d+(\.\d+)?(s|sec|min|m|h))+", words):
-        parts = re.findall(r"(\d+(?:\.\d+)?)([a-z]+)", words)
+    elif re.fullmatch(r"(\d+(\.\d+)?(s|sec|min|m|h))+", compact):
+        parts = re.findall(r"(\d+(?:\.\d+)?)([a-z]+)", compact)
         total = sum(float(number) * _UNITS[unit] for number, unit in parts)
         if total > 0:
             return Budget(seconds=total)
@@ -82,8 +82,8 @@ class PassCounter:
     def begin(self, before: int) -> None:
         """Passes that were made before the search that begins."""
         self.before = before
-        self._seen: int | None = None
-        self._queries, self._wait = 0, 1
+        self._last_total: int | None = None
+        self._queries, self._interval = 0, 1
 
     def spent(self, passes: Callable[[], int] = lambda: 0) -> bool:
         """Whether the share is spent; called after each query.
@@ -92,11 +92,11 @@ class PassCounter:
             passes: counts those of the search that is under way.
         """
         self._queries += 1
-        if not self.limited or self._queries < self._wait:
+        if not self.limited or self._queries < self._interval:
             return False
-        now = self.before + passes()
-        made = 0 if self._seen is None else now - self._seen
+        total = self.before + passes()
+        new_passes = 0 if self._last_total is None else total - self._last_total
         # A later query takes less than twice as many, so half of the way can be gone unseen.
-        left = (self.most - now) * self._queries / made if made > 0 else 0
-        self._seen, self._queries, self._wait = now, 0, max(int(left / 2), 1)
-        return now >= self.most
+        queries_left = (self.most - total) * self._queries / new_passes if new_passes > 0 else 0
+        self._last_total, self._queries, self._interval = total, 0, max(int(queries_left / 2), 1)
+        return total >= self.most

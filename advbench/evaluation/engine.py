@@ -218,7 +218,7 @@ class Engine:
         """The samples that have no record of the stage, here or in the archive."""
         pending = attacked[~torch.isin(attacked, torch.from_numpy(store.records(stage).sample))]
         if self.archive is not None and not self.job.traits.stochastic and len(pending):
-            for cached, folder in self.archive.known(stage, pending):
+            for cached, folder in self.archive.cached(stage, pending):
                 records = cached.records
                 store.append(stage, records, cached.seconds, cached.aligned())
                 self.job.progress.note(f"{stage}: {len(records)} samples known from {folder}")

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 BINS = 64
-MEMORY = 0.9  # of the moving average over rounds
+DECAY = 0.9  # of the moving average over rounds
 
 
 class Forecast:
@@ -39,20 +39,20 @@ class Forecast:
     def round(self, queries: float = 1.0) -> None:
         """The slots have gone on, by so many queries in the mean."""
         now = time.perf_counter()
-        took, self._last = (now - self._last) / max(queries, 0.1), now
-        before = self.query_seconds or took
-        self.query_seconds = MEMORY * before + (1 - MEMORY) * took
+        elapsed, self._last = (now - self._last) / max(queries, 0.1), now
+        previous = self.query_seconds or elapsed
+        self.query_seconds = DECAY * previous + (1 - DECAY) * elapsed
 
     def seconds(self, under_way: np.ndarray, waiting: int, slots: int) -> float:
         """Time left. under_way: queries that each sample in a slot has behind it."""
-        at = self._bin(under_way)
-        ended = self.reached + np.bincount(at, minlength=BINS + 1)
+        bins = self._bin(under_way)
+        ended = self.reached + np.bincount(bins, minlength=BINS + 1)
         at_risk = np.maximum(ended[::-1].cumsum()[::-1], 1)
         alive = np.cumprod(np.concatenate([[1.0], 1 - self.broke / at_risk]))[: BINS + 1]
         # Bins still ahead of a sample at the start of each bin, given that it came there.
         ahead = np.concatenate([alive[:-1][::-1].cumsum()[::-1], [0.0]]) / np.maximum(alive, 1e-9)
-        left = ahead[at].sum() + waiting * ahead[0]
+        bins_left = ahead[bins].sum() + waiting * ahead[0]
         # Slots work side by side; but one sample's queries come one after the other.
-        longest = (BINS - at).max(initial=0)
-        rounds = max(left / slots, longest) * self.queries / BINS
+        longest = (BINS - bins).max(initial=0)
+        rounds = max(bins_left / slots, longest) * self.queries / BINS
         return float(rounds * self.query_seconds)

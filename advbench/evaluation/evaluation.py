@@ -26,7 +26,7 @@ from advbench.evaluation.identity import (
 )
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.measured import Measured
-from advbench.evaluation.phases import Findings, Judge, extended, found
+from advbench.evaluation.phases import Findings, Judge, extended, stage_records
 from advbench.evaluation.protocol import Plan, Protocol, Stage, Subject
 from advbench.evaluation.resources import ProcessGroup
 from advbench.evaluation.stage_cache import Archive
@@ -79,9 +79,9 @@ class Evaluation:
         stages = self.protocol.plan(subject)
         if any(stage.follows_model for stage in stages):
             notes += check_gradient(job.model, job.samples)
-        followed = {stage.victim for stage in stages if stage.attack.gradient}
+        attacked_surrogates = {stage.victim for stage in stages if stage.attack.gradient}
         for name, surrogate in job.surrogates.items():
-            if name in followed:
+            if name in attacked_surrogates:
                 probe_surrogate(name, surrogate, job.samples, classes)
         reasons = tuple(self.protocol.reasons(subject, stages))
         return Plan(
@@ -147,8 +147,8 @@ class Evaluation:
         Raises:
             UserError: for a folder that holds another evaluation.
         """
-        most = budget if isinstance(budget, Budget) else Budget(seconds=budget)
-        deadline, plan = Deadline(most.seconds), plan or self.plan()
+        limit = budget if isinstance(budget, Budget) else Budget(seconds=budget)
+        deadline, plan = Deadline(limit.seconds), plan or self.plan()
         group = group or ProcessGroup(self.job.samples.device)
         started = datetime.now(timezone.utc)
         progress = progress or NullProgress()
@@ -156,8 +156,8 @@ class Evaluation:
             for note in claim(folder, plan, self.needs_images):
                 progress.note(note)
         group.wait()
-        if folder is not None and (known := finished_results(folder)) is not None:
-            return self._judged_again(known, folder, plan, progress, group, deadline)
+        if folder is not None and (finished := finished_results(folder)) is not None:
+            return self._with_verdict(finished, folder, plan, progress, group, deadline)
         store = Store(folder, group.rank)
         if store.unchecked and group.rank == 0:
             progress.note(f"the interrupted evaluation was {manifest.UNCHECKED}")
@@ -168,12 +168,12 @@ class Evaluation:
             world_size=group.world_size,
             progress=progress,
             deadline=deadline,
-            passes=PassCounter((most.passes or math.inf) / group.world_size),
+            passes=PassCounter((limit.passes or math.inf) / group.world_size),
         )
         for note in plan.notes if group.rank == 0 else ():
             job.progress.note(f"note: {note}")
-        others = None if archive is None else Archive(archive, folder, plan)
-        stages, findings = self._run_phases(job, plan, store, group, Engine(job, others))
+        cache = None if archive is None else Archive(archive, folder, plan)
+        stages, findings = self._run_phases(job, plan, store, group, Engine(job, cache))
         results = summarise(
             job,
             plan.identity,
@@ -194,8 +194,8 @@ class Evaluation:
         if folder is not None and group.rank == 0:
             if not results.missing:
                 store.finish([CLEAN, *(stage.name for stage in stages)])
-            whole = () if results.missing else (SAMPLES, IMAGES, CONFIG)
-            results.save(folder / RESULTS, (PLAN, *whole))
+            final_files = () if results.missing else (SAMPLES, IMAGES, CONFIG)
+            results.save(folder / RESULTS, (PLAN, *final_files))
             if judged and not results.missing:
                 clear_journal(folder)
         group.wait()
@@ -226,9 +226,9 @@ class Evaluation:
             if group.rank == 0:
                 job.progress.note(follow_up.reason)
 
-    def _judged_again(
+    def _with_verdict(
         self,
-        known: Results,
+        finished: Results,
         folder: Path,
         plan: Plan,
         progress: Progress,
@@ -236,20 +236,20 @@ class Evaluation:
         deadline: Deadline,
     ) -> Results:
         """The results of a finished evaluation, with the verdict where it lacks what is wanted."""
-        if self.judge is None or not known.attacked or not self.judge.adds_to(known.verdict):
+        if self.judge is None or not finished.attacked or not self.judge.adds_to(finished.verdict):
             clear_journal(folder)  # of a process that was killed before it could
-            return known
+            return finished
         if group.rank == 0:
             progress.note("the attacks are finished; the verdict is computed")
-        ran = {stage.name: stage for stage in (*plan.stages, *plan.follow_ups)}
-        stages = tuple(ran[row.name] for row in known.stages)
+        stages_by_name = {stage.name: stage for stage in (*plan.stages, *plan.follow_ups)}
+        stages = tuple(stages_by_name[row.name] for row in finished.stages)
         job = replace(self.job, progress=progress, deadline=deadline)
-        measured = Measured() if self.judge.only else Measured(folder, known.verdict)
+        measured = Measured() if self.judge.only else Measured(folder, finished.verdict)
         findings = self._findings(job, stages, Store.finished(folder), group, measured)
         if findings is None:
-            return known
+            return finished
         verdict = self.judge.verdict(findings.indicators, findings.passes)
-        results = replace(known, verdict=verdict)
+        results = replace(finished, verdict=verdict)
         if group.rank == 0:
             results.save(folder / RESULTS, (PLAN, SAMPLES, IMAGES, CONFIG))
             clear_journal(folder)
@@ -268,13 +268,13 @@ class Evaluation:
 
         The first process computes the indicators for all.
         """
-        records = found(stages, store)
+        records = stage_records(stages, store)
         if self.judge is None or not stages:
             return Findings(stages, records, job.seed)
-        own = None
+        result = None
         if group.rank == 0:
-            own = self.judge.indicators(job, stages, store, measured), measured.passes
-        indicators, passes = json.loads(group.of_first(json.dumps(own)))
+            result = self.judge.indicators(job, stages, store, measured), measured.passes
+        indicators, passes = json.loads(group.of_first(json.dumps(result)))
         if indicators is None:
             if group.rank == 0:
                 job.progress.note("time was up before the verdict was computed")
@@ -311,12 +311,12 @@ def is_home(folder: Path, plan: Plan, needs_images: bool = False) -> bool:
 
     needs_images: whether one that keeps no images is another one.
     """
-    known, wanted = saved_plan(folder), plan.to_json()
-    if known is None or differences(wanted, known):
+    saved, wanted = saved_plan(folder), plan.to_json()
+    if saved is None or differences(wanted, saved):
         return False
-    if needs_images and not keeps_images(known):
+    if needs_images and not keeps_images(saved):
         return False
-    same_code = known["identity"].get("versions") == wanted["identity"]["versions"]
+    same_code = saved["identity"].get("versions") == wanted["identity"]["versions"]
     return same_code or finished_results(folder) is None
 
 
@@ -335,16 +335,16 @@ def claim(folder: Path, plan: Plan, needs_images: bool = False) -> list[str]:
         finished_results(folder)  # which names its plan
         manifest.write_json(path, wanted)
         return notes
-    if (known := saved_plan(folder)) is None:
+    if (saved := saved_plan(folder)) is None:
         raise UserError(
             f"'{path}' is damaged: copy the run anew, or give another directory (hydra.run.dir=DIR)"
         )
-    if differs := differences(wanted, known):
+    if differs := differences(wanted, saved):
         raise UserError(
             f"'{folder}' holds another evaluation (it differs in: {', '.join(differs)}); "
             "give another directory (hydra.run.dir=DIR)"
         )
-    if needs_images and not keeps_images(known):
+    if needs_images and not keeps_images(saved):
         raise UserError(
             f"'{folder}' keeps no adversarial images: give another directory (hydra.run.dir=DIR), "
             "or leave adversarial=true out"
@@ -353,27 +353,29 @@ def claim(folder: Path, plan: Plan, needs_images: bool = False) -> list[str]:
         notes.append(f"the evaluation was {manifest.UNCHECKED}")
     if manifest.edited(folder):
         notes.append(f"{CONFIG} was changed since; what was attacked, and how, is in {PLAN}")
-    if "behaviour" not in known:
+    if "behaviour" not in saved:
         notes.append(
             "this evaluation was started before logits were kept: that the model's code outside of "
             "its module is the same was not checked"
         )
-    ours = wanted["identity"]["versions"]
-    resumed = known.get("resumed", [])
-    last = resumed[-1]["versions"] if resumed else known["identity"].get("versions")
-    if last != ours:
-        other = (last or {}).get("advbench", "?")
+    own_versions = wanted["identity"]["versions"]
+    resumed = saved.get("resumed", [])
+    last_versions = resumed[-1]["versions"] if resumed else saved["identity"].get("versions")
+    if last_versions != own_versions:
+        version = (last_versions or {}).get("advbench", "?")
         if finished_results(folder) is not None:
-            notes.append(f"it was finished by other code (advbench {other}); nothing was attacked")
+            notes.append(
+                f"it was finished by other code (advbench {version}); nothing was attacked"
+            )
             return notes
         store = Store(folder)
-        finished = [name for name in (CLEAN, *known_names(known)) if len(store.records(name))]
-        known["resumed"] = [*resumed, {"versions": ours, "begun_before": finished}]
-        manifest.write_json(path, known)
-        notes.append(f"started by other code (advbench {other}), resumed by this: see {PLAN}")
+        finished = [name for name in (CLEAN, *stage_names(saved)) if len(store.records(name))]
+        saved["resumed"] = [*resumed, {"versions": own_versions, "begun_before": finished}]
+        manifest.write_json(path, saved)
+        notes.append(f"started by other code (advbench {version}), resumed by this: see {PLAN}")
     return notes
 
 
-def known_names(plan: Mapping[str, Any]) -> list[str]:
+def stage_names(plan: Mapping[str, Any]) -> list[str]:
     """The names of the stages of a saved plan, with those that may follow."""
     return [stage["name"] for stage in stages_of(plan)]

@@ -22,7 +22,7 @@ from advbench.evaluation.groups import groups
 from advbench.evaluation.job import Job
 from advbench.files import file_sha256, short_hash
 
-LOOKED_AT = 8
+NUM_IMAGES = 8
 """Images whose logits are kept, as they are and with noise."""
 NOISE = 0.1
 """Half-width of the noise, in pixel units: a model may differ off the data's grid alone."""
@@ -33,11 +33,11 @@ TOLERANCE = 5e-3
 def versions() -> dict[str, str]:
     """The versions of the libraries, and a hash of the code, that decide the records."""
     names = ("advbench", "torch", "pyautoattack", "torchattacks")
-    return {name: version(name) for name in names} | {"search": _own_code()}
+    return {name: version(name) for name in names} | {"search": _code_sha256()}
 
 
 @cache
-def _own_code() -> str:
+def _code_sha256() -> str:
     """Hash of the code that decides the records; it also tells commits of one version apart."""
     home, parts = Path(__file__).parents[1], ("attacks", "backbones", "defenses", "evaluation")
     files = (file for part in parts for file in sorted((home / part).glob("*.py")))
@@ -55,14 +55,14 @@ def behaviour(job: Job) -> dict[str, Any]:
     if job.traits.stochastic:
         return {}
     batches = groups(job)
-    rows = job.samples.ids[:LOOKED_AT] if batches is None else batches[0].rows
+    rows = job.samples.ids[:NUM_IMAGES] if batches is None else batches[0].rows
     x = job.samples.fetch(rows).x
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     noisy = (x + NOISE * (2 * noise - 1)).clamp(0, 1)
     victims = {"model": job.model}
     victims |= {name: s.model for name, s in job.surrogates.items() if s.transfer}
     return {
-        name: _packed(torch.cat([model(part.clone())[:LOOKED_AT].float() for part in (x, noisy)]))
+        name: _packed(torch.cat([model(part.clone())[:NUM_IMAGES].float() for part in (x, noisy)]))
         for name, model in victims.items()
     }
 
@@ -82,20 +82,20 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         theirs: of the one that exists. One of an earlier version may have no ``behaviour``; then
             the hashes decide.
     """
-    known = theirs["identity"]
-    found = [
+    their_identity = theirs["identity"]
+    differing = [
         key for key, value in ours["identity"].items()
-        if key != "versions" and known.get(key) != value
+        if key != "versions" and their_identity.get(key) != value
     ]  # fmt: skip
     if list(map(essence, stages_of(ours))) != list(map(essence, stages_of(theirs))):
-        found.append("stages")
-    return found + behaves_otherwise(ours, theirs)
+        differing.append("stages")
+    return differing + behaves_otherwise(ours, theirs)
 
 
 def keeps_images(plan: Mapping[str, Any]) -> bool:
     """Whether the evaluation of a saved plan keeps its adversarial images."""
-    before = plan.get("identity", {}).get("keep_images", False)  # where earlier versions said so
-    return bool(plan.get("keep_images", before))
+    default = plan.get("identity", {}).get("keep_images", False)  # where earlier versions said so
+    return bool(plan.get("keep_images", default))
 
 
 def essence(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,28 +110,28 @@ def stages_of(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def behaves_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The victims whose logits differ by more than rounding, in words."""
-    known, found = theirs.get("behaviour"), []
-    if known is None:
-        return found if ours.get("tensors", True) else ["behaviour, of which nothing was kept"]
+    their_logits, changes = theirs.get("behaviour"), []
+    if their_logits is None:
+        return changes if ours.get("tensors", True) else ["behaviour, of which nothing was kept"]
     for name, packed in (ours.get("behaviour") or {}).items():
-        if name not in known or known[name]["shape"] != packed["shape"]:
-            found.append(f"behaviour of {name}")
+        if name not in their_logits or their_logits[name]["shape"] != packed["shape"]:
+            changes.append(f"behaviour of {name}")
             continue
-        gap = _gap(*(_unpacked(one) for one in (packed, known[name])))
+        gap = _largest_gap(*(_unpacked(one) for one in (packed, their_logits[name])))
         if gap > TOLERANCE:
-            found.append(f"behaviour of {name}: its logits changed by {gap:.0%} of their spread")
-    return found
+            changes.append(f"behaviour of {name}: its logits changed by {gap:.0%} of their spread")
+    return changes
 
 
-def _gap(ours: np.ndarray, theirs: np.ndarray) -> float:
+def _largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest difference of two logits, (N, K), as a share of its row's spread."""
     finite = np.isfinite(ours) & np.isfinite(theirs)
     if not np.array_equal(ours[~finite], theirs[~finite], equal_nan=True):
         return np.inf
-    plain = np.where(finite, ours, 0.0).astype(np.float64)
-    gap = np.abs(plain - np.where(finite, theirs, 0.0))
+    our_finite = np.where(finite, ours, 0.0).astype(np.float64)
+    gap = np.abs(our_finite - np.where(finite, theirs, 0.0))
     # Of a row without a spread, rounding is relative to its size.
-    spread = np.maximum(np.ptp(plain, 1), 1e-3 * np.abs(plain).max(1) + 1e-12)
+    spread = np.maximum(np.ptp(our_finite, 1), 1e-3 * np.abs(our_finite).max(1) + 1e-12)
     return float((gap.max(1) / spread).max())
 
 

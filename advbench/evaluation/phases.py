@@ -59,11 +59,11 @@ class Findings:
     def survivors(self, stages: Sequence[Stage]) -> np.ndarray:
         """Ids of the samples that are correct after these stages, sorted."""
         clean = self.records[CLEAN]
-        left = clean.sample[~clean.broken]
+        survivors = clean.sample[~clean.broken]
         for stage in stages:
             records = self.records[stage.name]
-            left = np.setdiff1d(left, records.sample[records.broken])
-        return left
+            survivors = np.setdiff1d(survivors, records.sample[records.broken])
+        return survivors
 
 
 class Judge(Protocol):
@@ -85,7 +85,7 @@ class Judge(Protocol):
         Args:
             job: what was attacked.
             stages: that ran, each on all samples that it was to attack.
-            store: what they found, of all processes; see ``found``.
+            store: what they found, of all processes; see ``stage_records``.
             measured: what was computed before; what is computed now is kept there.
         """
         ...
@@ -102,15 +102,15 @@ class Judge(Protocol):
         ...
 
 
-def found(stages: Sequence[Stage], store: Store) -> dict[str, Records]:
+def stage_records(stages: Sequence[Stage], store: Store) -> dict[str, Records]:
     """The records of these stages and of the clean images; of a stage that is for some samples
     only, theirs, though an interrupted evaluation may have gone on to others.
     """
     records = {name: store.records(name) for name in (CLEAN, *(s.name for s in stages))}
     for stage in stages:
         if stage.only is not None:
-            every = records[stage.name]
-            records[stage.name] = every.where(np.isin(every.sample, stage.only))
+            part = records[stage.name]
+            records[stage.name] = part.where(np.isin(part.sample, stage.only))
     return records
 
 
@@ -126,10 +126,10 @@ def keyed_sample(ids: np.ndarray, size: int, seed: int) -> tuple[int, ...]:
     return tuple(np.sort(keys.numpy()[order[:size]]).tolist())
 
 
-def extended(stages: Sequence[Stage], more: Sequence[Stage]) -> tuple[Stage, ...]:
+def extended(stages: Sequence[Stage], follow_ups: Sequence[Stage]) -> tuple[Stage, ...]:
     """The stages with more of them; one of the same name takes the other's place."""
-    found = {stage.name: stage for stage in (*stages, *more)}
-    return tuple(found.values())
+    by_name = {stage.name: stage for stage in (*stages, *follow_ups)}
+    return tuple(by_name.values())
 
 
 def to_attack(stage: Stage, correct: np.ndarray) -> np.ndarray:

@@ -17,9 +17,9 @@ from advbench.evaluation.job import Job
 from advbench.evaluation.witnesses import Witnesses
 from advbench.text import count, percent
 
-UNSURE = (0.2, 0.8)
+UNSURE_RANGE = (0.2, 0.8)
 """Of a stochastic model: where the share of wrong evaluations says little, fresh ones decide."""
-FRESH = 100
+FRESH_EVALUATIONS = 100
 """How many: as many as the referee takes to confirm a success."""
 RANGE_SLACK = 1e-6
 """By which a pixel may leave [0, 1]: rounding, as in data."""
@@ -75,19 +75,19 @@ class Scores:
 
     def lines(self, threat: str) -> list[str]:
         """What a person reads."""
-        found = self.to_json()
+        summary = self.to_json()
         lines = []
-        if outside := found["outside_the_ball"]:
-            far = found["farthest_outside"]
-            by = f" by up to {far:.2g}" if far else ", not a number"
+        if outside := summary["outside_the_ball"]:
+            farthest = summary["farthest_outside"]
+            by = f" by up to {farthest:.2g}" if farthest else ", not a number"
             lines.append(f"{count(outside, 'image')} outside {threat}{by}: not counted")
-        if off := found["outside_the_range"]:
-            lines.append(f"{count(off, 'image')} with pixels outside [0, 1]: not counted")
-        if right := found["classified_right"]:
-            lines.append(f"{count(right, 'image')} classified right")
+        if off_range := summary["outside_the_range"]:
+            lines.append(f"{count(off_range, 'image')} with pixels outside [0, 1]: not counted")
+        if correct := summary["classified_right"]:
+            lines.append(f"{count(correct, 'image')} classified right")
         lines.append(
-            f"{found['stand']} of {found['witnesses']} witnesses stand; "
-            f"proven: robust accuracy at most {percent(found['robust_at_most'])}"
+            f"{summary['stand']} of {summary['witnesses']} witnesses stand; "
+            f"proven: robust accuracy at most {percent(summary['robust_at_most'])}"
         )
         return lines
 
@@ -124,35 +124,35 @@ def _rescored(job: Job, group: Group, witnesses: Witnesses | None) -> dict[str, 
     inside = job.threat.contains(point, clean.x)
     distance = job.threat.distance(point, clean.x)
     excess = torch.where(inside, 0.0, distance - job.threat.radius)
-    off = ~((point >= -RANGE_SLACK) & (point <= 1 + RANGE_SLACK)).flatten(1).all(1)
-    counts = given.to(point.device) & inside & ~off
+    off_range = ~((point >= -RANGE_SLACK) & (point <= 1 + RANGE_SLACK)).flatten(1).all(1)
+    counts = given.to(point.device) & inside & ~off_range
     point = torch.where(counts.view(-1, 1, 1, 1), point, clean.x)
-    judged = _judged(job, clean.x, point, clean.y, counts)
-    own = torch.isin(group.rows, group.members)
+    results = _judged(job, clean.x, point, clean.y, counts)
+    members = torch.isin(group.rows, group.members)
     columns = {
         "sample": group.rows,
         "given": given,
         "excess": excess,
-        "off_range": off,
-        "wrong": judged[0],
-        "label": judged[1],
+        "off_range": off_range,
+        "wrong": results[0],
+        "label": results[1],
     }
-    return {name: column.cpu()[own].numpy() for name, column in columns.items()}
+    return {name: column.cpu()[members].numpy() for name, column in columns.items()}
 
 
 def _judged(job: Job, x: Tensor, point: Tensor, y: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Whether each row is wrong, and its label."""
     if not job.traits.batch_dependent:
         referee = Referee(job.model, job.threat, min(job.batch_size, len(y)), votes(job))
-        judged = referee.score(point, y)
-        return _decided(referee, judged, point, y) if referee.draws > 1 else _answer(judged)
+        judgement = referee.score(point, y)
+        return _majority(referee, judgement, point, y) if referee.draws > 1 else _answer(judgement)
     referee = Referee(job.model, job.threat, chunk=len(y))  # the whole batch in one pass
     wrong, label = _answer(referee.score(x, y))
     for row in counts.nonzero().flatten().tolist():  # an image alone among clean ones
         batch = x.clone()
         batch[row] = point[row]
-        judged = referee.score(batch, y)
-        wrong[row], label[row] = judged.broken[row], judged.label[row]
+        judgement = referee.score(batch, y)
+        wrong[row], label[row] = judgement.broken[row], judgement.label[row]
     return wrong, label
 
 
@@ -160,14 +160,14 @@ def _answer(judged: Judgement) -> tuple[Tensor, Tensor]:
     return judged.broken, judged.label
 
 
-def _decided(
+def _majority(
     referee: Referee, judged: Judgement, point: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The majority, of fresh evaluations where that of a few says little."""
     wrong, label = _answer(judged)
-    low, high = UNSURE
+    low, high = UNSURE_RANGE
     unsure = ((judged.wrong >= low) & (judged.wrong <= high)).nonzero().squeeze(1)
     if len(unsure):
-        fresh = referee.score(point[unsure], y[unsure], FRESH)
-        wrong[unsure], label[unsure] = fresh.broken, fresh.label
+        confirmation = referee.score(point[unsure], y[unsure], FRESH_EVALUATIONS)
+        wrong[unsure], label[unsure] = confirmation.broken, confirmation.label
     return wrong, label

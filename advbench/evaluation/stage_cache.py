@@ -19,12 +19,12 @@ from advbench.runs import manifest
 from advbench.runs.manifest import PLAN, RESULTS, Damaged
 from advbench.runs.results import Results
 
-ALWAYS = ("model_sha256", "traits", "batch_size", "code", "device", "versions")
-UNDER_ATTACK = (*ALWAYS, "threat", "seed", "speed")
+IDENTITY_KEYS = ("model_sha256", "traits", "batch_size", "code", "device", "versions")
+ATTACK_KEYS = (*IDENTITY_KEYS, "threat", "seed", "speed")
 
 
 @dataclass(frozen=True)
-class Known:
+class CachedStage:
     """What another evaluation knows of a stage."""
 
     records: Records
@@ -34,9 +34,9 @@ class Known:
     images: Images | None = None
     """Adversarial images of those that were broken alone; None where none were kept."""
 
-    def of(self, wanted: np.ndarray) -> Known:
+    def of(self, mask: np.ndarray) -> CachedStage:
         """The part of a mask over the records."""
-        return Known(self.records.where(wanted), self.seconds * float(wanted.mean()), self.images)
+        return CachedStage(self.records.where(mask), self.seconds * float(mask.mean()), self.images)
 
     def aligned(self) -> np.ndarray | None:
         """The images of the records that were broken alone, in their order; None for none."""
@@ -44,7 +44,7 @@ class Known:
         return None if self.images is None or not len(broken) else self.images.of(broken)
 
 
-NOTHING = Known(Records.joined([]), 0.0)
+EMPTY = CachedStage(Records.joined([]), 0.0)
 
 
 class Archive:
@@ -63,8 +63,8 @@ class Archive:
     """
 
     def __init__(self, folder: Path, own: Path | None, plan: Plan) -> None:
-        self._offers: dict[str, list[Path]] = {}
-        self._finished: dict[Path, dict[str, Known]] = {}
+        self._folders_by_stage: dict[str, list[Path]] = {}
+        self._finished: dict[Path, dict[str, CachedStage]] = {}
         self._keep_images = plan.keep_images
         planned = plan.to_json()
         identity = planned["identity"]
@@ -76,12 +76,12 @@ class Archive:
             if stage.attack.queries
         }
         for other, theirs in _plans(folder):
-            if other == own or not _same(identity, theirs["identity"], ALWAYS):
+            if other == own or not _same(identity, theirs["identity"], IDENTITY_KEYS):
                 continue
             if "behaviour" not in theirs or behaves_otherwise(planned, theirs):
                 continue
             names = ["clean"]
-            if _same(identity, theirs["identity"], UNDER_ATTACK):
+            if _same(identity, theirs["identity"], ATTACK_KEYS):
                 offered = {stage["name"]: essence(stage) for stage in stages_of(theirs)}
                 known = theirs["identity"].get("surrogates", {})
                 names += [
@@ -91,34 +91,34 @@ class Archive:
                     and known.get(what["target"]) == identity["surrogates"].get(what["target"])
                 ]
             for name in names:
-                self._offers.setdefault(name, []).append(other)
+                self._folders_by_stage.setdefault(name, []).append(other)
 
-    def known(self, stage: str, pending: Tensor) -> Iterator[tuple[Known, Path]]:
+    def cached(self, stage: str, pending: Tensor) -> Iterator[tuple[CachedStage, Path]]:
         """What is known of the samples ``pending``, and who knows it."""
-        left = pending.numpy()
-        for folder in self._offers.get(stage, []):
-            known = self._read(folder, stage)
-            wanted = np.isin(known.records.sample, left)
+        missing = pending.numpy()
+        for folder in self._folders_by_stage.get(stage, []):
+            cached = self._read(folder, stage)
+            usable = np.isin(cached.records.sample, missing)
             if self._keep_images and stage != CLEAN:
-                has = np.isin(known.records.sample, known.images.ids) if known.images else False
-                wanted &= ~known.records.alone | has
-            if wanted.any():
-                known = known.of(wanted)
-                left = np.setdiff1d(left, known.records.sample)
-                yield known, folder
+                ids = cached.images.ids if cached.images else []
+                usable &= ~cached.records.alone | np.isin(cached.records.sample, ids)
+            if usable.any():
+                cached = cached.of(usable)
+                missing = np.setdiff1d(missing, cached.records.sample)
+                yield cached, folder
 
-    def _read(self, folder: Path, stage: str) -> Known:
+    def _read(self, folder: Path, stage: str) -> CachedStage:
         """What an evaluation knows of a stage, finished or not."""
         try:
             if folder not in self._finished and (folder / SAMPLES).exists():
                 self._finished[folder] = _finished(folder, self._keep_images)
             if folder in self._finished:
-                return self._finished[folder].get(stage, NOTHING)
+                return self._finished[folder].get(stage, EMPTY)
             store = Store(folder)  # read anew: another process may be at work there
         except (UserError, OSError, ValueError, KeyError):
-            return NOTHING  # damaged: nothing to reuse
+            return EMPTY  # damaged: nothing to reuse
         images = store.images() if self._keep_images and stage != CLEAN else None
-        return Known(store.records(stage), store.seconds(stage), images)
+        return CachedStage(store.records(stage), store.seconds(stage), images)
 
 
 def _same(ours: dict[str, Any], theirs: dict[str, Any], keys: Sequence[str]) -> bool:
@@ -136,12 +136,12 @@ def _plans(archive: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path.parent, plan
 
 
-def _finished(folder: Path, with_images: bool) -> dict[str, Known]:
+def _finished(folder: Path, with_images: bool) -> dict[str, CachedStage]:
     """What a finished evaluation knows, by stage."""
     results = Results.load(folder / RESULTS)
     seconds = {stage.name: stage.seconds for stage in results.stages}
     images = read_images(folder) if with_images else None
     return {
-        name: Known(part, seconds.get(name, 0.0), None if name == CLEAN else images)
+        name: CachedStage(part, seconds.get(name, 0.0), None if name == CLEAN else images)
         for name, part in read_samples(folder).items()
     }

@@ -41,23 +41,25 @@ def summarise(
         started: the time at which this sitting began.
     """
     clean = store.records(CLEAN)
-    n, unseen = len(clean), len(clean) < len(job.samples)
+    n, clean_missing = len(clean), len(clean) < len(job.samples)
     correct = n - int(clean.broken.sum())
-    clean_accuracy = Accuracy() if unseen else Accuracy.of(correct, n)
+    clean_accuracy = Accuracy() if clean_missing else Accuracy.of(correct, n)
     rows, names = [], [stage.name for stage in stages]
-    missing = [CLEAN] if unseen else []
-    left = owed = clean.sample[~clean.broken]
-    waiting = np.empty(0, np.int64)
+    missing = [CLEAN] if clean_missing else []
+    survivors = remaining = clean.sample[~clean.broken]
+    waiting_ids = np.empty(0, np.int64)
     for stage in stages:
         records = store.records(stage.name)
-        pending = np.setdiff1d(to_attack(stage, owed), records.sample)
-        waiting = np.union1d(waiting, pending)
-        if len(pending) or unseen:
+        pending = np.setdiff1d(to_attack(stage, remaining), records.sample)
+        waiting_ids = np.union1d(waiting_ids, pending)
+        if len(pending) or clean_missing:
             missing.append(stage.name)
-        begun, forwards, backwards = store.in_progress(stage.name) if len(pending) else (0, 0, 0)
-        owed = np.setdiff1d(owed, records.sample[records.alone])  # as the engine goes on
-        broken = int(np.isin(left, records.sample[records.broken]).sum())
-        left = np.setdiff1d(left, records.sample[records.broken])
+        num_started, forwards, backwards = (
+            store.in_progress(stage.name) if len(pending) else (0, 0, 0)
+        )
+        remaining = np.setdiff1d(remaining, records.sample[records.alone])  # as in the engine
+        broken = int(np.isin(survivors, records.sample[records.broken]).sum())
+        survivors = np.setdiff1d(survivors, records.sample[records.broken])
         correct -= broken
         rows.append(
             StageResult(
@@ -65,8 +67,8 @@ def summarise(
                 attack=type(stage.attack).__name__,
                 target=stage.victim,
                 why=stage.why,
-                robust_acc=None if unseen else correct / n,
-                attacked=int((records.forwards > 0).sum()) + begun,
+                robust_acc=None if clean_missing else correct / n,
+                attacked=int((records.forwards > 0).sum()) + num_started,
                 broken=broken,
                 seconds=round(store.seconds(stage.name), 3),
                 forwards=int(records.forwards.sum()) + forwards,
@@ -75,16 +77,16 @@ def summarise(
         )
     data = identity["data"]
     device = job.samples.device
-    everything = [clean, *map(store.records, names)]
+    all_records = [clean, *map(store.records, names)]
     robust, unfinished = Accuracy(), None
-    if not unseen and any(row.attacked or row.name not in missing for row in rows):
+    if not clean_missing and any(row.attacked or row.name not in missing for row in rows):
         robust = Accuracy(correct / n) if missing else Accuracy.of(correct, n)
-    if unseen:
+    if clean_missing:
         unfinished = Unfinished(0, len(job.samples))
     elif missing:
-        of = int((~clean.broken).sum())
-        unfinished = Unfinished(of - len(waiting), of)
-    origin: Any = {
+        num_attacked = int((~clean.broken).sum())
+        unfinished = Unfinished(num_attacked - len(waiting_ids), num_attacked)
+    provenance_entry: Any = {
         **provenance.code(),
         "device": name_of(device),
         **provenance.drivers(device),
@@ -101,23 +103,23 @@ def summarise(
         protocol=identity["protocol"] | {"seed": job.seed},
         clean=clean_accuracy,
         robust=robust,
-        measures={} if missing else measures(job.traits, n, everything, robust.acc),
+        measures={} if missing else measures(job.traits, n, all_records, robust.acc),
         stages=tuple(rows),
         missing=tuple(missing),
         unfinished=unfinished,
-        provenance=origin,
+        provenance=provenance_entry,
     )
 
 
 def undecided(job: Job, stages: Sequence[Stage], store: Store) -> bool:
     """Whether a sample has yet to be attacked by one of these stages, or to be classified."""
     clean = store.records(CLEAN)
-    owed = clean.sample[~clean.broken]
+    remaining = clean.sample[~clean.broken]
     for stage in stages:
         records = store.records(stage.name)
-        if not np.isin(to_attack(stage, owed), records.sample).all():
+        if not np.isin(to_attack(stage, remaining), records.sample).all():
             return True
-        owed = np.setdiff1d(owed, records.sample[records.alone])
+        remaining = np.setdiff1d(remaining, records.sample[records.alone])
     return len(clean) < len(job.samples)
 
 
@@ -139,15 +141,15 @@ def measures(
         clean ones; an upper bound, since the attacks alter whole batches.
     """
     clean = records[0]
-    found = {} if robust is None else {"wra": (float((~clean.broken).mean()) + robust) / 2}
-    everything = Records.joined(records)
+    values = {} if robust is None else {"wra": (float((~clean.broken).mean()) + robust) / 2}
+    all_records = Records.joined(records)
     if traits.stochastic:
-        wrong = np.zeros(int(clean.sample.max(initial=-1)) + 1)
-        np.maximum.at(wrong, everything.sample, everything.wrong)
-        wrong = wrong[clean.sample]
-        found["mean_draw"] = float((1 - wrong).sum()) / max(n, 1)
-        found["worst_draw"] = float((wrong == 0).sum()) / max(n, 1)
+        error_rate = np.zeros(int(clean.sample.max(initial=-1)) + 1)
+        np.maximum.at(error_rate, all_records.sample, all_records.wrong)
+        error_rate = error_rate[clean.sample]
+        values["mean_draw"] = float((1 - error_rate).sum()) / max(n, 1)
+        values["worst_draw"] = float((error_rate == 0).sum()) / max(n, 1)
     if traits.batch_dependent:
-        fallen = np.unique(everything.sample[everything.alone])
-        found["single_image"] = (n - len(fallen)) / max(n, 1)
-    return {name: round(value, 6) for name, value in found.items()}
+        broken_alone = np.unique(all_records.sample[all_records.alone])
+        values["single_image"] = (n - len(broken_alone)) / max(n, 1)
+    return {name: round(value, 6) for name, value in values.items()}

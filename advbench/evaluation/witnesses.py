@@ -35,10 +35,10 @@ class Witnesses:
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the samples have an image, (N,) bool, and these images as float32."""
-        has = self.has(rows)
-        at = np.searchsorted(self.ids, rows[has].numpy())
-        images = torch.from_numpy(np.ascontiguousarray(self.images[at]))
-        return has, images.float() / 255 if images.dtype is torch.uint8 else images.float()
+        has_image = self.has(rows)
+        index = np.searchsorted(self.ids, rows[has_image].numpy())
+        images = torch.from_numpy(np.ascontiguousarray(self.images[index]))
+        return has_image, images.float() / 255 if images.dtype is torch.uint8 else images.float()
 
     @classmethod
     def read(cls, file: Path, samples: Samples) -> Witnesses:
@@ -92,10 +92,10 @@ def _arrays(file: Path) -> Mapping[str, np.ndarray]:
     if file.suffix == ".safetensors":
         return load_file(file)
     content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    found = content if isinstance(content, Mapping) else {"x": content}
-    tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor)}
-    wide = (torch.bfloat16,)
-    return {k: (v.float() if v.dtype in wide else v).numpy() for k, v in tensors.items()}
+    arrays = content if isinstance(content, Mapping) else {"x": content}
+    tensors = {str(k): v.detach() for k, v in arrays.items() if isinstance(v, Tensor)}
+    to_float32 = (torch.bfloat16,)
+    return {k: (v.float() if v.dtype in to_float32 else v).numpy() for k, v in tensors.items()}
 
 
 def _chosen(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:

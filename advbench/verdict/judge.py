@@ -10,7 +10,7 @@ import numpy as np
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.job import Job
 from advbench.evaluation.measured import Measured
-from advbench.evaluation.phases import found
+from advbench.evaluation.phases import stage_records
 from advbench.evaluation.protocol import Protocol, Stage
 from advbench.evaluation.store import Images, Records, Store
 from advbench.runs.judgement import Indicator as Entry
@@ -84,7 +84,7 @@ class IndicatorJudge:
         self, job: Job, stages: Sequence[Stage], store: Store, measured: Measured | None = None
     ) -> list[Entry] | None:
         measured = Measured() if measured is None else measured
-        records = found(stages, store)
+        records = stage_records(stages, store)
         look = Look(job, tuple(stages), records, _images(store, records), self.complete)
         entries, computed = [], False
         for indicator in self.chosen:

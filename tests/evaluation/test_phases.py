@@ -21,8 +21,8 @@ from advbench.evaluation.phases import (
     Findings,
     FollowUp,
     extended,
-    found,
     keyed_sample,
+    stage_records,
     to_attack,
 )
 from advbench.evaluation.protocol import Plan, Protocol, Stage, Subject
@@ -250,5 +250,5 @@ def test_a_resumed_follow_up_sees_its_own_samples_alone() -> None:
     Engine(case.job).run((*plan.stages, *plan.follow_ups), store)
     ids = (20, 21, 22, 30)
     some = dataclasses.replace(plan.follow_ups[0], only=ids)
-    seen = found((*plan.stages, some), store)["strong"]
+    seen = stage_records((*plan.stages, some), store)["strong"]
     assert 0 < len(seen) <= 4 < len(store.records("strong")) and set(seen.sample) <= set(ids)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from copy import copy
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -21,6 +22,13 @@ _MASK = 0xFFFFFFFF
 def hash_of(text: str) -> int:
     """A stable number below 2**48 for a text, to seed a generator with."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, stage: str) -> tuple[int, int]:
+    """The two words that key the draws of a stage."""
+    digest = hashlib.sha256(f"{seed}/{stage}".encode()).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 
 
 class Random(Protocol):
@@ -89,8 +97,7 @@ class KeyedRandom(Random):
     """
 
     def __init__(self, seed: int, stage: str, ids: Tensor, restart: Tensor) -> None:
-        digest = hashlib.sha256(f"{seed}/{stage}".encode()).digest()
-        self.key = (int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big"))
+        self.key = _key(seed, stage)
         self.ids = ids
         self.restart = restart
 

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 from advbench.attacks.base import Answer, Attack, Clean, Oracle, Rows, need_classes, started
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat, per_row, widest
-from advbench.attacks.waits import overwrite, rows_of, surely_none
+from advbench.attacks.waits import must_wait, overwrite, rows_of, surely_none
 from advbench.errors import UserError
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -78,15 +78,14 @@ class _Plan(NamedTuple):
     """What a search needs to know of its windows, on its device.
 
     sizes, sides: the window's after each number of halvings, (S,).  extent: height and width (2,).
-    bumps: eta and its transpose for each side, in the upper left corner, (S, 2, largest side,
-    largest side); empty for linf.
+    bumps: eta and its transpose for each side, (S, 2, 1, side * side); empty for linf.
     """
 
     sizes: tuple[int, ...]
     sides: Tensor
     halvings: Tensor
     extent: Tensor
-    bumps: Tensor
+    bumps: tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=32)
@@ -94,14 +93,18 @@ def _plan(
     norm: str, p_init: float, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> _Plan:
     sizes = window_sizes(norm, p_init, *shape)
-    bumps = torch.empty(0)
-    if norm != "linf":
-        bumps = torch.zeros(len(sizes), 2, sizes[0], sizes[0])
-        for place, side in zip(bumps, sizes, strict=True):
-            eta = bump_pair(norm, side)
-            place[0, :side, :side], place[1, :side, :side] = eta, eta.T
+    etas = [] if norm == "linf" else [bump_pair(norm, side) for side in sizes]
+    bumps = (torch.stack((eta, eta.T)).flatten(1)[:, None].to(device, dtype) for eta in etas)
     sides, halvings, extent = (torch.tensor(t, device=device) for t in (sizes, HALVINGS, shape))
-    return _Plan(sizes, sides, halvings, extent, bumps.to(device, dtype))
+    return _Plan(sizes, sides, halvings, extent, tuple(bumps))
+
+
+@lru_cache(maxsize=32)
+def _pixels(side: int, channels: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Places of a window's pixels, counted from its corner over a whole image: (C side side,)."""
+    along = torch.arange(side, device=device)
+    channel = torch.arange(channels, device=device).view(-1, 1, 1) * (height * width)
+    return (channel + along[:, None] * width + along).flatten()
 
 
 @dataclass
@@ -112,10 +115,10 @@ class SquareRows(Rows):
     """The best point so far, (N, C, H, W)."""
     loss_best: Tensor
     """The margin of the best point, (N,)."""
-    windows: Tensor
-    """Those of the next proposals, see ``_deal``."""
+    proposals: Tensor
+    """The next ones, see ``_deal``."""
     dealt: Tensor
-    """The number of the first proposal in ``windows``, (N,)."""
+    """The number of the first of ``proposals``, (N,)."""
 
 
 @dataclass(frozen=True)
@@ -171,35 +174,39 @@ class Square(Attack):
                 tiles *= threat.radius / tiles.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             point = threat.project_closely(x.to(widest(x)) + tiles, x)
         fields = started(clean, point, restart)
-        dealt, windows = self._deal(x, fields["iteration"], threat.norm, random)
-        worst = torch.full((len(x),), -torch.inf, device=x.device)
+        dealt, proposals = self._deal(x, fields["iteration"], threat.norm, random)
+        worst, point = torch.full((len(x),), -torch.inf, device=x.device), point.contiguous()
         return SquareRows(
-            **fields, point_best=point.clone(), loss_best=worst, windows=windows, dealt=dealt
+            **fields, point_best=point.clone(), loss_best=worst, proposals=proposals, dealt=dealt
         )
 
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> Tensor | None:
         assert isinstance(rows, SquareRows)
         ages = rows.iteration.cpu() if answer.age is None else answer.age
+        youngest, oldest = (int(age) for age in ages.aminmax())
         # Misclassified is above zero, hence above the best of a search that continues.
         better = answer.loss > rows.loss_best
         overwrite(rows.point_best, better, rows.point)
-        overwrite(rows.loss_best, better, answer.loss)
+        rows.loss_best = torch.where(better, answer.loss, rows.loss_best)
 
-        rows.point, idle = self._proposals(rows, slice(None), ages, threat)
-        if int(ages.max()) >= self.steps:
-            done = rows.iteration >= self.steps
-            rows.point = torch.where(per_row(done, rows.x), rows.point_best, rows.point)
+        linf = threat.norm == "linf"
+        if linf:
+            rows.point.copy_(rows.point_best)
+            idle = self._paint(rows, (youngest, oldest), threat)
+        else:
+            self._redistribute(rows, (youngest, oldest), threat)
+            idle = torch.zeros_like(better)
+        if oldest >= self.steps:
+            overwrite(rows.point, rows.iteration >= self.steps, rows.point_best)
         rows.iteration += 1
-        for _ in range(SKIPS if threat.norm == "linf" else 0):
+        for _ in range(SKIPS if linf else 0):
             # A window that has these signs already changes nothing: its answer is known.
             idle &= rows.iteration < self.steps
             if surely_none(idle):
                 break
-            at = rows_of(idle)
-            point, again = self._proposals(rows, at, ages, threat)
-            rows.point[at] = torch.where(per_row(idle[at], point), point, rows.point[at])
+            again = self._paint(rows, (youngest, oldest), threat, idle)
             rows.iteration += idle
-            idle[at] = idle[at] & again
+            idle = again
         return self._deal_in_time(rows, threat.norm, random)
 
     def _deal_in_time(self, rows: SquareRows, norm: str, random: Random) -> Tensor:
@@ -209,29 +216,65 @@ class Square(Attack):
         """
         ages, used = torch.stack((rows.iteration, rows.iteration - rows.dealt)).cpu()
         if int(used.max()) >= 2 * BLOCK - SKIPS:
-            rows.dealt, rows.windows = self._deal(rows.x, rows.iteration, norm, random)
+            rows.dealt, rows.proposals = self._deal(rows.x, rows.iteration, norm, random)
         return ages
 
-    def _proposals(
-        self, rows: SquareRows, at: Any, ages: Tensor, threat: Threat
-    ) -> tuple[Tensor, Tensor]:
-        """The next proposals of the rows ``at``, and which of these are the best point itself.
+    def _drawn(self, rows: SquareRows, at: Tensor) -> Tensor:
+        """What ``_deal`` says of the next proposals of the rows at these numbers."""
+        column = (rows.iteration - rows.dealt).index_select(0, at)
+        dealt = rows.proposals.flatten(0, 1)
+        return dealt.index_select(0, at * rows.proposals.shape[1] + column)
 
-        ages: of all rows, on the host, before those that were skipped.
+    def _paint(
+        self, rows: SquareRows, ages: tuple[int, int], threat: Threat, only: Tensor | None = None
+    ) -> Tensor:
+        """The next proposals in linf: a window gets a sign in each channel (2020, alg. 2).
+
+        Args:
+            rows: whose ``point``, which is the best one, becomes the proposal.
+            ages: the lowest and the highest, before proposals that were skipped.
+            only: rows to work on, (N,) bool; None for all.
+
+        Returns:
+            Of which of these the proposal is the best point itself, (N,) bool.
         """
-        age, windows = rows.iteration[at], rows.windows[at]
-        drawn = windows[torch.arange(len(age), device=age.device), age - rows.dealt[at]]
-        x, best = rows.x[at], rows.point_best[at]
-        young, old = (bisect_left(HALVINGS, int(n)) for n in ages.aminmax())
-        if young == old or threat.norm == "linf":
-            return self._propose(x, best, drawn, threat, young)
-        point = torch.empty_like(x)
-        for halvings in range(young, old + 1):  # the same sums, whatever the ages of the others
-            mine = drawn[:, 1] == halvings
+        x, (_, channels, height, width) = rows.x, rows.x.shape
+        plan = _plan("linf", self.p_init, (height, width), x.device, x.dtype)
+        large, small = (plan.sizes[bisect_left(HALVINGS, n)] for n in (ages[0], ages[1] + SKIPS))
+        at = torch.arange(len(x), device=x.device)
+        at = at if only is None else at[rows_of(only)]
+        drawn = self._drawn(rows, at)
+        if small == large:
+            pixel = _pixels(large, channels, height, width, x.device)
+        else:  # where a window is smaller, its last row and column come again
+            along = torch.arange(large, device=x.device).minimum(plan.sides[drawn[:, :1]] - 1)
+            channel = torch.arange(channels, device=x.device).view(-1, 1, 1) * (height * width)
+            pixel = (channel + (along * width)[:, None, :, None] + along[:, None, None]).flatten(1)
+        index = (torch.add(drawn[:, 1], at, alpha=x[0].numel())[:, None] + pixel).flatten()
+        before = rows.point.flatten().index_select(0, index).view(len(at), channels, -1)
+        painted = x.flatten().index_select(0, index).view_as(before)
+        painted.add_(threat.radius * _signs(drawn[:, 3:], x)[..., None]).clamp_(0.0, 1.0)
+        same = (painted - before).abs_().flatten(1).amax(1) == 0
+        if only is not None and must_wait(only):
+            painted = torch.where(per_row(only, painted), painted, before)
+        rows.point.view(-1).scatter_(0, index, painted.flatten())
+        if only is None:
+            return same
+        return torch.zeros_like(only).index_copy_(0, at, same & only[at])
+
+    def _redistribute(self, rows: SquareRows, ages: tuple[int, int], threat: Threat) -> None:
+        """The next proposals in l2 and l1 become ``rows.point``."""
+        x, best = rows.x, rows.point_best
+        drawn = self._drawn(rows, torch.arange(len(x), device=x.device))
+        young, old = (bisect_left(HALVINGS, age) for age in ages)
+        if young == old:
+            rows.point = self._propose(x, best, drawn, threat, young)
+            return
+        for halvings in range(young, old + 1):  # the same sums, whatever the others' ages
+            mine = drawn[:, 0] == halvings
             one = rows_of(mine)
-            some, _ = self._propose(x[one], best[one], drawn[one], threat, halvings)
-            point[one] = torch.where(per_row(mine[one], some), some, point[one])
-        return point, torch.zeros_like(mine)
+            some = self._propose(x[one], best[one], drawn[one], threat, halvings)
+            rows.point[one] = torch.where(per_row(mine[one], some), some, rows.point[one])
 
     def _deal(self, x: Tensor, age: Tensor, norm: str, random: Random) -> tuple[Tensor, Tensor]:
         """The windows of each row's current BLOCK of proposals and of the next.
@@ -239,9 +282,9 @@ class Square(Attack):
         A row that comes to the end of its windows lets all deal anew. A block's draws are always
         the same, and rows of many ages draw no more often than once in BLOCK.
 
-        Returns the number of the first proposal, (N,), and per proposal the window's side, how
-        often its area has halved, its first row and column, for l2 and l1 those of a second window,
-        and one bit each for eta's direction and the channels' signs: (N, 2 BLOCK, ...).
+        Returns the number of the first proposal, (N,), and per proposal how often the window's
+        area has halved, the place of its corner in a channel, for l2 and l1 that of a second
+        window, and one bit each for eta's direction and the channels' signs: (N, 2 BLOCK, ...).
         """
         plan = _plan(norm, self.p_init, tuple(x.shape[2:]), x.device, x.dtype)
         windows, channels, block = 1 if norm == "linf" else 2, x.shape[1], age // BLOCK
@@ -254,68 +297,44 @@ class Square(Attack):
         side = plan.sides[halved]
         down, across = (plan.extent - side + 1).split(1, 2)  # places for a window
         place = (words[..., :windows] * (down * across)) >> 32
-        corner = torch.stack((place // across, place % across), 3).flatten(2)
+        corner = place // across * x.shape[3] + place % across
         shifts = torch.arange(min(channels + 1, 32), device=x.device)
         bits = ((words[..., windows:, None] >> shifts) & 1).flatten(2)[..., : channels + 1]
-        return first, torch.cat((side, halved, corner, bits), 2)
+        return first, torch.cat((halved, corner, bits), 2)
 
     def _propose(
         self, x: Tensor, best: Tensor, drawn: Tensor, threat: Threat, halvings: int
-    ) -> tuple[Tensor, Tensor]:
-        """The best points with a window changed: 2020, alg. 2 (linf) and 3 (l2); l1: 2021.
+    ) -> Tensor:
+        """The best points with a window changed: 2020, alg. 3 (l2); l1: 2021.
 
-        Returns the points, and for linf which of them are the best points still, (N,).
-        Works on crops of the images, as large as the window after so many halvings.
-        drawn: what ``_deal`` says of each row's proposal.
+        drawn: what ``_deal`` says of each row's proposal, after so many halvings or fewer; of the
+        latter the result means nothing.
         """
-        norm = threat.norm
-        plan = _plan(norm, self.p_init, tuple(x.shape[2:]), x.device, x.dtype)
-        crop = plan.sizes[halvings]
-        windows = 1 if norm == "linf" else 2
-        side, halved = drawn[:, 0].view(-1, 1, 1, 1), drawn[:, 1]
-        corner = drawn[:, 2 : 2 + 2 * windows].view(-1, windows, 2)
-        shift = (corner - (plan.extent - crop)).clamp_min(0)  # of the window in its crop
-        along = torch.arange(crop, device=x.device) - shift[..., None]  # (N, windows, 2, crop)
-        pixel = corner[..., None] + along
-        within = (along >= 0) & (along < side)
-        index = (pixel[:, :, 0, :, None] * x.shape[3] + pixel[:, :, 1, None, :]).flatten(2)
-        inside = (within[:, :, 0, :, None] & within[:, :, 1, None, :]).flatten(2)
-        index = index[:, :, None].expand(-1, -1, x.shape[1], -1)  # (N, windows, C, crop * crop)
-        inside = inside[:, :, None]
-
-        signs = _signs(drawn[:, 3 + 2 * windows :, None], x)  # (N, C, 1)
-        if norm == "linf":
-            point = best.flatten(2).clone()
-            index = index[:, 0]
-            corners = (x.flatten(2).gather(2, index) + threat.radius * signs).clamp_(0.0, 1.0)
-            before = point.gather(2, index)
-            after = torch.where(inside[:, 0], corners, before)
-            return point.scatter_(2, index, after).view_as(x), (after == before).flatten(1).all(1)
-
+        norm, (_, channels, height, width) = threat.norm, x.shape
+        plan = _plan(norm, self.p_init, (height, width), x.device, x.dtype)
+        pixel = _pixels(plan.sizes[halvings], 1, height, width, x.device)
+        index = drawn[:, 1:3, None] + pixel
+        index = index.clamp_max_(height * width - 1)[:, :, None].expand(-1, -1, channels, -1)
+        signs = _signs(drawn[:, 4:, None], x)  # (N, C, 1)
         order = 2 if norm == "l2" else 1
         delta = (best - x).flatten(2)
         spare = threat.radius**order - torch.linalg.vector_norm(delta, order, (1, 2)) ** order
         lifted = []
-        for k in range(windows):
-            there = delta.gather(2, index[:, k])
-            lifted.append(torch.where(inside[:, k], there, 0.0))
-            delta.scatter_(2, index[:, k], there - lifted[k])
+        for k in range(2):
+            lifted.append(delta.gather(2, index[:, k]))
+            delta.scatter_(2, index[:, k], 0.0)
         norms = [torch.linalg.vector_norm(part, order, 2, keepdim=True) for part in lifted]
-        mass = spare.clamp_min(0.0).view(-1, 1, 1) / x.shape[1]
+        mass = spare.clamp_min(0.0).view(-1, 1, 1) / channels
         mass = mass + norms[0] ** order + norms[1] ** order
 
-        down, across = along[:, 0, 0, :, None], along[:, 0, 1, None, :]
-        which, size = (2 * halved + drawn[:, 6]).view(-1, 1, 1), plan.sizes[0]
-        cells = ((which * size + down) * size + across).flatten(1)
-        eta = plan.bumps.take(cells.clamp_(0, plan.bumps.numel() - 1))[:, None]
-        fresh = torch.where(inside[:, 0], eta * signs, 0.0) + lifted[0] / (norms[0] + TINY)
+        eta = plan.bumps[halvings][drawn[:, 3]]
+        fresh = eta * signs + lifted[0] / (norms[0] + TINY)
         fresh /= torch.linalg.vector_norm(fresh, order, 2, keepdim=True) + TINY
         # l2: the whole budget again. l1 asks for more, and the projection takes the least of it.
-        fresh *= mass.sqrt() if norm == "l2" else mass * x.shape[1]
+        fresh *= mass.sqrt() if norm == "l2" else mass * channels
         delta.scatter_add_(2, index[:, 0], fresh)
         point = delta.view_as(x).add_(x)
-        point = point.clamp_(0.0, 1.0) if norm == "l2" else _project_sparse(point, x, threat)
-        return point, torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        return point.clamp_(0.0, 1.0) if norm == "l2" else _project_sparse(point, x, threat)
 
 
 def _project_sparse(point: Tensor, x: Tensor, threat: Threat) -> Tensor:

@@ -41,7 +41,8 @@ def overwrite(destination: Tensor, mask: Tensor, source: Tensor) -> None:
         destination.copy_(torch.where(per_row(mask, destination), source, destination))
         return
     rows = mask.nonzero().squeeze(1)
-    destination[rows] = source[rows]
+    if len(rows):
+        destination.index_copy_(0, rows, source.index_select(0, rows))
 
 
 def to_device(index: Tensor, device: torch.device) -> Tensor:

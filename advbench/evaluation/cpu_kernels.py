@@ -39,6 +39,8 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # Of two layouts at once an operator reads an entry at a time.
+        gradient = gradient.contiguous(memory_format=ctx.conv.layout)
         for out in ctx.saved_tensors:
             gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
         back = ctx.conv.back(gradient, ctx.shape) if ctx.needs_input_grad[0] else None
@@ -74,14 +76,20 @@ class PackedConv(nn.Module):
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.weight = _laid_out(self.plain, self.how, shape)
         # The gradient in the input is a convolution too, by the filters turned round, and in thin
-        # layers faster as such; with steps between the pixels it is not.
-        sides = zip(padding, dilation, conv.kernel_size, strict=True)
-        rest = [step * (side - 1) - pad for pad, step, side in sides]
+        # layers faster as such; a stride of s makes it one for each of s * s phases of the pixels.
         self.turned: Tensor | None = None
-        if stride == [1, 1] and conv.groups == 1 and min(rest) >= 0:
-            self.how_back = rest, stride, dilation, 1
-            turned = self.plain.flip(2, 3).transpose(0, 1).contiguous()
-            self.turned = _laid_out(turned, self.how_back, shape_out)
+        self.stride = stride[0] if stride[0] == stride[1] else 0
+        rest = [step * (side - 1) for step, side in zip(dilation, conv.kernel_size, strict=True)]
+        if self.stride == 1:
+            rest = [side - pad for side, pad in zip(rest, padding, strict=True)]
+            fits = min(rest) >= 0
+        else:
+            rest = [side // max(self.stride, 1) for side in rest]
+            phases = self.stride**2 * conv.in_channels
+            fits = dilation == [1, 1] and 0 < phases <= conv.out_channels
+        if fits and conv.groups == 1:
+            self.how_back = rest, [1, 1], dilation, 1
+            self.turned = _laid_out(_turned(self.plain, self.stride), self.how_back, shape_out)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled():
@@ -91,11 +99,21 @@ class PackedConv(nn.Module):
     def back(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient in an input of that shape."""
         if self.turned is not None:
-            return _pointwise()(gradient, self.turned, None, *self.how_back, "none", [], "")
+            back = _pointwise()(gradient, self.turned, None, *self.how_back, "none", [], "")
+            return back if self.stride == 1 else self._interleaved(back, shape)
         padding, stride, dilation, groups = self.how
         x = torch.empty(shape, memory_format=torch.channels_last)  # for its form alone
         others = None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
         return torch.ops.aten.convolution_backward(gradient, x, self.plain, *others)[0]
+
+    def _interleaved(self, phases: Tensor, shape: torch.Size) -> Tensor:
+        """The image (N, C, H, W) of that shape from its phases, (N, stride^2 C, ...)."""
+        cells = phases.permute(0, 2, 3, 1).unflatten(3, (self.stride, self.stride, shape[1]))
+        padded = cells.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        (top, left), (height, width) = self.how[0], shape[2:]
+        image = padded[:, :, top : top + height, left : left + width]
+        # Pixels at the lower and right border may be out of the filters' reach.
+        return F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]))
 
     def convolve(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=self.layout)
@@ -161,6 +179,16 @@ def indifferent(layer: nn.Linear) -> nn.Module:
 def _pointwise() -> Any:
     """oneDNN's operator, where this build of PyTorch has it."""
     return torch.ops.mkldnn._convolution_pointwise
+
+
+def _turned(weight: Tensor, stride: int) -> Tensor:
+    """Filters of the gradient: (out, in, h, w) -> (stride^2 in, out, h / stride, w / stride)."""
+    height, width = (-(-side // stride) for side in weight.shape[2:])
+    short = height * stride - weight.shape[2], width * stride - weight.shape[3]
+    cells = F.pad(weight, (0, short[1], 0, short[0]))
+    cells = cells.unflatten(3, (width, stride)).unflatten(2, (height, stride))
+    # out, in, height, row of the phase, width, column of the phase
+    return cells.permute(3, 5, 1, 0, 2, 4).flatten(0, 2).flip(2, 3).contiguous()
 
 
 def _laid_out(weight: Tensor, how: How, shape: list[int]) -> Tensor:

@@ -156,20 +156,18 @@ def test_a_proposal_from_the_clean_image_is_its_window(norm: str) -> None:
     clean = images(60, shape)._replace(x=torch.full((60, *shape), 0.5))
     rows = begin(attack, Oracle(linear(shape)), clean, threat)
     rows.point_best = clean.x.clone()
-    directions = set()
+    directions, sides = set(), window_sizes(norm, 0.8, 16, 20)
     for youngest in (0, 10, 11, 50, 51, 200, 201):
         ages = youngest + torch.arange(60) * 3
-        dealt, windows = attack._deal(rows.x, ages, norm, keyed(rows))
-        drawn = windows[torch.arange(60), ages - dealt]
-        moves = torch.empty_like(clean.x)
-        for halvings in drawn[:, 1].unique().tolist():
-            at = drawn[:, 1] == halvings
-            x = clean.x[at]
-            moves[at] = attack._propose(x, x, drawn[at], threat, halvings)[0] - x
-        for move, (side, halved, top, left, *rest), age in zip(
-            moves, drawn.tolist(), ages, strict=True
+        rows.iteration, rows.point = ages, clean.x.clone()
+        rows.dealt, rows.proposals = attack._deal(rows.x, ages, norm, keyed(rows))
+        drawn = rows.proposals[torch.arange(60), ages - rows.dealt]
+        propose = attack._paint if norm == "linf" else attack._redistribute
+        propose(rows, (int(ages.min()), int(ages.max())), threat)
+        for move, (halved, corner, *rest), age in zip(
+            rows.point - clean.x, drawn.tolist(), ages, strict=True
         ):
-            assert side == window_sizes(norm, 0.8, 16, 20)[halved]
+            side, top, left = sides[halved], corner // 20, corner % 20
             assert halved == sum(int(age) > bound for bound in HALVINGS)
             sign, expected = 1 - 2 * rest[-1], torch.zeros(shape)
             eta = torch.ones(side, side) if norm == "linf" else bump_pair(norm, side).float()
@@ -191,19 +189,20 @@ def test_windows_reach_every_place_evenly() -> None:
         ],
         1,
     )
+    sides = torch.tensor(window_sizes("linf", 0.8, 8, 8))
     for number, side in ((0, 7), (20, 5), (100, 4), (240, 3)):
-        assert seen[:, number, 0].unique().tolist() == [side]
+        assert sides[seen[:, number, 0]].unique().tolist() == [side]
     early, late = seen[:, 11:51], seen[:, 201:256]  # windows of side 5 and 3
     for drawn, side in ((early, 5), (late, 3)):
-        for axis in (2, 3):
-            counts = drawn[..., axis].flatten().bincount(minlength=9)
+        for place in (drawn[..., 1] // 8, drawn[..., 1] % 8):
+            counts = place.flatten().bincount(minlength=9)
             places = 8 - side + 1
             assert counts[places:].sum() == 0
             share = counts[:places] / counts.sum()
             torch.testing.assert_close(share, torch.full((places,), 1 / places), atol=0.02, rtol=0)
-    assert abs(float(seen[..., 5].double().mean()) - 0.5) < 0.01  # signs
+    assert abs(float(seen[..., 3].double().mean()) - 0.5) < 0.01  # signs
     assert not torch.equal(seen[0], seen[1]), "rows have windows of their own"
-    assert not torch.equal(seen[:, :BLOCK, 5], seen[:, BLOCK : 2 * BLOCK, 5])
+    assert not torch.equal(seen[:, :BLOCK, 3], seen[:, BLOCK : 2 * BLOCK, 3])
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -245,8 +244,8 @@ def test_a_row_does_not_feel_the_others(norm: str) -> None:
         begin_at, end = max(ours, theirs), min(ours, theirs) + 2 * BLOCK
         assert begin_at < end
         assert torch.equal(
-            rows.windows[i, begin_at - ours : end - ours],
-            alone[sample].windows[0, begin_at - theirs : end - theirs],
+            rows.proposals[i, begin_at - ours : end - ours],
+            alone[sample].proposals[0, begin_at - theirs : end - theirs],
         )
 
 

@@ -107,13 +107,18 @@ def test_what_does_not_fit_stays_as_it_is() -> None:
         ({"kernel_size": 5, "padding": 1, "dilation": 2}, True),
         ({"kernel_size": 1, "padding": 1}, False),  # it would cut the image
         ({"kernel_size": 3, "padding": 1, "stride": (1, 2)}, False),
+        ({"kernel_size": 4, "padding": 1, "stride": 2, "in_channels": 1}, True),
+        ({"kernel_size": (3, 2), "padding": (2, 0), "stride": 2, "in_channels": 1}, True),
+        ({"kernel_size": 7, "padding": 3, "stride": 2, "in_channels": 1}, True),
+        ({"kernel_size": 2, "stride": 3, "in_channels": 1, "out_channels": 9}, True),
+        ({"kernel_size": 4, "padding": 1, "stride": 2}, False),  # 16 channels from 6: dearer
         ({"kernel_size": 3, "padding": 2, "groups": 2}, False),
     ],
 )
 def test_gradients_of_all_kinds_of_convolutions(how: dict, turned: bool) -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(4, 6, **how).requires_grad_(False)
-    x = torch.randn(3, 4, 11, 9)
+    conv = nn.Conv2d(**{"in_channels": 4, "out_channels": 6, **how}).requires_grad_(False)
+    x = torch.randn(3, conv.in_channels, 11, 9)
     quick = packed(fx.symbolic_trace(nn.Sequential(conv)), x)
     (own,) = (module for module in quick.modules() if isinstance(module, PackedConv))
     assert (own.turned is not None) is turned

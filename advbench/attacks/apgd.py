@@ -120,7 +120,7 @@ class APGD(Attack):
 
     @property
     def queries(self) -> int:
-        # Each phase but the last looks at its last point, to hand on the best one.
+        # Each phase but the last also queries its last point: the next begins at the best one.
         return sum(steps for _, steps in self._schedule) + len(self._schedule) - 1
 
     def stays_inside(self, threat: Threat) -> bool:

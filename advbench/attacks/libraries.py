@@ -220,7 +220,7 @@ class TorchAttack(LibraryAttack):
         names = self._known()
         params = {k: v for k, v in defaults.items() if k in names} | dict(self.params)
         x = clean.x
-        # A batch of its own draws, the same after an interruption.
+        # Seeded by the batch: the same random numbers after an interruption.
         seed = hash_of(f"{self.seed}/{self.name}/{clean.ids.tolist()}")
         with _library_errors(f"torchattacks' {self.name}", f" with {params}"):
             attack = attack_class(model, **params)

@@ -13,8 +13,8 @@ from advbench.devices import full_float32
 
 CONFIRMATIONS = (3, 10)
 CHUNKS = {"cpu": 16, "cuda": 128}
-"""Images per forward pass, always as many: proposals come by ones and twos, and in crowds, and a
-card is as quick with many as with few."""
+"""Images per forward pass, a fixed number: the shape of a batch decides its rounding, and a GPU
+takes as long for few images as for many."""
 
 
 class Judgement(NamedTuple):

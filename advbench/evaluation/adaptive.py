@@ -61,10 +61,10 @@ class MSAProtocol(Protocol):
             raise UserError(f"no protocol.search '{self.search}'{hint}")
 
     def to_json(self) -> dict[str, Any]:
-        kept = super().to_json()
+        values = super().to_json()
         if self.search == "full":  # as it was before there was another
-            del kept["search"]
-        return kept
+            del values["search"]
+        return values
 
     def reasons(self, subject: Subject, stages: Sequence[Stage]) -> list[str]:
         reasons, gradient = super().reasons(subject, stages), subject.traits.gradient
@@ -87,15 +87,15 @@ class MSAProtocol(Protocol):
         return "cheap"
 
     def stages(self, subject: Subject) -> list[Stage]:
-        own = {name: s for name, s in subject.surrogates.items() if not s.transfer}
+        surrogates = {name: s for name, s in subject.surrogates.items() if not s.transfer}
         if self.search == "express":
-            return [*self._express(own, subject, model=True), *self._last(subject)]
+            return [*self._express(surrogates, subject, model=True), *self._last(subject)]
         return [
             *self._on_model("apgd-ce", subject),
-            *self._searches(own, subject),
+            *self._searches(surrogates, subject),
             # On a stochastic model one search on the DLR loss instead of nine, as AutoAttack does.
             *self._on_model("apgd-dlr" if subject.traits.stochastic else "apgd-t", subject),
-            *self._targeted(own, subject),
+            *self._targeted(surrogates, subject),
             *self._last(subject),
         ]
 
@@ -103,13 +103,13 @@ class MSAProtocol(Protocol):
         self, surrogates: Surrogates, subject: Subject, *, model: bool = False
     ) -> list[Stage]:
         """Express on the model and on each surrogate without an auxiliary loss."""
-        plain = express_stage(subject, EXPRESS, draws=self.draws)
-        stages = [plain] if model and subject.traits.gradient != "none" else []
+        express = express_stage(subject, EXPRESS, draws=self.draws)
+        stages = [express] if model and subject.traits.gradient != "none" else []
         for name, surrogate in surrogates.items():
             if surrogate.auxiliary_loss:
                 stages += self._searches({name: surrogate}, subject)
             else:
-                stages.append(self._on(name, surrogate, EXPRESS, plain.attack))
+                stages.append(self._on(name, surrogate, EXPRESS, express.attack))
         return stages
 
     def _on_model(self, member: str, subject: Subject) -> list[Stage]:
@@ -217,17 +217,17 @@ class AdaptiveProtocol(MSAProtocol):
 
     def follow_up(self, plan: Plan, findings: Findings) -> FollowUp | None:
         ran = {stage.name for stage in findings.stages}
-        asked: dict[str, list[str]] = {}
-        for sign in findings.indicators:
-            if sign["triggered"] and sign["kind"] not in NOT_BY_ATTACK:
-                effort = sign["kind"] == "effort"
-                asked.setdefault(SETTLES_EFFORT if effort else SETTLES_GRADIENT, []).append(
-                    sign["id"]
+        doubts: dict[str, list[str]] = {}
+        for indicator in findings.indicators:
+            if indicator["triggered"] and indicator["kind"] not in NOT_BY_ATTACK:
+                effort = indicator["kind"] == "effort"
+                doubts.setdefault(SETTLES_EFFORT if effort else SETTLES_GRADIENT, []).append(
+                    indicator["id"]
                 )
-        stages = tuple(s for s in plan.follow_ups if s.name in asked.keys() - ran)
+        stages = tuple(s for s in plan.follow_ups if s.name in doubts.keys() - ran)
         if not stages:
             return None
-        reasons = (f"{stage.name} follows, for {', '.join(asked[stage.name])}" for stage in stages)
+        reasons = (f"{stage.name} follows, for {', '.join(doubts[stage.name])}" for stage in stages)
         return FollowUp(stages, "; ".join(reasons))
 
     def _longer(self, subject: Subject) -> list[Stage]:

@@ -22,11 +22,11 @@ class Budget(NamedTuple):
     """Of the whole evaluation: forwards + 2 x backwards, of single images."""
 
     def spent(self) -> str:
-        """What to say of an evaluation that stopped because of it, up to ``before``."""
+        """Why an evaluation stopped, in words that ``before`` follows."""
         return "time was up" if self.passes is None else f"{self.passes:,.0f} passes were spent"
 
     def resume(self) -> str:
-        """What makes that evaluation go on."""
+        """How to resume that evaluation, in words."""
         more = "" if self.passes is None else " with a larger budget"
         return f"repeat the command{more} to resume"
 
@@ -76,7 +76,7 @@ class PassCounter:
 
     @property
     def limited(self) -> bool:
-        """Whether there is anything to count for."""
+        """Whether there is a budget of passes."""
         return self.most < math.inf
 
     def begin(self, before: int) -> None:

@@ -68,7 +68,7 @@ class Engine:
         job, assigned = self.job, self.assigned
         if job.world_size > 1 and not all(stage.attack.queries for stage in stages):
             raise UserError(
-                "the attacks of other libraries draw by the batch: run them with trainer.devices=1"
+                "attacks of other libraries depend on the batch: run them with trainer.devices=1"
             )
         surrogate_models = [surrogate.model for surrogate in job.surrogates.values()]
         with attackable(job.model, *surrogate_models), full_float32(), kernels(job.deterministic):
@@ -268,7 +268,7 @@ def records_without_attack(ids: Tensor, samples: Samples) -> Records:
 
 
 def still_correct(store: Store, stage: str, attacked: Tensor) -> Tensor:
-    """The samples that the stage did not break by their own image."""
+    """The samples, of ``attacked``, that their own image of this stage did not break."""
     records = store.records(stage)
     broken = torch.from_numpy(records.sample[records.alone])
     return attacked[~torch.isin(attacked, broken)]

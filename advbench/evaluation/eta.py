@@ -31,20 +31,26 @@ class Forecast:
         return np.minimum(queries * BINS // self.queries, BINS)
 
     def ended(self, queries: int, broke: bool) -> None:
-        """A sample left after so many queries."""
+        """Record that a sample ended after so many queries, broken or robust."""
         at = int(self._bin(np.array(queries)))
         self.reached[at] += 1
         self.broke[at] += broke
 
     def round(self, queries: float = 1.0) -> None:
-        """The slots have gone on, by so many queries in the mean."""
+        """Record a round of the batch, by so many queries per sample on average."""
         now = time.perf_counter()
         elapsed, self._last = (now - self._last) / max(queries, 0.1), now
         previous = self.query_seconds or elapsed
         self.query_seconds = DECAY * previous + (1 - DECAY) * elapsed
 
     def seconds(self, under_way: np.ndarray, waiting: int, slots: int) -> float:
-        """Time left. under_way: queries that each sample in a slot has behind it."""
+        """The time left.
+
+        Args:
+            under_way: queries made for each sample in the batch, (B,).
+            waiting: samples that have not started.
+            slots: the batch size.
+        """
         bins = self._bin(under_way)
         ended = self.reached + np.bincount(bins, minlength=BINS + 1)
         at_risk = np.maximum(ended[::-1].cumsum()[::-1], 1)

@@ -71,12 +71,12 @@ class ExpressProtocol(Protocol):
         Raises:
             UserError: for an ``audit`` that means nothing.
         """
-        said = str(self.audit).strip()
-        if said == "all":
+        text = str(self.audit).strip()
+        if text == "all":
             return survivors
-        if re.fullmatch(r"\d+", said):
-            return min(int(said), survivors)
-        if match := re.fullmatch(r"(?:±|\+-|\+/-)\s*(\d+\.?\d*|\.\d+)", said):
+        if re.fullmatch(r"\d+", text):
+            return min(int(text), survivors)
+        if match := re.fullmatch(r"(?:±|\+-|\+/-)\s*(\d+\.?\d*|\.\d+)", text):
             return sample_size(float(match[1]), n, survivors)
         raise UserError(
             f"protocol.audit={self.audit} is no number of samples: write 64, all, 0 or +-0.3"
@@ -106,25 +106,27 @@ class ExpressProtocol(Protocol):
 
     def follow_up(self, plan: Plan, findings: Findings) -> FollowUp | None:
         ran = {stage.name: stage for stage in findings.stages}
-        begun = ran.get(plan.follow_ups[0].name)
-        if begun is not None and begun.only is None:
+        audit_stage = ran.get(plan.follow_ups[0].name)
+        if audit_stage is not None and audit_stage.only is None:
             return None
-        if self.escalate and (sign := misleading(findings.indicators)) is not None:
-            return _because(plan.follow_ups, f"{sign['id']} was triggered, so on all survivors")
-        left = findings.survivors(plan.stages)
-        if begun is not None:
-            return self._escalation(plan, findings, left)
-        size = self.audited(len(left), len(findings.records[CLEAN]))
+        if self.escalate and (indicator := misleading(findings.indicators)) is not None:
+            return _because(
+                plan.follow_ups, f"{indicator['id']} was triggered, so on all survivors"
+            )
+        survivors = findings.survivors(plan.stages)
+        if audit_stage is not None:
+            return self._escalation(plan, findings, survivors)
+        size = self.audited(len(survivors), len(findings.records[CLEAN]))
         if not size:
             return None
-        if size == len(left):
+        if size == len(survivors):
             return _because(plan.follow_ups, f"audit of all {size} survivors")
-        only = keyed_sample(left, size, findings.seed)
-        stages = (replace(stage, only=only) for stage in plan.follow_ups)
-        return _because(stages, f"audit of {size} of {len(left)} survivors")
+        audited_ids = keyed_sample(survivors, size, findings.seed)
+        stages = (replace(stage, only=audited_ids) for stage in plan.follow_ups)
+        return _because(stages, f"audit of {size} of {len(survivors)} survivors")
 
-    def _escalation(self, plan: Plan, findings: Findings, left: np.ndarray) -> FollowUp | None:
-        audited, broken = _audit(plan, findings, left)
+    def _escalation(self, plan: Plan, findings: Findings, survivors: np.ndarray) -> FollowUp | None:
+        audited, broken = _audit(plan, findings, survivors)
         # Of survivors like these, not of these: one odd sample of a few escalates nothing.
         if not self.escalate or clopper_pearson(broken, audited)[0] <= self.tolerance:
             return None
@@ -135,11 +137,11 @@ class ExpressProtocol(Protocol):
         )
 
     def estimate(self, plan: Plan, findings: Findings) -> Estimate | None:
-        left, n = findings.survivors(plan.stages), len(findings.records[CLEAN])
-        unasked = str(self.audit) == "0" and len(findings.stages) == len(plan.stages)
-        if unasked or not len(left):
+        survivors, n = findings.survivors(plan.stages), len(findings.records[CLEAN])
+        no_audit = str(self.audit) == "0" and len(findings.stages) == len(plan.stages)
+        if no_audit or not len(survivors):
             return None
-        return estimate("AutoAttack", n, len(left), *_audit(plan, findings, left))
+        return estimate("AutoAttack", n, len(survivors), *_audit(plan, findings, survivors))
 
 
 def express_stage(
@@ -156,17 +158,17 @@ def misleading(indicators: Sequence[Indicator]) -> Indicator | None:
     return next((i for i in indicators if i["triggered"] and i["id"] in MISLEADING), None)
 
 
-def _audit(plan: Plan, findings: Findings, left: np.ndarray) -> tuple[int, int]:
-    """How many of the survivors ``left`` AutoAttack attacked, and broke."""
+def _audit(plan: Plan, findings: Findings, survivors: np.ndarray) -> tuple[int, int]:
+    """How many of the ``survivors`` AutoAttack attacked, and broke."""
     names = {stage.name for stage in plan.follow_ups}
     suite = [stage for stage in findings.stages if stage.name in names]
-    only = next((stage.only for stage in suite), ())
-    audited = left if only is None else left[np.isin(left, only)]
+    audited_ids = next((stage.only for stage in suite), ())
+    audited = survivors if audited_ids is None else survivors[np.isin(survivors, audited_ids)]
     robust = findings.survivors((*plan.stages, *suite))
     return len(audited), int((~np.isin(audited, robust)).sum())
 
 
 def _because(stages: Iterable[Stage], reason: str) -> FollowUp:
     """The stages, each with the reason for them."""
-    given = tuple(replace(stage, why=f"{reason}: {stage.why}") for stage in stages)
-    return FollowUp(given, f"AutoAttack follows: {reason}")
+    with_reason = tuple(replace(stage, why=f"{reason}: {stage.why}") for stage in stages)
+    return FollowUp(with_reason, f"AutoAttack follows: {reason}")

@@ -89,11 +89,11 @@ class BatchReferee:
 
 
 class JointSearch:
-    """A stage at work on fixed batches, one after the other.
+    """Runs a stage on fixed batches, one after the other.
 
     Args:
         job: what is attacked, with the stage's own threat and deadline.
-        stage: the attack, and whom it attacks.
+        stage: the attack and its victim.
         oracle: answers for the victim.
         store: where records go.
         correct: samples that are still correct as the stage begins, of ``total``.

@@ -42,13 +42,13 @@ class Stage:
 
     def to_json(self) -> dict[str, Any]:
         attack = {"type": type(self.attack).__name__, **asdict(self.attack)}
-        own = {"draws": self.eot_samples, "eps": self.eps, "only_if": self.only_if}
+        settings = {"draws": self.eot_samples, "eps": self.eps, "only_if": self.only_if}
         return {
             "name": self.name,
             "target": self.victim,
             "why": self.why,
             "attack": attack,
-            **{key: value for key, value in own.items() if value not in (1, None)},
+            **{key: value for key, value in settings.items() if value not in (1, None)},
         }
 
 

@@ -34,7 +34,7 @@ class Protocol(ABC):
 
     @property
     def title(self) -> str:
-        """The name under which its results are kept."""
+        """The protocol's name in results."""
         return self.name
 
     @property
@@ -90,8 +90,8 @@ class Protocol(ABC):
         traits, reasons = subject.traits, []
         if traits.stochastic:
             reasons.append(
-                "the model is stochastic: an image is wrong if most of 10 evaluations are, and "
-                "what an attack finds has to be so again in most of 30 and of 100 fresh ones"
+                "the model is stochastic: an image is wrong if most of 10 evaluations are, and a "
+                "successful attack is confirmed by most of 30 and of 100 fresh ones"
             )
             single = [
                 stage.name
@@ -102,8 +102,8 @@ class Protocol(ABC):
             ]
             if single:
                 reasons.append(
-                    f"single draws decide each step of {', '.join(single)}: protocol=msa, and "
-                    "autoattack with protocol.suite=rand, follow means over 20 (EOT)"
+                    f"a single EOT sample decides each step of {', '.join(single)}: protocol=msa, "
+                    "and autoattack with protocol.suite=rand, take the mean of 20"
                 )
         if traits.batch_dependent:
             reasons.append(
@@ -119,16 +119,16 @@ class Protocol(ABC):
         Raises:
             UserError: where the protocol would not measure what it says.
         """
-        planned = tuple(self.stages(subject))
-        self._check_all((*planned, *self.may_follow(subject)), subject)
-        return planned
+        stages = tuple(self.stages(subject))
+        self._check_all((*stages, *self.may_follow(subject)), subject)
+        return stages
 
     def _check_all(self, stages: Sequence[Stage], subject: Subject) -> None:
         """Check the stages that run, or may run. Raises UserError."""
         names = [stage.name for stage in stages]
-        for what, given in (("stage", names), ("surrogate", subject.surrogates)):
-            if taken := RESERVED & set(given):
-                raise UserError(f"no {what} may have the name '{taken.pop()}', which is taken")
+        for what, used_names in (("stage", names), ("surrogate", subject.surrogates)):
+            if reserved := RESERVED & set(used_names):
+                raise UserError(f"no {what} may have the name '{reserved.pop()}', which is taken")
         if len(set(names)) < len(names):
             raise UserError(
                 f"protocol={self.title} has stages of the same name: {', '.join(names)}"

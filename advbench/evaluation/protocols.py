@@ -212,11 +212,11 @@ class AutoAttackProtocol(Protocol):
     they have in the suite. Their result is not a result of AutoAttack."""
 
     def __post_init__(self) -> None:
-        given = [("suite", self.suite, _MEMBERS), ("engine", self.engine, _ENGINES)]
-        given += [("attacks", name, WHY) for name in self.attacks or ()]
-        for what, value, known in given:
-            if value not in known:
-                raise UserError(f"no protocol.{what} '{value}'{did_you_mean(value, known)}")
+        choices = [("suite", self.suite, _MEMBERS), ("engine", self.engine, _ENGINES)]
+        choices += [("attacks", name, WHY) for name in self.attacks or ()]
+        for what, value, allowed in choices:
+            if value not in allowed:
+                raise UserError(f"no protocol.{what} '{value}'{did_you_mean(value, allowed)}")
         if self.attacks == []:
             raise UserError("protocol.attacks=[] attacks nothing: use protocol=clean")
 
@@ -274,20 +274,20 @@ def autoattack(member: str, subject: Subject, suite: str = "standard") -> Attack
     """
     l1 = subject.threat.norm == "l1" and suite == "standard"
     restarts = 5 if suite == "plus" or l1 else 1
-    wrong = subject.num_classes - 1
+    num_wrong = subject.num_classes - 1
     if member == "apgd-ce":
         return APGD(loss_name="ce", restarts=restarts, large_radius=l1)
     if member == "apgd-dlr":
         loss = "dlr" if subject.num_classes >= FEWEST_CLASSES["dlr"] else "margin"
         return APGD(loss_name=loss, restarts=restarts, large_radius=l1)
     if member == "apgd-t":
-        enough = subject.num_classes >= FEWEST_CLASSES["dlr_targeted"]
-        loss = "dlr_targeted" if enough else "margin_targeted"
-        return APGD(loss_name=loss, targets=min(5 if l1 else 9, wrong), large_radius=l1)
+        has_dlr = subject.num_classes >= FEWEST_CLASSES["dlr_targeted"]
+        loss = "dlr_targeted" if has_dlr else "margin_targeted"
+        return APGD(loss_name=loss, targets=min(5 if l1 else 9, num_wrong), large_radius=l1)
     if member == "fab":
         return FAB(targeted=False, restarts=restarts)
     if member == "fab-t":
-        return FAB(targets=min(9, wrong))
+        return FAB(targets=min(9, num_wrong))
     return Square()
 
 

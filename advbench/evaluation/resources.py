@@ -16,12 +16,12 @@ from advbench.devices import asking_for, has_tf32
 from advbench.errors import UserError
 from advbench.evaluation.fast_model import FastModelOptions
 
-ROOM = {"cpu": 2e5, "cuda": 8e6}
+BUSY_VALUES = {"cpu": 2e5, "cuda": 8e6}
 """Values of images in a batch at which a device is busy, by trial on small and large nets."""
-MOST = {"cpu": 512, "cuda": 4096}
+LARGEST_BATCH = {"cpu": 512, "cuda": 4096}
 """Samples side by side, at most: a card is not busy with fewer where the images are small."""
 
-PATIENCE = timedelta(days=30)
+BARRIER_TIMEOUT = timedelta(days=30)
 """Until a process stops waiting for the others: their shares may differ by hours."""
 
 
@@ -35,7 +35,7 @@ class ProcessGroup:
         self.world_size = 1 if fabric is None else fabric.world_size
 
     def wait(self) -> None:
-        """Until all have come here. Ends this process if the first, which speaks for all, ended."""
+        """Wait until all processes have called this. If the first one ended, this one ends too."""
         if self.fabric is None:
             return
         try:
@@ -46,7 +46,7 @@ class ProcessGroup:
             raise SystemExit(2) from problem
 
     def of_first(self, value: str) -> str:
-        """What the first process has; all call this."""
+        """The ``value`` of the first process, in every process; all call this."""
         return value if self.fabric is None else self.fabric.broadcast(value, src=0)
 
 
@@ -75,17 +75,17 @@ class Resources:
     """On a GPU, the same bits in every run, at some cost; a CPU gives them anyway."""
 
     def __post_init__(self) -> None:
-        known = ("auto", "cpu", "cuda", "mps")
-        if self.accelerator not in known:
+        accelerators = ("auto", "cpu", "cuda", "mps")
+        if self.accelerator not in accelerators:
             raise UserError(
-                f"no trainer.accelerator '{self.accelerator}'; there is: {', '.join(known)}"
+                f"no trainer.accelerator '{self.accelerator}'; there is: {', '.join(accelerators)}"
             )
         if self.batch_size != "auto" and not (
             isinstance(self.batch_size, int) and self.batch_size >= 1
         ):
             raise UserError(f"trainer.batch_size={self.batch_size} is not auto or at least 1")
-        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not here.get(self.accelerator, True):
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not available.get(self.accelerator, True):
             raise UserError(
                 f"trainer.accelerator={self.accelerator} is not available here; "
                 "use trainer.accelerator=cpu"
@@ -112,9 +112,9 @@ class Resources:
         """Samples attacked side by side, for images of that shape."""
         if isinstance(self.batch_size, int):
             return self.batch_size
-        room = ROOM.get(self.device.type, ROOM["cpu"]) / math.prod(input_shape)
-        most = MOST.get(self.device.type, MOST["cpu"])
-        return min(max(2 ** round(math.log2(room)), 8), most)
+        images = BUSY_VALUES.get(self.device.type, BUSY_VALUES["cpu"]) / math.prod(input_shape)
+        limit = LARGEST_BATCH.get(self.device.type, LARGEST_BATCH["cpu"])
+        return min(max(2 ** round(math.log2(images)), 8), limit)
 
     def launch(self) -> ProcessGroup:
         """Start the other processes, which run this same command, and meet them.
@@ -129,7 +129,7 @@ class Resources:
                 accelerator=self.accelerator,
                 devices=self.devices,
                 num_nodes=self.num_nodes,
-                strategy=DDPStrategy(timeout=PATIENCE),
+                strategy=DDPStrategy(timeout=BARRIER_TIMEOUT),
             )
             fabric.launch()
         return ProcessGroup(self.device, fabric)

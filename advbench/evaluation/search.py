@@ -43,15 +43,15 @@ NO_GRADIENT = (
 SHOW_SECONDS = 0.2
 COMMIT_SECONDS = 2.0
 SAVE_SECONDS = 30.0
-SAVE_SHARE = 0.02  # of the time may go into writing down what is under way
+SAVE_SHARE = 0.02  # of the time, at most, for saving the searches in progress
 
 
 class Search:
-    """A stage at work on samples that come and go one by one.
+    """Runs a stage on samples that enter and leave the batch one by one.
 
     Args:
         job: what is attacked, with the stage's own threat and deadline.
-        stage: the attack, and whom it attacks.
+        stage: the attack and its victim.
         oracle: answers for the victim.
         store: where records go.
         referee: judges on the real model.
@@ -186,7 +186,7 @@ class Search:
         self.position[len(occupied) :] = -1
 
     def _back_off(self) -> None:
-        """Memory ran out: begin the searches under way again, fewer side by side."""
+        """Memory ran out: restart the searches in progress with a smaller batch."""
         self.batch_sizes.shrink()
         self.referee.chunk = min(self.referee.chunk, self.batch_sizes.largest)
         running = self.position[self._occupied()].sort().values.tolist()
@@ -225,7 +225,7 @@ class Search:
             self._release(rows, finished[self.position[finished] >= 0])
 
     def _check_success(self, rows: Rows, logits: Tensor, usable: Tensor | None = None) -> None:
-        """Put before the referee what looks like a success.
+        """Let the referee judge the rows that look like a success.
 
         Raises:
             UserError: for a row in search whose gradient is not ``usable``.
@@ -249,7 +249,7 @@ class Search:
             raise UserError(NO_GRADIENT)
 
     def _judge(self, rows: Rows, slots: Tensor) -> None:
-        """Put rows before the referee; the broken ones leave."""
+        """Let the referee judge these rows; the broken ones leave the batch."""
         index = to_device(slots, rows.x.device)
         x = rows.x[index]
         judgement = self.referee.judge(x, rows.y[index], rows.point[index])
@@ -293,10 +293,10 @@ class Search:
                 next_searches.append(position)
         self.waiting.extendleft(reversed(next_searches))
 
-    # --- what is written down -------------------------------------------------------------------
+    # --- saving and progress --------------------------------------------------------------------
 
     def _save(self) -> bool:
-        """Store what is finished and, now and then, what is under way. Returns whether to stop."""
+        """Store finished samples and, at times, searches in progress. Returns whether to stop."""
         now = time.perf_counter()
         stop = self.job.deadline() or self.job.passes.spent(self._passes)
         if self.all_or_nothing:

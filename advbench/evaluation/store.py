@@ -239,20 +239,20 @@ class Store:
 
     def in_progress(self, stage: str) -> tuple[int, int, int]:
         """Samples of a stage that were started and have no record; their forwards and backwards."""
-        most: dict[int, tuple[int, int]] = {}
+        max_passes: dict[int, tuple[int, int]] = {}
         for state in self.in_progress_states(stage):
-            spent: dict[int, tuple[int, int]] = {}
+            state_passes: dict[int, tuple[int, int]] = {}
             for part, ids in (("ledger", "sample"), ("rows", "ids")):
                 columns = (state.get(f"{part}.{c}") for c in (ids, "forwards", "backwards"))
                 values = [[] if column is None else column.tolist() for column in columns]
                 for sample, forwards, backwards in zip(*values, strict=True):
-                    before = spent.get(sample, (0, 0))
-                    spent[sample] = before[0] + forwards, before[1] + backwards
-            for sample, passes in spent.items():  # an earlier process may have left its own
-                most[sample] = max(most.get(sample, (0, 0)), passes)
+                    previous = state_passes.get(sample, (0, 0))
+                    state_passes[sample] = previous[0] + forwards, previous[1] + backwards
+            for sample, passes in state_passes.items():  # an earlier process may have left its own
+                max_passes[sample] = max(max_passes.get(sample, (0, 0)), passes)
         stored = set(self.records(stage).sample.tolist())
         started = [
-            passes for sample, passes in most.items() if sample not in stored and any(passes)
+            passes for sample, passes in max_passes.items() if sample not in stored and any(passes)
         ]
         return len(started), sum(p[0] for p in started), sum(p[1] for p in started)
 
@@ -262,10 +262,10 @@ class Store:
 
     def passes(self, ids: np.ndarray) -> int:
         """Forwards + 2 x backwards in the records of these samples, of all stages."""
-        made = 0
+        total = 0
         for part in (part for parts in self._parts.values() for part in parts):
-            made += passes(part, np.isin(part.sample, ids))
-        return made
+            total += passes(part, np.isin(part.sample, ids))
+        return total
 
     def seconds(self, stage: str) -> float:
         """Time spent on a stage so far, over all sittings."""

@@ -29,7 +29,7 @@ def summarise(
     settings: Mapping[str, Any],
     started: datetime,
 ) -> Results:
-    """The results, computed from the records alone: of the samples that were looked at.
+    """The results, computed from the records alone, of the samples that have any.
 
     Args:
         job: what was attacked.

@@ -83,24 +83,24 @@ def straight_through(
     with torch.no_grad():
         logits = model(clean.x)
     clean = Clean(clean.ids, clean.x, logits.argmax(1))  # the model's own labels
-    start = -losses.margin(logits, clean.y)
-    best, kept = _margin(model, model, clean, threat, seed), None
-    least = BETTER * start.clamp_min(1e-6)
+    clean_margin = -losses.margin(logits, clean.y)
+    best_margin, best_twin = _margin(model, model, clean, threat, seed), None
+    min_gain = BETTER * clean_margin.clamp_min(1e-6)
     for harsh in (False, True):
         twin = StraightThrough(surgery.twin(model), harsh=harsh)
-        left = _margin(twin, model, clean, threat, seed)
-        if left is None or not twin.replaced:
+        margin = _margin(twin, model, clean, threat, seed)
+        if margin is None or not twin.replaced:
             continue
-        if best is None or ((best - left) / least).mean() > 1:
-            best, kept = left, twin
-    if kept is None:
+        if best_margin is None or ((best_margin - margin) / min_gain).mean() > 1:
+            best_margin, best_twin = margin, twin
+    if best_twin is None:
         return None
-    names = [name for name, _ in kept.replaced.most_common()]
+    names = [name for name, _ in best_twin.replaced.most_common()]
     if len(names) > 1:  # PyTorch's own no_grad asks it too
         names = [name for name in names if name != GRAD_MODE]
     what = ", ".join(names)
     why = f"the same function with a gradient that passes straight through: {what}"
-    return Surrogate(kept, exact=True, loss="margin", why=why)
+    return Surrogate(best_twin, exact=True, loss="margin", why=why)
 
 
 def _margin(

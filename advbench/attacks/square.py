@@ -116,7 +116,7 @@ class SquareRows(Rows):
     loss_best: Tensor
     """The margin of the best point, (N,)."""
     proposals: Tensor
-    """The next ones, see ``_deal``."""
+    """The next ones, see ``_draw_windows``."""
     dealt: Tensor
     """The number of the first of ``proposals``, (N,)."""
 
@@ -174,10 +174,10 @@ class Square(Attack):
                 tiles *= threat.radius / tiles.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             point = threat.project_closely(x.to(widest(x)) + tiles, x)
         fields = started(clean, point, restart)
-        dealt, proposals = self._deal(x, fields["iteration"], threat.norm, random)
-        worst, point = torch.full((len(x),), -torch.inf, device=x.device), point.contiguous()
+        dealt, proposals = self._draw_windows(x, fields["iteration"], threat.norm, random)
+        no_loss, point = torch.full((len(x),), -torch.inf, device=x.device), point.contiguous()
         return SquareRows(
-            **fields, point_best=point.clone(), loss_best=worst, proposals=proposals, dealt=dealt
+            **fields, point_best=point.clone(), loss_best=no_loss, proposals=proposals, dealt=dealt
         )
 
     def advance(self, rows: Rows, answer: Answer, threat: Threat, random: Random) -> Tensor | None:
@@ -185,42 +185,43 @@ class Square(Attack):
         ages = rows.iteration.cpu() if answer.age is None else answer.age
         youngest, oldest = (int(age) for age in ages.aminmax())
         # Misclassified is above zero, hence above the best of a search that continues.
-        better = answer.loss > rows.loss_best
-        overwrite(rows.point_best, better, rows.point)
-        rows.loss_best = torch.where(better, answer.loss, rows.loss_best)
+        improved = answer.loss > rows.loss_best
+        overwrite(rows.point_best, improved, rows.point)
+        rows.loss_best = torch.where(improved, answer.loss, rows.loss_best)
 
         linf = threat.norm == "linf"
         if linf:
             rows.point.copy_(rows.point_best)
-            idle = self._paint(rows, (youngest, oldest), threat)
+            unchanged = self._paint(rows, (youngest, oldest), threat)
         else:
             self._redistribute(rows, (youngest, oldest), threat)
-            idle = torch.zeros_like(better)
+            unchanged = torch.zeros_like(improved)
         if oldest >= self.steps:
             overwrite(rows.point, rows.iteration >= self.steps, rows.point_best)
         rows.iteration += 1
         for _ in range(SKIPS if linf else 0):
             # A window that has these signs already changes nothing: its answer is known.
-            idle &= rows.iteration < self.steps
-            if surely_none(idle):
+            unchanged &= rows.iteration < self.steps
+            if surely_none(unchanged):
                 break
-            again = self._paint(rows, (youngest, oldest), threat, idle)
-            rows.iteration += idle
-            idle = again
-        return self._deal_in_time(rows, threat.norm, random)
+            still_unchanged = self._paint(rows, (youngest, oldest), threat, unchanged)
+            rows.iteration += unchanged
+            unchanged = still_unchanged
+        return self._refresh_windows(rows, threat.norm, random)
 
-    def _deal_in_time(self, rows: SquareRows, norm: str, random: Random) -> Tensor:
-        """Deal anew if a row could come to the end of its windows in the next query.
+    def _refresh_windows(self, rows: SquareRows, norm: str, random: Random) -> Tensor:
+        """Draw new windows if a row could use up its own in the next query.
 
-        Returns the ages on the host, (N,): what is read here waits for the device.
+        Returns:
+            The ages on the host, (N,); reading them waits for the device.
         """
         ages, used = torch.stack((rows.iteration, rows.iteration - rows.dealt)).cpu()
         if int(used.max()) >= 2 * BLOCK - SKIPS:
-            rows.dealt, rows.proposals = self._deal(rows.x, rows.iteration, norm, random)
+            rows.dealt, rows.proposals = self._draw_windows(rows.x, rows.iteration, norm, random)
         return ages
 
     def _drawn(self, rows: SquareRows, at: Tensor) -> Tensor:
-        """What ``_deal`` says of the next proposals of the rows at these numbers."""
+        """The next proposals of the rows ``at``, see ``_draw_windows``."""
         column = (rows.iteration - rows.dealt).index_select(0, at)
         dealt = rows.proposals.flatten(0, 1)
         return dealt.index_select(0, at * rows.proposals.shape[1] + column)
@@ -251,40 +252,43 @@ class Square(Attack):
             channel = torch.arange(channels, device=x.device).view(-1, 1, 1) * (height * width)
             pixel = (channel + (along * width)[:, None, :, None] + along[:, None, None]).flatten(1)
         index = (torch.add(drawn[:, 1], at, alpha=x[0].numel())[:, None] + pixel).flatten()
-        before = rows.point.flatten().index_select(0, index).view(len(at), channels, -1)
-        painted = x.flatten().index_select(0, index).view_as(before)
-        painted.add_(threat.radius * _signs(drawn[:, 3:], x)[..., None]).clamp_(0.0, 1.0)
-        same = (painted - before).abs_().flatten(1).amax(1) == 0
+        old_values = rows.point.flatten().index_select(0, index).view(len(at), channels, -1)
+        new_values = x.flatten().index_select(0, index).view_as(old_values)
+        new_values.add_(threat.radius * _signs(drawn[:, 3:], x)[..., None]).clamp_(0.0, 1.0)
+        unchanged = (new_values - old_values).abs_().flatten(1).amax(1) == 0
         if only is not None and must_wait(only):
-            painted = torch.where(per_row(only, painted), painted, before)
-        rows.point.view(-1).scatter_(0, index, painted.flatten())
+            new_values = torch.where(per_row(only, new_values), new_values, old_values)
+        rows.point.view(-1).scatter_(0, index, new_values.flatten())
         if only is None:
-            return same
-        return torch.zeros_like(only).index_copy_(0, at, same & only[at])
+            return unchanged
+        return torch.zeros_like(only).index_copy_(0, at, unchanged & only[at])
 
     def _redistribute(self, rows: SquareRows, ages: tuple[int, int], threat: Threat) -> None:
         """The next proposals in l2 and l1 become ``rows.point``."""
         x, best = rows.x, rows.point_best
         drawn = self._drawn(rows, torch.arange(len(x), device=x.device))
-        young, old = (bisect_left(HALVINGS, age) for age in ages)
-        if young == old:
-            rows.point = self._propose(x, best, drawn, threat, young)
+        fewest, most = (bisect_left(HALVINGS, age) for age in ages)
+        if fewest == most:
+            rows.point = self._propose(x, best, drawn, threat, fewest)
             return
-        for halvings in range(young, old + 1):  # the same sums, whatever the others' ages
-            mine = drawn[:, 0] == halvings
-            one = rows_of(mine)
-            some = self._propose(x[one], best[one], drawn[one], threat, halvings)
-            rows.point[one] = torch.where(per_row(mine[one], some), some, rows.point[one])
+        for halvings in range(fewest, most + 1):  # the same sums, whatever the others' ages
+            mask = drawn[:, 0] == halvings
+            index = rows_of(mask)
+            points = self._propose(x[index], best[index], drawn[index], threat, halvings)
+            rows.point[index] = torch.where(per_row(mask[index], points), points, rows.point[index])
 
-    def _deal(self, x: Tensor, age: Tensor, norm: str, random: Random) -> tuple[Tensor, Tensor]:
+    def _draw_windows(
+        self, x: Tensor, age: Tensor, norm: str, random: Random
+    ) -> tuple[Tensor, Tensor]:
         """The windows of each row's current BLOCK of proposals and of the next.
 
-        A row that comes to the end of its windows lets all deal anew. A block's draws are always
-        the same, and rows of many ages draw no more often than once in BLOCK.
+        When one row has used up its windows, all rows draw new ones. The draws of a block are
+        always the same, and rows of many ages draw no more often than once in BLOCK.
 
-        Returns the number of the first proposal, (N,), and per proposal how often the window's
-        area has halved, the place of its corner in a channel, for l2 and l1 that of a second
-        window, and one bit each for eta's direction and the channels' signs: (N, 2 BLOCK, ...).
+        Returns:
+            The number of the first proposal, (N,); and per proposal how often the window's area has
+            halved, the place of its corner in a channel, for l2 and l1 that of a second window, and
+            one bit each for eta's direction and the channels' signs: (N, 2 BLOCK, ...).
         """
         plan = _plan(norm, self.p_init, tuple(x.shape[2:]), x.device, x.dtype)
         windows, channels, block = 1 if norm == "linf" else 2, x.shape[1], age // BLOCK
@@ -307,8 +311,12 @@ class Square(Attack):
     ) -> Tensor:
         """The best points with a window changed: 2020, alg. 3 (l2); l1: 2021.
 
-        drawn: what ``_deal`` says of each row's proposal, after so many halvings or fewer; of the
-        latter the result means nothing.
+        Args:
+            x: clean images, (N, C, H, W).
+            best: the best points, (N, C, H, W).
+            drawn: of each row's proposal, see ``_draw_windows``.
+            threat: in l2 or l1.
+            halvings: of the windows; of rows with fewer, the result means nothing.
         """
         norm, (_, channels, height, width) = threat.norm, x.shape
         plan = _plan(norm, self.p_init, (height, width), x.device, x.dtype)
@@ -318,21 +326,21 @@ class Square(Attack):
         signs = _signs(drawn[:, 4:, None], x)  # (N, C, 1)
         order = 2 if norm == "l2" else 1
         delta = (best - x).flatten(2)
-        spare = threat.radius**order - torch.linalg.vector_norm(delta, order, (1, 2)) ** order
-        lifted = []
+        slack = threat.radius**order - torch.linalg.vector_norm(delta, order, (1, 2)) ** order
+        removed = []
         for k in range(2):
-            lifted.append(delta.gather(2, index[:, k]))
+            removed.append(delta.gather(2, index[:, k]))
             delta.scatter_(2, index[:, k], 0.0)
-        norms = [torch.linalg.vector_norm(part, order, 2, keepdim=True) for part in lifted]
-        mass = spare.clamp_min(0.0).view(-1, 1, 1) / channels
+        norms = [torch.linalg.vector_norm(part, order, 2, keepdim=True) for part in removed]
+        mass = slack.clamp_min(0.0).view(-1, 1, 1) / channels
         mass = mass + norms[0] ** order + norms[1] ** order
 
         eta = plan.bumps[halvings][drawn[:, 3]]
-        fresh = eta * signs + lifted[0] / (norms[0] + TINY)
-        fresh /= torch.linalg.vector_norm(fresh, order, 2, keepdim=True) + TINY
+        window = eta * signs + removed[0] / (norms[0] + TINY)
+        window /= torch.linalg.vector_norm(window, order, 2, keepdim=True) + TINY
         # l2: the whole budget again. l1 asks for more, and the projection takes the least of it.
-        fresh *= mass.sqrt() if norm == "l2" else mass * channels
-        delta.scatter_add_(2, index[:, 0], fresh)
+        window *= mass.sqrt() if norm == "l2" else mass * channels
+        delta.scatter_add_(2, index[:, 0], window)
         point = delta.view_as(x).add_(x)
         return point.clamp_(0.0, 1.0) if norm == "l2" else _project_sparse(point, x, threat)
 
@@ -342,18 +350,18 @@ def _project_sparse(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
 
     A row whose nearest point in [0, 1] is inside the budget needs no more than that.
     """
-    boxed = point.clamp(0.0, 1.0)
-    over = ~threat.contains(boxed, x)
-    row, pixel = ((point != x).flatten(1) & over[:, None]).nonzero(as_tuple=True)
+    clipped = point.clamp(0.0, 1.0)
+    outside = ~threat.contains(clipped, x)
+    row, pixel = ((point != x).flatten(1) & outside[:, None]).nonzero(as_tuple=True)
     if not len(row):
-        return boxed
-    count = over.new_zeros(len(x), dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
+        return clipped
+    count = outside.new_zeros(len(x), dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
     rank = torch.arange(len(row), device=x.device) - (count.cumsum(0) - count)[row]
     # In float64, where the width of the packed rows does not show in a sum.
     packed = x.new_zeros(2, len(x), int(count.max()), dtype=widest(x))
     packed[0, row, rank] = point.flatten(1)[row, pixel].to(packed.dtype)
     packed[1, row, rank] = x.flatten(1)[row, pixel].to(packed.dtype)
-    flat = boxed.flatten(1)
+    flat = clipped.flatten(1)
     flat[row, pixel] = threat.project(packed[0], packed[1])[row, rank].to(x.dtype)
     return flat.view_as(x)
 

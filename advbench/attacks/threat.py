@@ -168,7 +168,16 @@ def project(point: Tensor, x: Tensor, norm: str, eps: float | Tensor) -> Tensor:
 
 
 def projection(x: Tensor, norm: str, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
-    """``project`` for several points of the same images."""
+    """``project`` for several points of the same images.
+
+    Args:
+        x: clean images in [0, 1], (N, ...).
+        norm: linf, l2 or l1.
+        eps: one radius, or (N,).
+
+    Returns:
+        A function of points (N, ...).
+    """
     radius = per_row(eps, x) if isinstance(eps, Tensor) else eps
     if norm == "linf":
         low, high = (x - radius).clamp_(min=0.0), (x + radius).clamp_(max=1.0)

@@ -21,7 +21,9 @@ class BatchSizes:
     largest. ``same_at_all_positions`` is True if the position changes no bit; otherwise the largest
     is the only size.
 
-    coarse: powers of two only, for a model that is compiled for each size.
+    Args:
+        largest: the batch size of the search, at least 1.
+        coarse: powers of two only, for a model that is compiled for each size.
     """
 
     def __init__(self, largest: int, coarse: bool = False) -> None:
@@ -54,7 +56,12 @@ class BatchSizes:
         self.forget()
 
     def probe(self, model: nn.Module, clean: Clean) -> None:
-        """Find the sizes at which ``model`` returns the same bits. clean: rows to try."""
+        """Find the sizes at which a model returns the same bits.
+
+        Args:
+            model: (N, C, H, W) to logits (N, K).
+            clean: rows to try it on, at least one; repeated up to the largest size.
+        """
         largest = self.largest
         batch = _part(clean, torch.arange(largest) % len(clean.x))
         answers = _answers(model, batch)

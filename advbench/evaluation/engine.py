@@ -60,9 +60,14 @@ class Engine:
             self.assigned = torch.cat([self.assigned[:0], *members]).sort().values
 
     def run(self, stages: Sequence[Stage], store: Store) -> bool:
-        """Run every stage of the plan that ``store`` does not hold yet.
+        """Run the stages on the samples that have no record of them.
 
-        Returns False if the budget was spent before.
+        Args:
+            stages: in order; each attacks what the earlier ones left.
+            store: where records are, and go.
+
+        Returns:
+            False if the budget was spent before the end.
         """
         keep_freed_memory()
         job, assigned = self.job, self.assigned

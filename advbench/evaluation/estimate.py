@@ -81,7 +81,10 @@ def estimate(of: str, n: int, survivors: int, audited: int, broken: int) -> Esti
 def sample_size(points: float, n: int, survivors: int) -> int:
     """The smallest audit whose interval is at most ``points`` wide, if it breaks nothing.
 
-    points: of accuracy over n images, in percent.
+    Args:
+        points: of accuracy over ``n`` images, in percent.
+        n: images of the evaluation.
+        survivors: of the short search, at most ``n``.
     """
     low, high = min(1, survivors), survivors
     while low < high:

@@ -309,7 +309,10 @@ def saved_plan(folder: Path) -> dict[str, Any] | None:
 def is_home(folder: Path, plan: Plan, needs_images: bool = False) -> bool:
     """Whether the folder holds this evaluation: finished by the same code, or to be resumed.
 
-    needs_images: whether one that keeps no images is another one.
+    Args:
+        folder: an evaluation's, or any other.
+        plan: of this evaluation.
+        needs_images: whether one that keeps no images is another one.
     """
     saved, wanted = saved_plan(folder), plan.to_json()
     if saved is None or differences(wanted, saved):
@@ -324,7 +327,12 @@ def claim(folder: Path, plan: Plan, needs_images: bool = False) -> list[str]:
     """Save this plan in ``folder``; returns notes for the user.
 
     An evaluation that other code started is resumed: the plan then says which code ran which
-    stages. One that keeps no images is resumed without, unless ``needs_images``.
+    stages. One that keeps no images is resumed without.
+
+    Args:
+        folder: is made where it is missing.
+        plan: of this evaluation.
+        needs_images: whether one that keeps no images is refused.
 
     Raises:
         UserError: if the folder is another evaluation's, or is damaged.

@@ -147,7 +147,15 @@ class ExpressProtocol(Protocol):
 def express_stage(
     subject: Subject, name: str, steps: int = 20, targets: int = 3, draws: int = 1
 ) -> Stage:
-    """Express on the model, with no more targets than there are wrong classes."""
+    """A stage of Express on the model.
+
+    Args:
+        subject: what is attacked; there are no more targets than it has wrong classes.
+        name: of the stage.
+        steps: of each search, at least 2.
+        targets: targeted searches, at least 1.
+        draws: EOT samples, where the model is stochastic.
+    """
     attack = Express(steps=steps, targets=min(targets, subject.num_classes - 1))
     why = f"{steps} steps on the cross-entropy and on each of {attack.targets} targets"
     return Stage(name, attack, why, eot_samples=draws if subject.traits.stochastic else 1)

@@ -91,13 +91,15 @@ class Judge(Protocol):
         ...
 
     def adds_to(self, verdict: Verdict) -> bool:
-        """Whether its verdict would hold more than one that is known."""
+        """Whether its verdict would have indicators that the known ``verdict`` lacks."""
         ...
 
     def verdict(self, indicators: Sequence[Indicator], passes: tuple[int, int]) -> Verdict:
         """The verdict on a finished evaluation in which something was attacked.
 
-        passes: rows passed forward and backward for the indicators, of all phases.
+        Args:
+            indicators: triggered or not.
+            passes: rows passed forward and backward for the indicators, of all phases.
         """
         ...
 
@@ -118,6 +120,11 @@ def keyed_sample(ids: np.ndarray, size: int, seed: int) -> tuple[int, ...]:
     """The first ``size`` of the ids, in an order that seed and id alone decide; sorted.
 
     A smaller sample is part of a larger one. Every subset of that size is as likely as another.
+
+    Args:
+        ids: to choose from, (N,).
+        size: at most N; more takes all.
+        seed: of the evaluation.
     """
     keys = torch.from_numpy(np.sort(ids))
     random = KeyedRandom(seed, "sample", keys, torch.zeros_like(keys))
@@ -127,11 +134,16 @@ def keyed_sample(ids: np.ndarray, size: int, seed: int) -> tuple[int, ...]:
 
 
 def extended(stages: Sequence[Stage], follow_ups: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages with more of them; one of the same name takes the other's place."""
+    """The stages with those of a follow-up; one of the same name replaces the other."""
     by_name = {stage.name: stage for stage in (*stages, *follow_ups)}
     return tuple(by_name.values())
 
 
 def to_attack(stage: Stage, correct: np.ndarray) -> np.ndarray:
-    """The samples that a stage attacks, of those that are still correct before it, sorted."""
+    """The samples that a stage attacks.
+
+    Args:
+        stage: all of the samples, or those of ``stage.only``.
+        correct: ids of the samples that are still correct before it, sorted.
+    """
     return correct if stage.only is None else correct[np.isin(correct, stage.only)]

@@ -25,7 +25,7 @@ ATTACK_KEYS = (*IDENTITY_KEYS, "threat", "seed", "speed")
 
 @dataclass(frozen=True)
 class CachedStage:
-    """What another evaluation knows of a stage."""
+    """The records of a stage in another evaluation."""
 
     records: Records
     """Of some samples."""
@@ -35,7 +35,7 @@ class CachedStage:
     """Adversarial images of those that were broken alone; None where none were kept."""
 
     def of(self, mask: np.ndarray) -> CachedStage:
-        """The part of a mask over the records."""
+        """The part where ``mask``, over the records, is true; with its share of the seconds."""
         return CachedStage(self.records.where(mask), self.seconds * float(mask.mean()), self.images)
 
     def aligned(self) -> np.ndarray | None:
@@ -94,7 +94,12 @@ class Archive:
                 self._folders_by_stage.setdefault(name, []).append(other)
 
     def cached(self, stage: str, pending: Tensor) -> Iterator[tuple[CachedStage, Path]]:
-        """What is known of the samples ``pending``, and who knows it."""
+        """Records of other evaluations, each with that evaluation's folder.
+
+        Args:
+            stage: its name.
+            pending: ids of the samples without a record; none of them comes twice.
+        """
         missing = pending.numpy()
         for folder in self._folders_by_stage.get(stage, []):
             cached = self._read(folder, stage)
@@ -108,7 +113,7 @@ class Archive:
                 yield cached, folder
 
     def _read(self, folder: Path, stage: str) -> CachedStage:
-        """What an evaluation knows of a stage, finished or not."""
+        """The records of a stage in an evaluation, finished or not."""
         try:
             if folder not in self._finished and (folder / SAMPLES).exists():
                 self._finished[folder] = _finished(folder, self._keep_images)
@@ -137,7 +142,7 @@ def _plans(archive: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _finished(folder: Path, with_images: bool) -> dict[str, CachedStage]:
-    """What a finished evaluation knows, by stage."""
+    """The records of a finished evaluation, by stage."""
     results = Results.load(folder / RESULTS)
     seconds = {stage.name: stage.seconds for stage in results.stages}
     images = read_images(folder) if with_images else None

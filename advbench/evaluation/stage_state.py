@@ -57,7 +57,15 @@ class StageState:
     def mark_broken(
         self, at: Tensor, label: Tensor, margin: Tensor, distance: Tensor, wrong: Tensor
     ) -> None:
-        """The referee found these samples broken."""
+        """Record a success that the referee confirmed.
+
+        Args:
+            at: positions, (M,).
+            label: the predicted class, (M,).
+            margin: the true logit minus the best wrong one, (M,).
+            distance: of the image from the clean one, in the threat's norm, (M,).
+            wrong: the share of evaluations that are wrong, (M,).
+        """
         self.broken[at], self.label[at] = True, label
         self.margin[at], self.distance[at], self.wrong[at] = margin, distance, wrong
 
@@ -78,13 +86,17 @@ class StageState:
         return records, np.stack(images) if images else None
 
     def progress(self) -> dict[str, Tensor]:
-        """What has to be remembered of samples that are not finished."""
+        """The columns that resuming needs, of samples that have started."""
         started = ((self.attempt > 0) | (self.forwards > 0)).nonzero().flatten()
         columns = {name: getattr(self, name)[started] for name in PROGRESS}
         return {"sample": self.samples[started], **columns}
 
     def resume(self, progress: dict[str, Tensor]) -> None:
-        """Take up what ``progress`` remembered of samples that are not further on already."""
+        """Restore saved progress, except for samples that have come further since.
+
+        Args:
+            progress: columns that ``progress`` returned, of this process or another.
+        """
         shared = torch.isin(progress["sample"], self.samples)
         at = torch.searchsorted(self.samples, progress["sample"][shared])
         attempt, forwards = progress["attempt"][shared], progress["forwards"][shared]

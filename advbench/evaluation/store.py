@@ -89,7 +89,7 @@ class Records:
         return len(self.sample)
 
     def where(self, mask: np.ndarray) -> Records:
-        """The records of a mask."""
+        """The records where ``mask`` (N,) is true."""
         return Records(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
 
     @classmethod
@@ -141,7 +141,12 @@ class Store:
 
     @classmethod
     def finished(cls, folder: Path) -> Store:
-        """That of a finished evaluation, to be read. Raises as ``read_samples``."""
+        """The store of a finished evaluation, to read from.
+
+        Raises:
+            Damaged, OSError, ValueError: as ``read_samples``.
+            UserError: as ``read_images``.
+        """
         store = cls(None)
         store._parts = {stage: [records] for stage, records in read_samples(folder).items()}
         if (images := read_images(folder)) is not None:
@@ -257,7 +262,7 @@ class Store:
         return len(started), sum(p[0] for p in started), sum(p[1] for p in started)
 
     def records(self, stage: str) -> Records:
-        """What is known of a stage so far, sorted by sample."""
+        """The records of a stage so far, sorted by sample."""
         return Records.joined(self._parts.get(stage, []))
 
     def passes(self, ids: np.ndarray) -> int:
@@ -307,7 +312,12 @@ class Store:
 
 
 def passes(of: Any, at: Any = slice(None)) -> int:
-    """Forwards + 2 x backwards of some rows of what has such columns: records, a stage's state."""
+    """Forwards + 2 x backwards.
+
+    Args:
+        of: has columns ``forwards`` and ``backwards``: records, rows, or a stage's state.
+        at: which rows; an index or a mask.
+    """
     return int((of.forwards[at] + 2 * of.backwards[at]).sum())
 
 

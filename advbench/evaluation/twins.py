@@ -78,7 +78,17 @@ def made_for(
 def straight_through(
     model: nn.Module, samples: Samples, threat: Threat, seed: int = 0
 ) -> Surrogate | None:
-    """The straight-through twin that leads farther than the model's own gradient, if one does."""
+    """The straight-through twin whose gradient lowers the margins more than the model's own.
+
+    Args:
+        model: the real one, in evaluation mode.
+        samples: the first few of them are searched.
+        threat: where the searches may go.
+        seed: of their random numbers.
+
+    Returns:
+        A surrogate; None if no twin does better.
+    """
     clean = samples.fetch(samples.ids[:LOOKED_AT])
     with torch.no_grad():
         logits = model(clean.x)

@@ -160,7 +160,7 @@ def test_a_proposal_from_the_clean_image_is_its_window(norm: str) -> None:
     for youngest in (0, 10, 11, 50, 51, 200, 201):
         ages = youngest + torch.arange(60) * 3
         rows.iteration, rows.point = ages, clean.x.clone()
-        rows.dealt, rows.proposals = attack._deal(rows.x, ages, norm, keyed(rows))
+        rows.dealt, rows.proposals = attack._draw_windows(rows.x, ages, norm, keyed(rows))
         drawn = rows.proposals[torch.arange(60), ages - rows.dealt]
         propose = attack._paint if norm == "linf" else attack._redistribute
         propose(rows, (int(ages.min()), int(ages.max())), threat)
@@ -184,7 +184,7 @@ def test_windows_reach_every_place_evenly() -> None:
     rows = begin(attack, Oracle(linear((1, 8, 8))), clean, threat)
     seen = torch.cat(
         [
-            attack._deal(rows.x, torch.full_like(rows.ids, age), "linf", keyed(rows))[1]
+            attack._draw_windows(rows.x, torch.full_like(rows.ids, age), "linf", keyed(rows))[1]
             for age in (0, 128)
         ],
         1,

@@ -213,6 +213,20 @@ def kernels(deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
+def kept(output: Any) -> Any:
+    """A copy of what a compiled model or its backward pass returned, to use after its next call.
+
+    The results of a CUDA graph, as in some modes of ``torch.compile``, lie in the same memory at
+    every call.
+
+    Args:
+        output: a tensor, a tuple of tensors, or anything else, which comes back as it is.
+    """
+    if isinstance(output, tuple):
+        return tuple(map(kept, output))
+    return output.clone() if isinstance(output, torch.Tensor) else output
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors free, for the next one.
 

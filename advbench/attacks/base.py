@@ -33,6 +33,7 @@ from advbench.attacks.rows import Answer, Clean, Rows
 from advbench.attacks.rows import started as started  # which custom attacks import from here
 from advbench.attacks.threat import Threat
 from advbench.attacks.waits import surely_all
+from advbench.devices import kept
 from advbench.errors import UserError, did_you_mean
 
 
@@ -47,7 +48,7 @@ class Counted(nn.Module):
 
     def forward(self, x: Tensor, *clean: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         self.forwards += len(x)
-        answer = self.model(x, *clean)
+        answer = kept(self.model(x, *clean))
         logits = answer[0] if isinstance(answer, tuple) else answer
         if logits.requires_grad:
             logits.register_hook(self._count)
@@ -111,7 +112,7 @@ class Oracle:
             loss = attack.loss(logits, rows) + auxiliary_loss
             grad = torch.autograd.grad(loss.sum(), point)[0] if gradient else None
         if grad is not None:  # a layout other than the point's makes all that follows slower
-            grad = grad.contiguous()
+            grad = grad.clone(memory_format=torch.contiguous_format)
         usable = None
         if grad is not None and self.check:
             grad, usable = _finite(grad)
@@ -150,7 +151,7 @@ class Oracle:
                     margins[:, column].sum(), point, retain_graph=retain
                 )[0]
                 rows.backwards += 1
-                yield _finite(gradient)
+                yield _finite(kept(gradient))
 
         return logits.detach(), margins.detach(), gradients()
 

@@ -37,7 +37,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0].contiguous()
+        return grads[0].clone(memory_format=torch.contiguous_format)
 
 
 class _ContiguousModel(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from advbench.attacks import losses
 from advbench.attacks.threat import Threat
-from advbench.devices import full_float32
+from advbench.devices import full_float32, kept
 
 CONFIRMATIONS = (3, 10)
 CHUNKS = {"cpu": 16, "cuda": 128}
@@ -124,7 +124,7 @@ class Referee:
             batch = (
                 torch.cat([part, part[:1].expand(padding, *part.shape[1:])]) if padding else part
             )
-            parts.append(self.model(batch)[: len(part)].float())
+            parts.append(kept(self.model(batch))[: len(part)].float())
         logits = torch.cat(parts)
         label, is_finite = logits.argmax(1), finite(logits)
         margin = torch.where(is_finite, -losses.margin(logits, y), -torch.inf)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from advbench.attacks.base import Clean
+from advbench.devices import kept
 from advbench.errors import UserError
 from advbench.evaluation.fast_model import ask
 
@@ -87,7 +88,7 @@ def _part(clean: Clean, rows: Tensor) -> Clean:
 def _answers(model: nn.Module, clean: Clean) -> list[Tensor]:
     """Logits without and with a graph, and gradients."""
     with torch.no_grad():
-        alone = model(clean.x)
+        alone = kept(model(clean.x))
     return [alone, *ask(model, clean)]
 
 

@@ -11,7 +11,7 @@ from advbench.attacks import losses
 from advbench.attacks.base import Clean, attackable
 from advbench.attacks.random import KeyedRandom
 from advbench.defenses.base import Surrogate, Traits
-from advbench.devices import out_of_memory
+from advbench.devices import kept, out_of_memory
 from advbench.errors import UserError, reason_of
 from advbench.evaluation.samples import Samples
 
@@ -285,7 +285,7 @@ def probe_surrogate(name: str, surrogate: Surrogate, samples: Samples, classes: 
 def _ask(model: nn.Module, *x: Tensor) -> Any:
     """The model's output; an exception of its forward becomes a UserError."""
     try:
-        return model(*x)
+        return kept(model(*x))
     except Exception as problem:
         if out_of_memory(problem):
             raise UserError(

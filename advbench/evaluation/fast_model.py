@@ -19,7 +19,7 @@ from torch.fx.experimental.optimization import fuse
 from advbench.attacks import losses
 from advbench.attacks.base import Clean
 from advbench.defenses.base import Surrogate
-from advbench.devices import out_of_memory
+from advbench.devices import kept, out_of_memory
 from advbench.errors import UserError, did_you_mean
 from advbench.evaluation.checks import are_shares
 from advbench.evaluation.cpu_kernels import packed
@@ -237,8 +237,8 @@ def ask(model: nn.Module, clean: Clean) -> tuple[Tensor, Tensor]:
     """Logits (N, K), and the gradient of each row's margin in its image, (N, C, H, W)."""
     with torch.enable_grad():
         x = clean.x.detach().clone().requires_grad_()
-        logits = model(x)
+        logits = kept(model(x))
         if not logits.requires_grad:
             return logits, torch.zeros_like(x)
         gradient = torch.autograd.grad(losses.margin(logits.float(), clean.y).sum(), x)[0]
-    return logits.detach().float(), gradient
+    return logits.detach().float(), kept(gradient)

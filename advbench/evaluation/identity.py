@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from advbench.devices import kept
 from advbench.evaluation.groups import groups
 from advbench.evaluation.job import Job
 from advbench.files import file_sha256, short_hash
@@ -62,7 +63,9 @@ def behaviour(job: Job) -> dict[str, Any]:
     victims = {"model": job.model}
     victims |= {name: s.model for name, s in job.surrogates.items() if s.transfer}
     return {
-        name: _packed(torch.cat([model(part.clone())[:NUM_IMAGES].float() for part in (x, noisy)]))
+        name: _packed(
+            torch.cat([kept(model(part.clone()))[:NUM_IMAGES].float() for part in (x, noisy)])
+        )
         for name, model in victims.items()
     }
 

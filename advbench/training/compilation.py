@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,13 @@ def compiled(
             f"{type(problem).__name__}: {reason:.200}"
         ]
     return []
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside, a model runs as if it were not compiled: for batches of another shape than a step's,
+    for each of which it would be compiled again.
+    """
+    return torch.compiler.set_stance("force_eager")
 
 
 def _try(model: Classifier, x: Tensor, y: Tensor, cast: torch.autocast) -> None:

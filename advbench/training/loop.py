@@ -50,6 +50,7 @@ from advbench.training.checkpoint import (
     save_weights,
     weights_of,
 )
+from advbench.training.compilation import uncompiled
 from advbench.training.feed import Feed
 from advbench.training.guards import (
     SLOWER,
@@ -200,7 +201,7 @@ class Fit:
         self.guard.check(fabric)
         row: Row = {"epoch": position.epoch + 1, "step": self.step, "lr": self._lr(self.step - 1)}
         row |= self.means.read(fabric)
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             self.defense.after_epoch(self.learner.saved_model.eval(), self.splits)
         # Before anything is written: no file is to hold a NaN.
         self.guard.check_weights(fabric, position.epoch + 1, self.model, self.learner.saved_model)
@@ -232,7 +233,7 @@ class Fit:
 
     def _validate(self) -> Row:
         model = self.learner.saved_model
-        with torch.compiler.set_stance("force_eager"):  # its batches have another shape
+        with uncompiled():
             clean, robust = accuracies(
                 model,
                 self.splits.val,
@@ -270,7 +271,7 @@ class Fit:
     def _choose(self, name: str) -> tuple[dict[str, Any], Row]:
         model = self.learner.saved_model
         with torch.no_grad():
-            with full_float32():
+            with full_float32(), uncompiled():
                 chosen = self.defense.finish(model, self.splits)
             share_buffers(model, self.fabric)
         if not chosen:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from advbench.backbones.base import Classifier
 from advbench.defenses.base import Defense, Part, PartName, Step
+from advbench.devices import kept
 from advbench.recipes.base import Recipe
 
 
@@ -57,8 +58,8 @@ class TrainingStep(nn.Module):
         parts: dict[PartName, Part] = {}
         for name in self.parts:
             self.defense.before_part(self.model, name)
-            features = self.model.features(inputs[name])
-            parts[name] = Part(inputs[name], features, self.model.head(features))
+            features = kept(self.model.features(inputs[name]))
+            parts[name] = Part(inputs[name], features, kept(self.model.head(features)))
         record = Step(
             y=y,
             clean=parts.get("clean"),

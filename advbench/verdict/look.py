@@ -20,7 +20,7 @@ from advbench.attacks.pgd import PGD
 from advbench.attacks.random import KeyedRandom
 from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
-from advbench.devices import full_float32
+from advbench.devices import full_float32, kept
 from advbench.evaluation.clean_images import votes
 from advbench.evaluation.fast_model import LogProbabilities
 from advbench.evaluation.job import CLEAN, Job
@@ -165,7 +165,7 @@ class Look:
                 point = some.detach().clone().requires_grad_()
                 total = loss(_logits(model(point)), classes).sum()
                 (grad,) = torch.autograd.grad(total, point, allow_unused=True)
-                parts.append(torch.zeros_like(point) if grad is None else grad)
+                parts.append(torch.zeros_like(point) if grad is None else kept(grad))
         return torch.cat(parts)
 
     def wrong(self, point: Tensor, clean: Clean, threat: Threat | None = None) -> Tensor:

@@ -77,9 +77,11 @@ class Express(ExpressProtocol):
 
 
 def prepared(name: str) -> nn.Module:
+    """The defense on a model that is on the device already, as a retrofit may be."""
     torch.manual_seed(0)
     defense = HELD[name]
-    model = defense.apply(convnet(num_classes=CLASSES, input_shape=SHAPE).build()).eval()
+    net = convnet(num_classes=CLASSES, input_shape=SHAPE).build()
+    model = defense.apply(net.to(HOME)).eval()
     with torch.no_grad():
         defense.prepare(model, DATA)
     if isinstance(model.head, VarianceHead):  # without training all is noise
@@ -91,7 +93,7 @@ def evaluation(model: Any, name: str, protocol: Any, verdict: Any = None) -> Eva
     defense, resources = HELD[name], Resources(batch_size=8)
     x = torch.rand(N, *SHAPE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        y = model(x).argmax(1)
+        y = model(x.to(HOME)).argmax(1).cpu()
     subject = Candidate(name, model, defense.traits(model), defense)
     return evaluation_of(
         subject,

@@ -19,8 +19,8 @@ from advbench import Attack, Defense, Recipe
 
 HOME = Path(advbench.__file__).parent
 PACKAGES = (
-    "attacks", "config", "defenses", "evaluation", "experiments", "recipes", "runs", "training",
-    "verdict",
+    "attacks", "backbones", "config", "data", "defenses", "evaluation", "experiments", "recipes",
+    "runs", "training", "verdict",
 )  # fmt: skip
 FILES = [
     *(file for package in PACKAGES for file in sorted((HOME / package).glob("*.py"))),

@@ -17,7 +17,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 def activation_class(name: str) -> type[nn.Module]:
     """The class to build anew at every site, never in place: hooks and skips see clean inputs.
 
-    Raises UserError for an unknown name.
+    Raises:
+        UserError: for an unknown ``name``.
     """
     if name not in ACTIVATIONS:
         raise UserError(f"unknown activation '{name}'{did_you_mean(name, ACTIVATIONS)}")

@@ -115,7 +115,11 @@ class ExternalBackbone(Backbone):
         return f"{self.library}'s {self.name}"
 
     def check_channels(self) -> None:
-        """Raises UserError unless the images are gray or have three channels."""
+        """Check that the images are gray or have three channels.
+
+        Raises:
+            UserError: if not.
+        """
         if self.input_shape[0] not in (1, 3):
             raise UserError(
                 f"{self.title} takes images of 1 or 3 channels, these have {self.input_shape[0]}"

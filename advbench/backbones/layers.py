@@ -71,7 +71,16 @@ class PooledBackbone(Backbone):
 
 
 def check_size(net: str, input_shape: Sequence[int], *, smallest: int) -> None:
-    """Raises UserError unless the images are at least ``smallest`` pixels high and wide."""
+    """Check the size of the images.
+
+    Args:
+        net: the network's name in the message.
+        input_shape: (C, H, W).
+        smallest: pixels that they need at least, in height and width.
+
+    Raises:
+        UserError: for smaller images.
+    """
     height, width = input_shape[1:]
     if min(height, width) < smallest:
         raise UserError(

@@ -31,6 +31,7 @@ class mobilenet_v2(PooledBackbone):
     downsampling = 8
     stem, stages, last = 32, STAGES, 1280
     activation: str = "relu6"
+    """A name of ``advbench.backbones.activations``."""
 
     def body(self, act: type[nn.Module]) -> tuple[dict[str, nn.Module], int]:
         channels = self.stem

@@ -38,11 +38,18 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo. Raises UserError for data and threats that have no leaderboard."""
+    """A model of the zoo.
+
+    Raises:
+        UserError: for data and threats that have no leaderboard.
+    """
 
     data: str
+    """``cifar10``, ``cifar100`` or ``imagenet``."""
     threat: str
+    """``Linf`` or ``L2``."""
     name: str
+    """Of the model, as the leaderboard spells it."""
 
     def __post_init__(self) -> None:
         if (self.data, self.threat) not in BUDGETS:
@@ -80,11 +87,14 @@ def load(
 ) -> nn.Module:
     """A model of the zoo, in evaluation mode.
 
-    folder: where weights are, as ``DATA/THREAT/NAME.pt``.
-    pretrained: False builds it with fresh weights and fetches nothing.
-    download: whether weights that are not in the folder may be fetched.
-    Raises UserError without robustbench, for an unknown name, and if the weights can't be
-    downloaded.
+    Args:
+        entry: which one.
+        folder: where weights are, as ``DATA/THREAT/NAME.pt``.
+        pretrained: False builds it with fresh weights and fetches nothing.
+        download: whether weights that are not in the folder may be fetched.
+
+    Raises:
+        UserError: without robustbench, for an unknown name, and if the weights can't be downloaded.
     """
     model_zoo, enums, utils = _package()
     data, threat = enums.BenchmarkDataset(entry.data), enums.ThreatModel(entry.threat)

@@ -34,22 +34,33 @@ class Member:
     """An array of an archive, which is read block by block: the whole may be half the memory."""
 
     archive: Archive
+    """The file."""
     key: str
+    """The array's name."""
     shape: tuple[int, ...]
+    """Of the array."""
     dtype: np.dtype
+    """Of the array."""
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
-        """So many rows at a time, in order. Raises UserError for a damaged array."""
+        """So many ``rows`` at a time, in order.
+
+        Raises:
+            UserError: for a damaged array.
+        """
         return self.archive.blocks(self.key, rows)
 
 
 class Archive:
     """The arrays of an ``.npz`` file, each read when it is asked for; pickled objects never are.
 
-    option: what names the file on the command line, for messages.
-    keys: the arrays that it should hold, for messages.
+    Args:
+        path: of the file.
+        option: the key that names the file on the command line, for messages.
+        keys: the arrays that it should hold, for messages.
 
-    Raises UserError, here and in each method, for a file or an array that cannot be read.
+    Raises:
+        UserError: here and in each method, for a file or an array that cannot be read.
     """
 
     def __init__(self, path: str, option: str, keys: Sequence[str]) -> None:
@@ -72,7 +83,11 @@ class Archive:
         return f"{key} in '{self.path}'"
 
     def require(self, *keys: str) -> None:
-        """Raises UserError unless all these arrays are there."""
+        """Check that all of these arrays exist.
+
+        Raises:
+            UserError: for one that does not.
+        """
         missing = [key for key in keys if key not in self.names]
         if missing:
             present = ", ".join(sorted(self.names)) or "nothing"

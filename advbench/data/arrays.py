@@ -20,7 +20,15 @@ BLOCK = 1000  # images that are converted together
 
 
 def image_shape(shape: tuple[int, ...], what: str) -> tuple[int, int, int]:
-    """(C, H, W) of images (N, H, W, C) or (N, H, W). Raises UserError where it is neither."""
+    """(C, H, W) of images.
+
+    Args:
+        shape: (N, H, W, C) or (N, H, W).
+        what: the images' name in messages.
+
+    Raises:
+        UserError: for another shape, and for no images.
+    """
     if len(shape) not in (3, 4):
         raise UserError(f"{what} has shape {shape}: images are (N, H, W, C), or (N, H, W) in gray")
     if 0 in shape:
@@ -37,9 +45,12 @@ def image_shape(shape: tuple[int, ...], what: str) -> tuple[int, int, int]:
 def as_pixels(x: np.ndarray, what: str) -> np.ndarray:
     """Images as (N, H, W, C), uint8 as they are, without a copy, and floats as float32.
 
-    x: (N, H, W, C) or (N, H, W); uint8 in [0, 255] or floats in [0, 1].
-    what: how a message names them.
-    Raises UserError for every other shape, type or range, for NaN and for no images.
+    Args:
+        x: (N, H, W, C) or (N, H, W); uint8 in [0, 255] or floats in [0, 1].
+        what: the images' name in messages.
+
+    Raises:
+        UserError: for every other shape, type or range, for NaN and for no images.
     """
     channels, height, width = image_shape(x.shape, what)
     _check_type(x.dtype, what)
@@ -54,7 +65,13 @@ def as_images(x: np.ndarray | Member, what: str) -> Tensor:
     """Images as (N, C, H, W), else as ``as_pixels`` takes and returns them.
 
     They are converted block by block, so that nothing is in memory twice.
-    Raises UserError for what that refuses, and for uint8 images that use a fraction of the range.
+
+    Args:
+        x: as for ``as_pixels``; an array of an archive, too.
+        what: the images' name in messages.
+
+    Raises:
+        UserError: as ``as_pixels``, and for uint8 images that use a fraction of the range.
     """
     channels, height, width = image_shape(x.shape, what)
     _check_type(x.dtype, what)
@@ -111,9 +128,13 @@ def _check_range(low: float, high: float, dtype: np.dtype, what: str) -> None:
 def as_labels(y: np.ndarray, what: str, num_classes: int | None = None) -> Tensor:
     """Labels as (N,) int64.
 
-    y: (N,) integers in [0, K).
-    num_classes: K where it is known.
-    Raises UserError for every other shape, type or range.
+    Args:
+        y: (N,) integers in [0, K).
+        what: the labels' name in messages.
+        num_classes: K where it is known.
+
+    Raises:
+        UserError: for every other shape, type or range.
     """
     if y.ndim != 1:
         cure = "y.argmax(1)" if y.ndim == 2 and y.shape[1] > 1 else "y.reshape(-1)"
@@ -136,14 +157,29 @@ def as_labels(y: np.ndarray, what: str, num_classes: int | None = None) -> Tenso
 def array_split(
     x: np.ndarray | Member, y: np.ndarray, x_what: str, y_what: str, num_classes: int | None = None
 ) -> ArraySplit:
-    """A split of such images and labels. Raises UserError for what is wrong with them."""
+    """A split of images and labels in memory.
+
+    Args:
+        x: images, as for ``as_images``.
+        y: labels, as for ``as_labels``.
+        x_what: the images' name in messages.
+        y_what: the labels' name in messages.
+        num_classes: K where it is known.
+
+    Raises:
+        UserError: for images or labels that do not fit.
+    """
     images, labels = as_images(x, x_what), as_labels(y, y_what, num_classes)
     one_label_each(images, labels, x_what, y_what)
     return ArraySplit(images, labels)
 
 
 def one_label_each(images: Tensor, labels: Tensor, x_what: str, y_what: str) -> None:
-    """Raises UserError unless there are as many labels as images."""
+    """Check that there are as many labels as images.
+
+    Raises:
+        UserError: if not.
+    """
     if len(images) != len(labels):
         raise UserError(
             f"{x_what} has {len(images)} images and {y_what} {len(labels)} labels: "

@@ -11,11 +11,21 @@ def cutmix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A batch of which each image is mixed, with that probability, with another one of the batch.
 
-    x: (B, C, H, W).  y: (B,) classes.  generator: on the device of x; nothing waits for the device.
-    Returns what ``mixed`` returns. As in Yun et al. and, for adversarial training, Rebuffi et al.
+    As in Yun et al. and, for adversarial training, Rebuffi et al.
     2021 (arXiv 2103.01946), the rectangle covers 1 - lambda of the image, lambda from Beta(1, 1),
     about a centre that is uniform over the image, and pairs are a permutation of the batch. They
-    draw one rectangle for a batch; here each image has its own (ours).
+    draw one rectangle for a batch; here each image has its own (ours). Nothing
+    waits for the device.
+
+    Args:
+        x: images, (B, C, H, W).
+        y: classes, (B,).
+        num_classes: K.
+        probability: that an image is mixed, in [0, 1].
+        generator: on the device of ``x``.
+
+    Returns:
+        As ``mixed``.
     """
     count, _, height, width = x.shape
     draws = torch.rand((2, count), generator=generator, device=x.device)
@@ -29,10 +39,16 @@ def cutmix(
 
 
 def rectangles(lam: Tensor, row: Tensor, column: Tensor, height: int, width: int) -> Tensor:
-    """Where the other image is to be seen: (B, H, W), true inside.
+    """Where the other image is to be seen; what sticks out of the image is cut off.
 
-    lam: (B,) in [0, 1]; the sides are sqrt(1 - lam) of those of the image, rounded down (eq. 2).
-    row, column: (B,), of the centre. What sticks out of the image is cut off.
+    Args:
+        lam: (B,) in [0, 1]; the sides are sqrt(1 - lam) of those of the image, rounded down (eq.
+            2).
+        row, column: of the centre, (B,).
+        height, width: of the images.
+
+    Returns:
+        (B, H, W), true inside.
     """
     inside = []
     for centre, length in ((row, height), (column, width)):
@@ -48,10 +64,16 @@ def mixed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images of which a part is that of their partners, and the share of each class.
 
-    x: (B, C, H, W).  y: (B,).  partner: (B,) rows of the batch.  inside: (B, H, W), true where the
-    partner is to be seen.
-    Returns x, y and (B, K) the share of each class by pixels; y is the class with most of them, of
-    equals the image's own.
+    Args:
+        x: images, (B, C, H, W).
+        y: classes, (B,).
+        num_classes: K.
+        partner: rows of the batch, (B,).
+        inside: (B, H, W), true where the partner is to be seen.
+
+    Returns:
+        x, y and (B, K) the share of each class by pixels; y is the class with most of them, of
+        equals the image's own.
     """
     share = inside.sum((1, 2)) / inside[0].numel()
     other = y[partner]

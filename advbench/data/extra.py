@@ -24,11 +24,12 @@ ROOM = 0.25  # of the free memory of an accelerator: what images may take there;
 class StoredSplit(Split):
     """A split whose images stay as they are stored, in memory or in a mapped file.
 
-    images: (N, H, W, C), uint8 in [0, 255] or float32 in [0, 1], on the CPU.
-    labels: (N,) int64, on the CPU.
-
     They move to an accelerator once where they take a quarter of its free memory or less; if not,
     each batch is gathered by the CPU, which for a mapped file reads the disk.
+
+    Args:
+        images: (N, H, W, C), uint8 in [0, 255] or float32 in [0, 1], on the CPU.
+        labels: (N,) int64, on the CPU.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -80,7 +81,12 @@ def read(path: str, info: Info) -> StoredSplit:
     and (N,) integers. uint8 that ``np.savez`` wrote stays in the file until it is used; floats, and
     what ``np.savez_compressed`` wrote, is held in memory.
 
-    Raises UserError for a file that cannot be read, and for images or labels that do not fit.
+    Args:
+        path: of the file.
+        info: of the data set.
+
+    Raises:
+        UserError: for a file that cannot be read, and for images or labels that do not fit.
     """
     file = Archive(path, "data.extra", KEYS[0])
     x, y = next((keys for keys in KEYS if keys[0] in file.names), KEYS[0])

@@ -24,12 +24,18 @@ class FolderSource(Source):
     training part, those of the test part. Names that are numbers are sorted as numbers: 1, 2, 10.
     Names that begin with a dot are left alone.
 
-    size: the side of the square that images are brought to, in pixels.
-    resize: the shorter side before the square is cut out of the centre; None is ``size``.
-    crop_scale: for training, smallest and largest share of the area of a random crop, or None.
-    workers: processes that read images.
+    Args:
+        root: the folder.
+        name: in results; None is the name of the folder.
+        size: the side of the square that images are brought to, in pixels.
+        resize: the shorter side before the square is cut out of the centre, in pixels; None is
+            ``size``.
+        crop_scale: for training, smallest and largest share of the area of a random crop, in
+            (0, 1]; None crops nothing.
+        workers: processes that read images.
 
-    Raises UserError for a folder without a part, or a number out of range.
+    Raises:
+        UserError: for a folder without a part, or a number out of range.
     """
 
     test_folders: tuple[str, ...] = ("test", "val")
@@ -143,8 +149,11 @@ def _number(name: str) -> tuple[int, str]:
 class ImageNetSource(FolderSource):
     """ILSVRC 2012 as torchvision unpacks it: ``root/train/WNID/...`` and ``root/val/WNID/...``.
 
-    Labels number the sorted WordNet identifiers. Raises UserError where there are not 1000 of
-    them: with one missing, the labels would not be those of published models.
+    Labels number the sorted WordNet identifiers.
+
+    Raises:
+        UserError: where there are not 1000 of them: with one missing, the labels would not be those
+            of published models.
     """
 
     test_folders = ("val",)

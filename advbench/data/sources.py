@@ -47,12 +47,17 @@ class DataSet(ABC):
 
     @abstractmethod
     def source(self) -> Source:
-        """Where the images come from. Raises UserError for parameters out of range."""
+        """Where the images come from.
+
+        Raises:
+            UserError: for parameters out of range.
+        """
 
     def build(self) -> Splits:
         """The training, validation and test part; each is read when it is first used.
 
-        Raises UserError for parameters out of range.
+        Raises:
+            UserError: for parameters out of range.
         """
         return Splits(
             self.source(),
@@ -116,6 +121,7 @@ class PublishedSet(DataSet):
 
     known: ClassVar[published.Known]
     val: float = 1000
+    """Held out of the training part: below 1 a fraction, from 1 on a number of samples."""
     root: str = field(default="data", metadata={"role": Role.PLACE | Role.EVALUATION})
     """The folder of the files."""
     download: bool = field(default=False, metadata={"role": Role.PLACE | Role.EVALUATION})
@@ -137,6 +143,7 @@ class fashion_mnist(PublishedSet):
 
     known = published.FASHION_MNIST
     augment: Augment = field(default_factory=partial(Augment, crop=2, flip=True))
+    """Of training batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +152,7 @@ class cifar10(PublishedSet):
 
     known = published.CIFAR10
     augment: Augment = field(default_factory=partial(Augment, crop=4, flip=True))
+    """Of training batches."""
 
 
 class cifar100(cifar10):
@@ -159,6 +167,7 @@ class svhn(PublishedSet):
 
     known = published.SVHN
     augment: Augment = field(default_factory=partial(Augment, crop=4))
+    """Of training batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +186,7 @@ class FolderSet(DataSet):
     """Processes that read images, at most one per processor."""
 
     def folder(self, kind: type[FolderSource], name: str | None) -> Source:
-        """The source of that kind; name: see ``FolderSource``."""
+        """The source of that ``kind``, with these parameters; ``name`` as for ``FolderSource``."""
         return kind(
             self.root,
             name=name,
@@ -207,11 +216,17 @@ class imagenet(FolderSet):
     """
 
     val: float = 10000
+    """Held out of the training part: below 1 a fraction, from 1 on a number of samples."""
     augment: Augment = field(default_factory=partial(Augment, flip=True))
+    """Of training batches, after the random crop."""
     root: str = "data/imagenet"
+    """The folder."""
     resize: int | None = 256
+    """Pixels, the shorter side before evaluation cuts out the centre."""
     crop_scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])
+    """Smallest and largest share of the area of a random training crop."""
     workers: int = 8
+    """Processes that read images, at most one per processor."""
 
     def source(self) -> Source:
         return self.folder(ImageNetSource, "imagenet")

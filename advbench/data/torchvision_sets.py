@@ -85,23 +85,25 @@ class _Svhn(datasets.SVHN):
 
 @dataclass(frozen=True)
 class Known:
-    """A published set.
-
-    read: (root, train, download) -> an object with ``data`` (N, H, W, C) or (N, H, W) in
-        uint8 and ``targets`` (N,).
-    folder: what it consists of under the root; "{part}" stands for train or test.
-    page: where a human finds the files.
-    mean, std: per channel over the training images, in units of [0, 1].
-    """
+    """A published set."""
 
     name: str
+    """Of the data set."""
     read: Callable[..., Any]
+    """(root, train, download) -> an object with ``data`` (N, H, W, C) or (N, H, W) in uint8 and
+    ``targets`` (N,)."""
     folder: str
+    """Its files, under the root; ``{part}`` stands for train or test."""
     page: str
+    """Where a person finds the files."""
     shape: tuple[int, int, int]
+    """(C, H, W) of the images."""
     classes: tuple[str, ...]
+    """A name for each label."""
     mean: tuple[float, ...]
+    """Per channel over the training images, in pixel units of [0, 1]."""
     std: tuple[float, ...]
+    """Per channel over the training images, in pixel units of [0, 1]."""
 
 
 MNIST = Known(

@@ -32,16 +32,18 @@ MISLEADING = frozenset({
 class ExpressProtocol(Protocol):
     """Express on every sample, AutoAttack on a few of the survivors.
 
-    Express is 20 steps on the cross-entropy and 20 on the margin of each of three classes. Then
-    AutoAttack attacks a keyed sample of the survivors, the audit: it says, with an exact interval,
-    what AutoAttack would leave of all images. Where it breaks too many, it attacks all survivors.
+    Express is 20 steps on the cross-entropy and 20 on the margin of each of three classes (nine in
+    l1). Then AutoAttack attacks a keyed sample of the survivors, the audit: it says, with an exact
+    interval, what AutoAttack would leave of all images. Where it breaks too many, it attacks all
+    survivors.
     """
 
     name: ClassVar[str] = "express"
     steps: int = 20
     """Of each search, at least 2."""
-    targets: int = 3
-    """Targeted searches; at most the number of classes less one are made."""
+    targets: int | None = None
+    """Targeted searches; at most the number of classes less one are made. None: three, in l1
+    nine."""
     draws: int = 20
     """EOT samples of each gradient of a stochastic model."""
     audit: int | str = 64
@@ -55,7 +57,7 @@ class ExpressProtocol(Protocol):
     interval; of 64 audited, 4."""
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or self.targets < 1 or self.draws < 1:
+        if min(self.steps - 1, self.draws, 1 if self.targets is None else self.targets) < 1:
             raise UserError("protocol=express needs steps >= 2, targets >= 1 and draws >= 1")
         if not 0 <= self.tolerance < 1:
             raise UserError(f"protocol.tolerance={self.tolerance} is not a share from 0 to 1")
@@ -145,7 +147,7 @@ class ExpressProtocol(Protocol):
 
 
 def express_stage(
-    subject: Subject, name: str, steps: int = 20, targets: int = 3, draws: int = 1
+    subject: Subject, name: str, steps: int = 20, targets: int | None = None, draws: int = 1
 ) -> Stage:
     """A stage of Express on the model.
 
@@ -153,9 +155,11 @@ def express_stage(
         subject: what is attacked; there are no more targets than it has wrong classes.
         name: of the stage.
         steps: of each search, at least 2.
-        targets: targeted searches, at least 1.
+        targets: targeted searches, at least 1; None: three, in l1 nine.
         draws: EOT samples, where the model is stochastic.
     """
+    if targets is None:
+        targets = 9 if subject.threat.norm == "l1" else 3
     attack = Express(steps=steps, targets=min(targets, subject.num_classes - 1))
     why = f"{steps} steps on the cross-entropy and on each of {attack.targets} targets"
     return Stage(name, attack, why, eot_samples=draws if subject.traits.stochastic else 1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 from test_attacks import EPS, batch, best_margins, keyed, largest_margin, linear
 from torch import Tensor, nn
 
@@ -82,6 +84,26 @@ def test_steps_fall_by_a_cosine_and_each_search_starts_anew() -> None:
         size = min(0.1, 0.2 * 0.5 * (1 + math.cos(math.pi * step / 4)))
         weight = 1.0 if step == 0 else 0.75
         assert torch.allclose(clean.x - moved, torch.tensor(weight * size), atol=1e-6), step
+
+
+def test_the_first_l1_step_goes_as_far_along_the_gradient_as_the_threat_lets_it() -> None:
+    """By a linear program: the most that x' = x + up - down gains within the budget and [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(20, 1, 4, 4, generator=generator)
+    x[:, :, :2] = x[:, :, :2].round()  # at the edge, as most pixels of a digit are
+    gradient = torch.randn(x.shape, generator=generator)
+    gradient[:, :, 0, 0] = 0.0
+    clean = Clean(x=x, y=torch.zeros(20, dtype=torch.long), ids=torch.arange(20))
+    threat, model = Threat("l1", 1.5), nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    random, restarts = keyed(clean)
+    rows = Express().start(Oracle(model), clean, threat, random, restarts)
+    moved = Express()._move(rows, torch.zeros_like(clean.ids), gradient, threat)
+    for image, point, slope in zip(x, moved, gradient, strict=True):
+        base, cost = image.flatten().double().numpy(), slope.flatten().double().numpy()
+        bounds = [*((0, 1 - v) for v in base), *((0, v) for v in base)]
+        budget = np.ones((1, 32))
+        best = linprog(np.concatenate([-cost, cost]), budget, [threat.radius], bounds=bounds)
+        assert float(((point - image) * slope).sum()) == pytest.approx(-best.fun, abs=1e-5)
 
 
 class Scaled(nn.Module):

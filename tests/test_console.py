@@ -215,6 +215,7 @@ def test_the_verdict_and_what_it_rests_on(tmp_path: Path) -> None:
     for terminal in (True, False):
         text, _ = ended(JUDGED, tmp_path, terminal)
         assert "unreliable" in text and "flat (proof): the gradient vanishes" in text
+        assert "the attacks were misled: better ones may leave much less" in text
         assert "never said" not in text
     assert ", unreliable;" in ended(JUDGED, tmp_path, terminal=True, quiet=True)[0]
 

@@ -168,7 +168,8 @@ class LogProbabilities(nn.Module):
 def _packed(model: nn.Module, x: Tensor) -> list[nn.Module]:
     """The model with fused operators, where PyTorch has them."""
     if x.device.type == "cpu":
-        with suppress(Exception):  # operators of another build of PyTorch
+        # Another build of PyTorch has other operators; it prints where a trace can't run.
+        with suppress(Exception), redirect_stderr(io.StringIO()):
             return [packed(model, x)]
     return []
 
@@ -179,9 +180,11 @@ def _agree(model: nn.Module, fast: nn.Module, clean: Clean, stochastic: bool) ->
     noisy = clean._replace(x=(clean.x + 0.2 * noise.to(clean.x) - 0.1).clamp(0, 1))
     for part in (clean, noisy):
         try:
-            (logits, gradient), (logits_fast, gradient_fast) = ask(model, part), ask(fast, part)
-            with torch.no_grad():
-                alone = fast(part.x).float()
+            logits, gradient = ask(model, part)
+            with redirect_stderr(io.StringIO()):  # PyTorch prints where a trace can't run
+                logits_fast, gradient_fast = ask(fast, part)
+                with torch.no_grad():
+                    alone = fast(part.x).float()
         except Exception as problem:
             if out_of_memory(problem):
                 raise

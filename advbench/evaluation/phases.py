@@ -94,12 +94,15 @@ class Judge(Protocol):
         """Whether its verdict would have indicators that the known ``verdict`` lacks."""
         ...
 
-    def verdict(self, indicators: Sequence[Indicator], passes: tuple[int, int]) -> Verdict:
+    def verdict(
+        self, indicators: Sequence[Indicator], passes: tuple[int, int], nothing_left: bool
+    ) -> Verdict:
         """The verdict on a finished evaluation in which something was attacked.
 
         Args:
             indicators: triggered or not.
             passes: rows passed forward and backward for the indicators, of all phases.
+            nothing_left: whether the robust accuracy is 0.
         """
         ...
 

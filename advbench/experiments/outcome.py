@@ -51,7 +51,7 @@ def show_evaluation(
     """
     unfinished = _unfinished(results, budget or Budget())
     label = results.verdict.get("label")
-    signs, asked = words.triggered(results.verdict), words.answers(results.verdict)
+    signs, asked = words.triggered(results.verdict), words.answers(results)
     steps = words.next_steps(results)
     lines = [
         f"  after {stage.name}: {_left(results, stage)} "
@@ -63,7 +63,7 @@ def show_evaluation(
         lines.append(estimated)
     lines += [f"  {MEASURES[k]}: {100 * value:.1f} %" for k, value in results.measures.items()]
     if label is not None:
-        lines.append(f"verdict: {label}")
+        lines.append(f"verdict: {label} ({words.LABELS[label]})")
         lines += [f"  {question} {answer}" for question, answer in asked.items()]
         lines += [f"  {sign['id']} ({sign['class']}): {sign['why']}" for sign in signs]
         lines += [f"  to settle it: {'; '.join(steps)}"] if steps else []
@@ -80,6 +80,7 @@ def show_evaluation(
         facts.add_row(MEASURES[name], f"{100 * value:.1f} %")
     if label is not None:
         facts.add_row("verdict", Text(label, COLOURS.get(label, "")))
+        facts.add_row("", Text(words.LABELS[label], "not bold"))
         for question, answer in asked.items():
             facts.add_row("", Text(f"{question} {answer}"))
         for sign in signs:

@@ -122,6 +122,7 @@ def templates() -> Environment:
         picture=picture,
         answers=words.answers,
         next_steps=words.next_steps,
+        meaning=words.LABELS.get,
     )
     return environment
 

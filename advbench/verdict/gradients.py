@@ -61,10 +61,10 @@ def zero_gradient(look: Look) -> Reading | None:
                 ce_dead[row] &= gone
     hits, of = int(dead.sum()), len(dead)
     why = (
-        f"the gradient of the model is zero or not a number for {hits} of {images(of)} that "
-        "withstood it: the model hides its gradient, so attacks along it may miss images"
+        f"the gradient is zero or not a number on {hits} of {images(of)} that withstood it, so no "
+        "attack along it can find anything there"
         if hits
-        else f"the gradient of the model is not zero for any of {images(of)} that withstood it"
+        else f"the gradient is not zero on any of {images(of)} that withstood it"
     )
     if not hits and (saturated := int(ce_dead.sum())):
         why += f" (of {saturated} that of the cross-entropy is: the model saturates there)"
@@ -106,10 +106,10 @@ def gradient_mismatch(look: Look) -> Reading | None:
     value, (low, high) = float(cosine.median()), median_interval(cosine)
     triggered = high < COSINE
     why = (
-        f"the gradient differs from finite differences of the model (cosine {value:.2f}): "
-        "the model hides its gradient, so attacks along it may miss images"
+        f"the gradient does not point where the model's logits really change (cosine {value:.2f} "
+        "with finite differences; an honest gradient has 1)"
         if triggered
-        else f"the gradient agrees with finite differences (cosine {value:.2f})"
+        else f"the gradient agrees with finite differences of the logits (cosine {value:.2f})"
     )
     data = {"cosines": [round(float(c), 3) for c in cosine], "step": step}
     return Reading(value, COSINE, triggered, why, (low, high), data=data)
@@ -151,11 +151,10 @@ def unbounded(look: Look) -> Reading | None:
         broken[~broken] = look.search("unbounded again", again, rest, threat=ANYWHERE)
     hits, of = int((~broken).sum()), len(broken)
     why = (
-        f"a search along the gradient that may change the image at will leaves {hits} of {of} "
-        "right, an honest gradient none: the model hides its gradient, so attacks along it may "
-        "miss images"
+        f"a search along the gradient that may turn the image into any other leaves {hits} of "
+        f"{of} right; with an honest gradient none is left"
         if hits
-        else f"a search along the gradient that may change the image at will breaks all {of}"
+        else f"a search along the gradient that may turn the image into any other breaks all {of}"
     )
     return of_share(hits, of, SOME, why)
 
@@ -207,9 +206,9 @@ def _after_all(look: Look, clean: Clean, broken: Tensor, what: str) -> Reading:
     robust = torch.from_numpy(look.survivors()).to(clean.ids)
     counted = int((broken & torch.isin(clean.ids, robust)).sum())
     if counted:
-        why += f": {counted} of them are counted as robust, so the number is too high"
+        why += f"; {counted} of them count as robust, so the number is too high"
         return replace(reading, why=why)
-    why += ": other attacks broke them too, so the number is not concerned"
+    why += "; other attacks broke them too, so they are not in the number"
     return replace(reading, why=why, question="gradient")
 
 

@@ -104,8 +104,11 @@ class IndicatorJudge:
             entries.append(measured.entry(name))
         return [entry for entry in entries if entry is not None]
 
-    def verdict(self, indicators: Sequence[Entry], passes: tuple[int, int]) -> Verdict:
-        return label.verdict(indicators, [indicator.id for indicator in self.chosen], passes)
+    def verdict(
+        self, indicators: Sequence[Entry], passes: tuple[int, int], nothing_left: bool
+    ) -> Verdict:
+        looked_at = [indicator.id for indicator in self.chosen]
+        return label.verdict(indicators, looked_at, passes, nothing_left)
 
     def adds_to(self, verdict: Verdict) -> bool:
         known = set(verdict.get("looked_at", ()))

@@ -43,10 +43,7 @@ def black_box(look: Look) -> Reading | None:
         f"attacks that need no gradient (Square, transfer) break {hits} of {images(of)} that the "
         "model's gradient had left"
     )
-    more = (
-        ": the model hides its gradient. What they broke is counted already, but the number may "
-        "still be too high"
-    )
+    more = "; an honest gradient leaves almost nothing to them"
     return of_share(hits, of, EVIDENCE, why, more=more, proof=PROOF)
 
 
@@ -61,7 +58,7 @@ def surrogate_gap(look: Look) -> Reading | None:
         f"surrogates with other gradients break {hits} of {images(of)} that the model's own "
         "gradient had left"
     )
-    more = ": its own gradient misleads; what they broke is counted already"
+    more = ": the model's own gradient misleads"
     return of_share(hits, of, EVIDENCE, why, more=more)
 
 

@@ -64,7 +64,7 @@ INDICATORS = (
     Indicator(
         id="tiny_change",
         weight="evidence",
-        kind="outputs",
+        kind="noise",
         question="number",
         cost="cheap",
         about=(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from advbench.runs.judgement import Indicator, Question, Verdict
 from advbench.runs.results import Results
 from advbench.text import count
+from advbench.verdict.label import concerns_any_number
 from advbench.verdict.registry import INDICATORS
 
 ASKED = {
@@ -12,6 +15,12 @@ ASKED = {
     "gradient": "does the model hide its gradient?",
 }
 """The questions that are kept apart: one of the model's user, and one of its author."""
+LABELS = {
+    "reliable": "no known sign that the attacks were misled",
+    "inconclusive": "there is a doubt, but no proof",
+    "unreliable": "the attacks were misled: better ones may leave much less",
+}
+"""What a label means, in a few words."""
 ANSWERS = {"proof": "yes", "evidence": "probably", "thin": "perhaps"}
 """By the strongest class of what is triggered."""
 
@@ -22,11 +31,21 @@ def triggered(verdict: Verdict) -> list[Indicator]:
     return sorted(found, key=lambda sign: list(ANSWERS).index(sign["class"]))
 
 
-def answers(verdict: Verdict) -> dict[str, str]:
+def answers(results: Results) -> dict[str, str]:
     """Each question with its answer; nothing without a label."""
+    verdict = results.verdict
     if verdict.get("label") is None or not verdict.get("indicators"):
         return {}
-    return {ASKED[question]: _answer(verdict, question) for question in ("number", "gradient")}
+    found = {ASKED[question]: _answer(verdict, question) for question in ("number", "gradient")}
+    if _cannot_be_too_high(results):
+        found[ASKED["number"]] = "no: not one image withstood the attacks"
+    return found
+
+
+def _cannot_be_too_high(results: Results) -> bool:
+    """Whether nothing is left, of a model that is the one described."""
+    signs = triggered(results.verdict)
+    return results.robust.acc == 0 and not any(map(concerns_any_number, signs))
 
 
 def _answer(verdict: Verdict, question: Question) -> str:
@@ -34,7 +53,7 @@ def _answer(verdict: Verdict, question: Question) -> str:
     if signs:
         return f"{ANSWERS[signs[0]['class']]} ({', '.join(sign['id'] for sign in signs)})"
     if triggered(verdict) and question == "number":
-        return "not known: no image shows it, but the gradient that was followed misleads"
+        return "perhaps: attacks that follow this gradient may have missed images"
     of = sum(sign["question"] == question for sign in verdict.get("indicators", ()))
     return f"no sign of it ({count(of, 'indicator')})" if of else "nothing was computed on it"
 
@@ -58,12 +77,16 @@ def naive(results: Results) -> float | None:
 def next_steps(results: Results) -> list[str]:
     """The steps that settle the doubts, without repetition, the strongest first.
 
-    The protocol that ran is no step any more.
+    What ran, as the protocol or as one of its stages, is no step any more. Nothing settles what is
+    settled: where no image is left.
     """
+    if _cannot_be_too_high(results):
+        return []
     signs = triggered(results.verdict)
     steps = dict.fromkeys(sign["settles"] for sign in signs if "settles" in sign)
-    ran = f"protocol={results.protocol['name']}"
-    return [step for step in steps if not step.startswith(ran)]
+    names = (results.protocol["name"], *(stage.name for stage in results.stages))
+    ran = tuple(f"protocol={name}" for name in names)
+    return [step for step in steps if re.split(r"[,;]? ", step)[0] not in ran]
 
 
 def table() -> str:

@@ -80,6 +80,25 @@ def test_a_copy_that_is_another_function_is_not_used(make: type[nn.Module]) -> N
     assert any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
 
 
+class Strict(nn.Module):
+    """Has another branch for what is no tensor, which a trace takes and which can't run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.inner(x)
+        return logits if isinstance(x, Tensor) else logits + torch.zeros(4)
+
+
+def test_a_trace_that_cannot_run_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Strict()
+    fast_copy(model, FastModelOptions(), samples(model).fetch(torch.arange(8)))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_search_in_bf16_is_confirmed_in_float32(whole: Path) -> None:
     case = changed(evaluation(), fast_model=FastModelOptions("bf16"))
     store = Store(None)

@@ -390,7 +390,8 @@ def test_verdict_is_shown(tmp_path: Path) -> None:
     told = "Indicator Value Threshold Triggered masking proof FGSM wins 0.25 0.1 yes"
     assert told in found.text and "Verdict unreliable" in found.text
     assert "does the model hide its gradient? yes (masking)" in found.text
-    assert "is the number too high? not known" in found.text
+    assert "is the number too high? perhaps: attacks that follow this gradient" in found.text
+    assert "unreliable the attacks were misled" in found.text
     text = pages.page(find([tmp_path]))
     assert text.count("share of broken images over eps") == 1
     assert (

@@ -64,7 +64,7 @@ def test_adaptive_asks_its_indicators() -> None:
         def adds_to(self, verdict: Any) -> bool:
             return False
 
-        def verdict(self, indicators: Any, passes: Any) -> Any:
+        def verdict(self, indicators: Any, passes: Any, nothing_left: bool) -> Any:
             return {"label": "inconclusive", "indicators": list(indicators)}
 
     case = Evaluation("net", "digits", PROTOCOL, job, judge=Suspicious())

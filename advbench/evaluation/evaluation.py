@@ -186,7 +186,7 @@ class Evaluation:
         if findings is not None:
             results = replace(results, estimate=self.protocol.estimate(plan, findings))
         if findings is not None and self.judge is not None and results.attacked:
-            results = self._with_verdict(results, self.judge, findings)
+            results = _judged(results, self.judge, findings)
         judged = findings is not None or bool(results.missing)
         if not judged:
             results = replace(results, verdict=Verdict(label=None, indicators=[], unfinished=True))
@@ -247,18 +247,12 @@ class Evaluation:
         findings = self._findings(job, stages, Store.finished(folder), group, measured)
         if findings is None:
             return finished
-        results = self._with_verdict(finished, self.judge, findings)
+        results = _judged(finished, self.judge, findings)
         if group.rank == 0:
             results.save(folder / RESULTS, (PLAN, SAMPLES, IMAGES, CONFIG))
             clear_journal(folder)
         group.wait()
         return results
-
-    @staticmethod
-    def _with_verdict(results: Results, judge: Judge, findings: Findings) -> Results:
-        nothing_left = results.robust.acc == 0
-        verdict = judge.verdict(findings.indicators, findings.passes, nothing_left)
-        return replace(results, verdict=verdict)
 
     def _findings(
         self,
@@ -284,6 +278,13 @@ class Evaluation:
                 job.progress.note("time was up before the verdict was computed")
             return None
         return Findings(stages, records, job.seed, tuple(indicators), tuple(passes))
+
+
+def _judged(results: Results, judge: Judge, findings: Findings) -> Results:
+    """The results with the verdict."""
+    nothing_left = results.robust.acc == 0
+    verdict = judge.verdict(findings.indicators, findings.passes, nothing_left)
+    return replace(results, verdict=verdict)
 
 
 def finished_results(folder: Path) -> Results | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,20 @@ class BatchSizes:
 
     def fit(self, rows: int) -> int:
         """The smallest usable size for ``rows`` rows, at most ``largest``."""
-        step = max(2 ** (rows.bit_length() - 1) // 8, 2)
-        if self.coarse:
-            step = 2 ** (rows - 1).bit_length()
-        for size in range(-(-rows // step) * step, self.largest, step):
+        for size in self._sizes(rows):
             if size not in self._usable:
                 self._usable[size] = self._try(size)
             if self._usable[size]:
                 return size
         return self.largest
+
+    def _sizes(self, rows: int) -> Iterator[int]:
+        """Sizes for ``rows`` rows, below the largest, from the smallest."""
+        step = max(2 ** (rows.bit_length() - 1) // 8, 2)
+        size = 2 ** (rows - 1).bit_length() if self.coarse else -(-rows // step) * step
+        while size < self.largest:
+            yield size
+            size += size if self.coarse else step
 
     def shrink(self) -> None:
         """Halve the largest size after running out of memory."""

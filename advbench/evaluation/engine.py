@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,7 @@ from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.clean_images import no_better_than_chance, score_clean, votes
 from advbench.evaluation.deadline import PassCounter
 from advbench.evaluation.fast_model import FastModel, Logits, copy_of_surrogate
+from advbench.evaluation.graphs import Graphs
 from advbench.evaluation.groups import NOISE_GROUP, Group, groups, out_of_memory_error, seed_noise
 from advbench.evaluation.job import CLEAN, Job
 from advbench.evaluation.joint_search import JointSearch
@@ -51,7 +52,7 @@ class Engine:
         job = self.job
         limit = NOISE_GROUP if job.traits.stochastic else job.batch_size
         largest = min(limit, job.batch_size, len(job.samples))
-        self.batch_sizes = BatchSizes(largest, coarse=job.fast_model.compile is not None)
+        self.batch_sizes = BatchSizes(largest, coarse=job.fast_model.fixed_shapes)
         all_groups = groups(job)
         self.groups = None if all_groups is None else all_groups[job.rank :: job.world_size]
         self.assigned = job.samples.ids[job.rank :: job.world_size]
@@ -122,7 +123,7 @@ class Engine:
             if self._passes_are_spent(store):
                 return False
             seed_noise(self.job, stage.name, group)
-            with tf32() if self.job.fast_model.precision == "tf32" else nullcontext():
+            with self._products():
                 if not search(group, members):
                     return False
             self.progressed = True
@@ -191,8 +192,13 @@ class Engine:
             probe_images = Clean(*(part[:COMPARED] for part in clean))
             try:
                 fast = copy_of_surrogate(surrogate, output, options, probe_images)
+                searched = fast
+                if options.graphs and isinstance(fast, FastModel) and not surrogate.stochastic:
+                    searched = Graphs(fast, job.progress.note).eval()
                 if not surrogate.stochastic:  # noise can't be compared
-                    self.batch_sizes.probe(Logits(fast, surrogate.needs_clean_input), clean)
+                    logits = Logits(searched, surrogate.needs_clean_input)
+                    with self._products():
+                        self.batch_sizes.probe(logits, clean)
                 break
             except RuntimeError as problem:
                 if not out_of_memory(problem):
@@ -211,7 +217,11 @@ class Engine:
                 "an image's logits depend, in their last bits, on its place in the batch: "
                 "a repeated evaluation may round differently"
             )
-        return fast
+        return searched
+
+    def _products(self) -> AbstractContextManager[None]:
+        """How a search multiplies float32 matrices."""
+        return tf32() if self.job.fast_model.precision == "tf32" else nullcontext()
 
     def _back_off(self) -> None:
         self.batch_sizes.shrink()

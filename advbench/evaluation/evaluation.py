@@ -116,7 +116,7 @@ class Evaluation:
             "protocol": self.protocol.to_json(),
             "seed": job.seed,
             "batch_size": job.batch_size,
-            "speed": asdict(job.fast_model),
+            "speed": job.fast_model.to_json(),
             "code": dict(self.code),
             "device": name_of(job.samples.device),
             "versions": versions(),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import io
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,8 +41,27 @@ class FastModelOptions:
     compile: str | None = None
     """None, or a mode of ``torch.compile`` such as "default" or "reduce-overhead", which takes a
     minute and needs a model that it understands."""
+    graphs: bool = False
+    """On a GPU, record the copy's passes as CUDA graphs (``advbench.evaluation.graphs``)."""
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether each further shape of a batch costs seconds at its first pass."""
+        return self.graphs or self.compile is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the identity of an evaluation, as it was before there were graphs."""
+        kept = asdict(self)
+        if not self.graphs:
+            del kept["graphs"]
+        return kept
 
     def __post_init__(self) -> None:
+        if self.graphs and self.compile is not None:
+            raise UserError(
+                f"trainer.graphs=true and trainer.compile={self.compile} exclude each other: the "
+                "modes of torch.compile have graphs of their own"
+            )
         modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
         for what, value, known in (
             ("precision", self.precision, PRECISIONS),

@@ -71,6 +71,8 @@ class Resources:
     """As of ``FastModelOptions``."""
     compile: str | None = field(default=None, metadata={"role": Role.RESOURCE})
     """As of ``FastModelOptions``."""
+    graphs: bool = field(default=False, metadata={"role": Role.RESOURCE})
+    """As of ``FastModelOptions``."""
     deterministic: bool = field(default=False, metadata={"role": Role.RESOURCE})
     """On a GPU, the same bits in every run, at some cost; a CPU gives them anyway."""
 
@@ -98,7 +100,7 @@ class Resources:
 
     @property
     def fast_model(self) -> FastModelOptions:
-        return FastModelOptions(self.precision, self.compile)
+        return FastModelOptions(self.precision, self.compile, self.graphs)
 
     @property
     def device(self) -> torch.device:

@@ -22,8 +22,9 @@ WAYS = {
     "float32-again": "protocol=autoattack seed=0",
     "bf16": "protocol=autoattack trainer.precision=bf16",
     "tf32": "protocol=autoattack trainer.precision=tf32",
-    "graphs": "protocol=autoattack trainer.compile=reduce-overhead",
-    "bf16-graphs": "protocol=autoattack trainer.precision=bf16 trainer.compile=reduce-overhead",
+    "graphs": "protocol=autoattack trainer.graphs=true",
+    "bf16-graphs": "protocol=autoattack trainer.precision=bf16 trainer.graphs=true",
+    "bf16-compile": "protocol=autoattack trainer.precision=bf16 trainer.compile=reduce-overhead",
     "batch-128": "protocol=autoattack trainer.batch_size=128",
     "express": "protocol=express protocol.audit=0",
     "express-audited": "protocol=express protocol.audit=100",
@@ -47,7 +48,7 @@ def main() -> int:
     n = given.n or (16 if given.tiny else 1000)
     few = [] if not given.tiny else ["protocol.attacks=[apgd-ce]"]
     for name, way in WAYS.items():
-        if given.tiny and name not in ("float32", "express", "reference"):
+        if given.tiny and name not in ("float32", "graphs", "express", "reference"):
             continue
         own = few if "autoattack" in way else []
         folder = sitting.folder / f"eval-{name}-{n}"

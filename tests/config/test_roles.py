@@ -49,7 +49,7 @@ OTHERS = {
     "trainer/evaluation": {
         **dict.fromkeys(("accelerator", "devices", "num_nodes", "precision", "compile"), RESOURCE),
         "batch_size": MACHINE,
-        "deterministic": RESOURCE,
+        **dict.fromkeys(("graphs", "deterministic"), RESOURCE),
     },
 }
 """Keys of the shipped options that do more than decide the outcome, or do not decide it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advbench.verdict import gradients, outputs, planted, records
+from advbench.verdict import gradients, outputs, planted, records, stronger
 from advbench.verdict.indicator import Indicator
 
 PINTOR = "Pintor et al. 2022, arXiv 2106.09947"
@@ -21,6 +21,22 @@ INDICATORS = (
         source=CARLINI,
         settles="protocol=autoattack",
         measure=records.weak_attack,
+    ),
+    Indicator(
+        id="stronger_search",
+        weight="proof",
+        kind="effort",
+        question="number",
+        cost="cheap",
+        about=(
+            "Of a protocol that is a single attack: the search of `protocol=express` breaks images "
+            "that it left. Proof if the number falls below its own 95 % interval, evidence if it "
+            "falls for certain."
+        ),
+        source=CARLINI,
+        settles="protocol=autoattack",
+        measure=stronger.stronger_search,
+        rests_on=("survivors",),
     ),
     Indicator(
         id="probabilities",

@@ -18,6 +18,7 @@ from advbench.attacks.fab import FAB
 from advbench.defenses.base import Surrogate, Traits
 from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.store import Images
+from advbench.verdict import stronger
 from advbench.verdict.gradients import median_interval
 from advbench.verdict.look import Look
 from advbench.verdict.reading import of_share
@@ -89,6 +90,10 @@ def right_again() -> Look:
 
 CASES: dict[str, tuple[list[Callable[[], Look]], list[Callable[[], Look]]]] = {
     "weak_attack": ([lambda: replace_complete(look(net()))], [lambda: look(net())]),
+    "stronger_search": (
+        [lambda: replace_complete(look(net()))],
+        [lambda: replace_complete(look(net(), eps=0.01))],
+    ),
     "probabilities": (
         [lambda: look(liar("Softmax")), lambda: look(liar("Sigmoid"))],
         [lambda: look(net())],
@@ -195,7 +200,7 @@ def test_it_triggers_and_is_quiet(name: str) -> None:
 
 
 def test_every_indicator_is_tried() -> None:
-    assert set(CASES) == set(BY_ID) and len(INDICATORS) == len(BY_ID) >= 20
+    assert set(CASES) == set(BY_ID) and len(INDICATORS) == len(BY_ID) >= 21
 
 
 @pytest.mark.parametrize("indicator", INDICATORS, ids=lambda i: i.id)
@@ -271,6 +276,36 @@ def test_what_other_attacks_broke_too_does_not_concern_the_number() -> None:
     entries = [BY_ID["noise"].entry(found) for found in (alone, both)]
     assert [entry and entry["triggered"] for entry in entries] == [True, True]
     assert [entry and entry["question"] for entry in entries] == ["number", "gradient"]
+
+
+@pytest.mark.parametrize(
+    ("eps", "triggered", "weight"), [(0.005, False, "proof"), (0.15, True, "proof")]
+)
+def test_a_single_attack_is_held_against_a_stronger_one(
+    eps: float, triggered: bool, weight: str
+) -> None:
+    found = replace_complete(look(net(), eps=eps))
+    entry = BY_ID["stronger_search"].entry(found)
+    assert entry is not None and (entry["triggered"], entry["class"]) == (triggered, weight)
+    assert entry.get("forwards", 0) > 40 and ("points or more" in entry["why"]) is triggered
+    assert BY_ID["stronger_search"].entry(look(net(), eps=eps)) is None  # of a whole suite
+
+
+def test_a_fall_inside_the_interval_is_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replace_complete(look(net()))
+    ids = found.job.samples.ids.numpy()
+
+    def searched(_: Look, some: np.ndarray) -> Any:
+        records = look(net()).records["apgd-ce"]
+        broken = np.isin(records.sample, some[:hits])
+        return replace(records, broken=broken)
+
+    monkeypatch.setattr(stronger, "_searched", searched)
+    for hits, expected in ((1, None), (3, "evidence"), (12, "proof")):
+        entry = BY_ID["stronger_search"].entry(found)
+        assert entry is not None and len(ids) == 40
+        assert entry["triggered"] == (expected is not None), hits
+        assert expected is None or entry["class"] == expected
 
 
 def test_a_search_that_ends_elsewhere_is_a_mistake_only_if_the_logits_are_steady() -> None:

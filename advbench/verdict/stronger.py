@@ -1,0 +1,94 @@
+"""The indicator of protocols that are a single attack: a stronger search, on what it left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from advbench.evaluation.deadline import PassCounter
+from advbench.evaluation.engine import Engine
+from advbench.evaluation.express import express_stage
+from advbench.evaluation.job import CLEAN, never
+from advbench.evaluation.phases import keyed_sample
+from advbench.evaluation.protocol import Subject
+from advbench.evaluation.samples import Samples
+from advbench.evaluation.store import Records, Store
+from advbench.progress import NullProgress
+from advbench.runs.accuracy import Accuracy
+from advbench.verdict.look import Look
+from advbench.verdict.reading import Reading, images, of_share
+
+LOOKED_AT = 256
+"""Survivors, at most."""
+DRAWS = 20
+"""EOT samples of each gradient of a stochastic model."""
+SOME = 0.01
+"""A share of survivors that has to be exceeded for certain."""
+
+
+def stronger_search(look: Look) -> Reading | None:
+    """Survivors of a single attack that the search of ``protocol=express`` breaks.
+
+    It is a proof where the robust accuracy falls below its own interval, and evidence where it
+    falls for certain.
+    """
+    job = look.job
+    left = _robust(look)
+    if look.complete or job.traits.gradient == "none" or not len(left):
+        return None
+    some = np.array(keyed_sample(left, LOOKED_AT, job.seed))
+    records = _searched(look, some)
+    hits = int((records.broken & np.isin(records.sample, some)).sum())
+    of, n = len(some), len(job.samples)
+    why = (
+        f"20 steps on the cross-entropy and on the margins of three classes break "
+        f"{hits or 'none'} of {images(of)} that {_names(look)} had left"
+    )
+    reading = of_share(hits, of, SOME, why)
+    if not reading.triggered or reading.interval is None:
+        return reading
+    # What is known of those that were not looked at is the lower end.
+    share = hits / of if of == len(left) else reading.interval[0]
+    lowest = (Accuracy.of(len(left), n).ci95 or (0.0, 1.0))[0]
+    why += f": the number is too high by {100 * share * len(left) / n:.1f} points or more"
+    proof = len(left) / n * (1 - share) < lowest
+    return replace(reading, why=why, weight=None if proof else "evidence")
+
+
+def _robust(look: Look) -> np.ndarray:
+    """Ids of the samples that count as robust, sorted: of a batch-dependent model in its batch."""
+    records = [look.records[name] for name in (CLEAN, *(stage.name for stage in look.stages))]
+    broken = np.concatenate([part.sample[part.broken] for part in records])
+    return np.setdiff1d(records[0].sample, broken)
+
+
+def _names(look: Look) -> str:
+    return ", ".join(stage.name for stage in look.stages)
+
+
+def _searched(look: Look, ids: np.ndarray) -> Records:
+    """The records of the search on these samples; of all in their batches, if they matter."""
+    job = look.job
+    chosen = torch.from_numpy(ids) if look.by_image else job.samples.ids
+    job = replace(
+        job,
+        samples=Samples(job.samples.split, chosen, job.samples.device),
+        surrogates={},
+        keep_images=False,
+        rank=0,
+        world_size=1,
+        progress=NullProgress(),
+        deadline=never,
+        passes=PassCounter(),
+    )
+    classes = look.logits(job.samples.fetch(chosen[:1]).x).shape[1]
+    subject = Subject(job.traits, classes, job.threat)
+    stage = express_stage(subject, "stronger_search", draws=DRAWS)
+    store = Store(None)
+    Engine(job).run((stage,), store)
+    records = store.records(stage.name)
+    look.forwards += int(records.forwards.sum()) + len(chosen)
+    look.backwards += int(records.backwards.sum())
+    return records

@@ -28,7 +28,14 @@ def weak_attack(look: Look) -> Reading | None:
         return Reading("suite", "suite", False, "the protocol is a whole suite of attacks")
     names = ", ".join(stage.name for stage in look.stages)
     why = f"only {names} attacked the model: a suite of attacks may leave less"
-    return Reading(names, "suite", True, why)
+    declared = look.job.traits.gradient
+    if declared in ("exact", "none") or any(not stage.follows_model for stage in look.stages):
+        return Reading(names, "suite", True, why)
+    why += (
+        f", and its gradient is declared {declared.replace('_', ' ')}, so another attack is needed "
+        "than one along it: on surrogates, or a black box"
+    )
+    return Reading(names, "suite", True, why, weight="evidence")
 
 
 def black_box(look: Look) -> Reading | None:

@@ -17,7 +17,10 @@ INDICATORS = (
         kind="effort",
         question="number",
         cost="free",
-        about="The protocol is a single attack, not a suite: a stronger one may leave less.",
+        about=(
+            "The protocol is a single attack, not a suite: a stronger one may leave less. Evidence "
+            "if it follows a gradient alone that is declared discontinuous or straight through."
+        ),
         source=CARLINI,
         settles="protocol=autoattack",
         measure=records.weak_attack,
@@ -25,7 +28,7 @@ INDICATORS = (
     Indicator(
         id="stronger_search",
         weight="proof",
-        kind="effort",
+        kind="search",
         question="number",
         cost="cheap",
         about=(

@@ -49,13 +49,13 @@ class Phased(Protocol):
     def follow_up(self, plan: Plan, findings: Findings) -> FollowUp | None:
         if not self.more or len(findings.stages) > 1:
             return None
-        some = keyed_sample(findings.survivors(plan.stages), 8, findings.seed)
+        some = keyed_sample(findings.survivors(plan.stages), 5, findings.seed)
         return FollowUp(tuple(dataclasses.replace(s, only=some) for s in plan.follow_ups), "some")
 
 
 def evaluation(more: bool = True, chosen: list[str] = CHOSEN, only: bool = False) -> Evaluation:
     protocol = Phased(more=more)
-    job = dataclasses.replace(look(net(), n=20, eps=0.1).job, batch_size=20, keep_images=True)
+    job = dataclasses.replace(look(net(), n=12, eps=0.1).job, batch_size=12, keep_images=True)
     judge = Judgement(indicators=chosen, only=only).of(protocol)
     return Evaluation("net", "digits", protocol, job, judge=judge)
 
@@ -201,7 +201,7 @@ class Watched(Look):
 @pytest.mark.parametrize("indicator", INDICATORS, ids=lambda one: one.id)
 def test_an_indicator_names_what_it_reads(indicator: Indicator) -> None:
     """Else it would not be computed again where that changed."""
-    found, note = look(net(), n=12, eps=0.2), set()
+    found, note = look(net(), n=4, eps=0.2), set()
     found.__class__ = Watched
     found.note = note  # pyright: ignore[reportAttributeAccessIssue]
     indicator.entry(found)

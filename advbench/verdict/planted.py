@@ -79,7 +79,9 @@ def planted(look: Look) -> Reading | None:
         f"misses {missed} (random points: {found.separated - found.by_chance})"
     )
     more = ": it may miss others too, and the number may be too high"
-    return of_share(missed, found.separated, EVIDENCE, why, more=more, proof=PROOF, **data)
+    reading = of_share(missed, found.separated, EVIDENCE, why, more=more, proof=PROOF, **data)
+    # A single short attack misses images of an honest net too, which says nothing of the net.
+    return reading if look.complete else replace(reading, weight="thin", question="number")
 
 
 @dataclass(frozen=True)

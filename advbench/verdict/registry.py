@@ -275,7 +275,8 @@ INDICATORS = (
             "Near each of a few images an adversarial image of a binary readout of the features is "
             "planted, so that one exists for certain. The search of the protocol, on that readout, "
             "has to find it. Proof if the lower end of the exact 95 % interval of the share that "
-            "it misses is above 10 %, evidence above 5 %."
+            "it misses is above 10 %, evidence above 5 %; thin if the protocol is a single attack, "
+            "which may be too weak for any model."
         ),
         source="Zimmermann et al. 2022, arXiv 2206.13991",
         settles="protocol=adaptive, with surrogates that follow another gradient",

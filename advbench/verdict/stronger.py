@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from advbench.attacks.express import Express
+from advbench.evaluation.adaptive import MSAProtocol
 from advbench.evaluation.deadline import PassCounter
 from advbench.evaluation.engine import Engine
-from advbench.evaluation.express import express_stage
 from advbench.evaluation.job import CLEAN, never
 from advbench.evaluation.phases import keyed_sample
 from advbench.evaluation.protocol import Subject
 from advbench.evaluation.samples import Samples
-from advbench.evaluation.store import Records, Store
+from advbench.evaluation.store import Store
 from advbench.progress import NullProgress
 from advbench.runs.accuracy import Accuracy
 from advbench.verdict.look import Look
@@ -31,6 +32,7 @@ SOME = 0.01
 def stronger_search(look: Look) -> Reading | None:
     """Survivors of a single attack that the search of ``protocol=express`` breaks.
 
+    It follows the model's gradient, and those of the surrogates that the evaluation has.
     It is a proof where the robust accuracy falls below its own interval, and evidence where it
     falls for certain.
     """
@@ -39,8 +41,7 @@ def stronger_search(look: Look) -> Reading | None:
     if look.complete or job.traits.gradient == "none" or not len(left):
         return None
     some = np.array(keyed_sample(left, LOOKED_AT, job.seed))
-    records = _searched(look, some)
-    hits = int((records.broken & np.isin(records.sample, some)).sum())
+    hits = len(np.intersect1d(some, _broken_by_search(look, some)))
     of, n = len(some), len(job.samples)
     why = (
         f"20 steps on the cross-entropy and on the margins of three classes break "
@@ -68,14 +69,13 @@ def _names(look: Look) -> str:
     return ", ".join(stage.name for stage in look.stages)
 
 
-def _searched(look: Look, ids: np.ndarray) -> Records:
-    """The records of the search on these samples; of all in their batches, if they matter."""
+def _broken_by_search(look: Look, ids: np.ndarray) -> np.ndarray:
+    """The samples that the search breaks of these; of all, if their batches matter."""
     job = look.job
     chosen = torch.from_numpy(ids) if look.by_image else job.samples.ids
     job = replace(
         job,
         samples=Samples(job.samples.split, chosen, job.samples.device),
-        surrogates={},
         keep_images=False,
         rank=0,
         world_size=1,
@@ -84,11 +84,12 @@ def _searched(look: Look, ids: np.ndarray) -> Records:
         passes=PassCounter(),
     )
     classes = look.logits(job.samples.fetch(chosen[:1]).x).shape[1]
-    subject = Subject(job.traits, classes, job.threat)
-    stage = express_stage(subject, "stronger_search", draws=DRAWS)
+    subject = Subject(job.traits, classes, job.threat, job.seed, job.surrogates)
+    msa = MSAProtocol(draws=DRAWS, search="express", square=0).stages(subject)
+    stages = [stage for stage in msa if isinstance(stage.attack, Express)]
     store = Store(None)
-    Engine(job).run((stage,), store)
-    records = store.records(stage.name)
-    look.forwards += int(records.forwards.sum()) + len(chosen)
-    look.backwards += int(records.backwards.sum())
-    return records
+    Engine(job).run(stages, store)
+    records = [store.records(stage.name) for stage in stages]
+    look.forwards += len(chosen) + sum(int(part.forwards.sum()) for part in records)
+    look.backwards += sum(int(part.backwards.sum()) for part in records)
+    return np.concatenate([part.sample[part.broken] for part in records])

@@ -286,6 +286,16 @@ def test_a_single_attack_is_held_against_a_stronger_one() -> None:
     assert BY_ID["stronger_search"].entry(look(net(), n=12)) is None  # of a whole suite
 
 
+def test_a_single_attack_that_misses_what_was_planted_is_weak_and_the_model_is_not_accused() -> (
+    None
+):
+    found = look(liar("Negated"), n=5)
+    suite, single = (BY_ID["planted"].entry(one) for one in (found, replace_complete(found)))
+    assert suite is not None and single is not None and suite["triggered"] and single["triggered"]
+    assert (suite["class"], suite["question"]) == ("proof", "gradient")
+    assert (single["class"], single["question"]) == ("thin", "number")
+
+
 @pytest.mark.parametrize(
     ("gradient", "stages", "weight"),
     [
@@ -308,12 +318,7 @@ def test_a_fall_inside_the_interval_is_evidence(monkeypatch: pytest.MonkeyPatch)
     found = replace_complete(look(net()))
     ids = found.job.samples.ids.numpy()
 
-    def searched(_: Look, some: np.ndarray) -> Any:
-        records = look(net()).records["apgd-ce"]
-        broken = np.isin(records.sample, some[:hits])
-        return replace(records, broken=broken)
-
-    monkeypatch.setattr(stronger, "_searched", searched)
+    monkeypatch.setattr(stronger, "_broken_by_search", lambda look, some: some[:hits])
     for hits, expected in ((1, None), (3, "evidence"), (12, "proof")):
         entry = BY_ID["stronger_search"].entry(found)
         assert entry is not None and len(ids) == 40

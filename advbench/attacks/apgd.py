@@ -24,7 +24,7 @@ from advbench.attacks.base import (
 )
 from advbench.attacks.random import Random
 from advbench.attacks.threat import Threat, edge_point, per_row, project, projection, unit
-from advbench.attacks.waits import surely_none
+from advbench.attacks.waits import overwrite, surely_none
 from advbench.errors import UserError, did_you_mean
 
 MOMENTUM = 0.75  # alpha, 2020, eq. 2
@@ -139,8 +139,8 @@ class APGD(Attack):
         point = edge_point(x, threat.norm, eps, random)
         rows = APGDRows(
             **started(clean, point, restart),
-            previous=point,
-            point_best=point,
+            previous=point.clone(),
+            point_best=point.clone(),
             gradient_best=torch.zeros_like(x),
             **{name: x.new_zeros(len(x)) for name in ("step", "sparsity", "support")},
             **{name: x.new_full((len(x),), -torch.inf)
@@ -168,8 +168,8 @@ class APGD(Attack):
         point, gradient = rows.point, answer.gradient
         improved = first | (loss > rows.loss_best)
         rows.loss_best = torch.where(improved, loss, rows.loss_best)
-        rows.point_best = torch.where(per_row(improved, rows.x), point, rows.point_best)
-        rows.gradient_best = torch.where(per_row(improved, rows.x), gradient, rows.gradient_best)
+        overwrite(rows.point_best, improved, point)
+        overwrite(rows.gradient_best, improved, gradient)
         rows.best_at_check = torch.where(first, loss, rows.best_at_check)
         rows.rises += ~first & (loss > rows.loss_last)
         rows.since += ~first
@@ -180,8 +180,8 @@ class APGD(Attack):
             restore = self._checkpoint_l1(rows, check, threat) if threat.norm == "l1" else (
                 self._checkpoint(rows, check)
             )  # fmt: skip
-            point = torch.where(per_row(restore, rows.x), rows.point_best, point)
-            gradient = torch.where(per_row(restore, rows.x), rows.gradient_best, gradient)
+            overwrite(point, restore, rows.point_best)
+            overwrite(gradient, restore, rows.gradient_best)
             rows.since = torch.where(check, 0, rows.since)
             rows.rises = torch.where(check, 0, rows.rises)
 
@@ -248,8 +248,10 @@ class APGD(Attack):
         direction = gradient.sign() if norm == "linf" else unit(gradient, norm)
         step_end = into_threat(torch.addcmul(point, step, direction))
         weight = per_row(torch.where(rows.phase_iteration == 0, 1.0, MOMENTUM), x)
-        # alpha (ahead - point) + (1 - alpha) (point - previous), added to the point
-        return into_threat(torch.lerp(2 * point - rows.previous, step_end, weight))
+        # alpha (ahead - point) + (1 - alpha) (point - previous), added to the point. The previous
+        # point is needed no more: its memory takes the result.
+        carried = rows.previous.neg_().add_(point, alpha=2)
+        return into_threat(carried.lerp_(step_end, weight))
 
     def _begin_phase(self, rows: APGDRows, mask: Tensor, threat: Threat, fresh: bool) -> None:
         """Set the rows of ``mask`` to the beginning of their phase, at their point."""

@@ -32,7 +32,17 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
         return module
 
     yield load
-    for name in ("sitting", "check", "train", "evaluate", "defenses", "images", "slim", "table"):
+    for name in (
+        "sitting",
+        "check",
+        "train",
+        "evaluate",
+        "defenses",
+        "images",
+        "slim",
+        "table",
+        "count",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -129,3 +139,11 @@ def test_a_wheel_without_its_examples(scripts: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         assert file.namelist() == ["a/b.py", "a-1.dist-info/RECORD"]
         assert "examples" not in file.read("a-1.dist-info/RECORD").decode()
+
+
+def test_count(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = scripts("count")
+    monkeypatch.setattr(count, "ROWS", 4)
+    monkeypatch.setitem(count.STEPS, "APGD-CE", (4, 6))
+    operations, waits = count.per_query("APGD-CE", "linf")
+    assert 90 < operations < 150 and waits == 1

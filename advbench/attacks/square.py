@@ -27,8 +27,9 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 BLOCK = 64
 """Proposals that random words are drawn for at a time."""
 SKIPS, SKIPS_QUEUED = 4, 1
-"""Proposals at most that a row passes over at a time because they change nothing: on a CPU; and on
-a GPU, where each is 30 launches for all rows, and only one window in eight, of a pixel, is such."""
+"""Proposals at most that a row passes over at a time because they change nothing. The second is
+for a GPU, where each costs 30 launches, whether or not a row needs it, and for colour images, where
+one in eight windows of a pixel changes nothing; of gray images, one in two."""
 TINY = 1e-12
 
 
@@ -200,8 +201,8 @@ class Square(Attack):
         if oldest >= self.steps:
             overwrite(rows.point, rows.iteration >= self.steps, rows.point_best)
         rows.iteration += 1
-        most = SKIPS_QUEUED if must_wait(unchanged) else SKIPS
-        for _ in range(most if linf else 0):
+        few = must_wait(unchanged) and rows.x.shape[1] > 1
+        for _ in range((SKIPS_QUEUED if few else SKIPS) if linf else 0):
             # A window that has these signs already changes nothing: its answer is known.
             unchanged &= rows.iteration < self.steps
             if surely_none(unchanged):

@@ -31,7 +31,7 @@ MEDIAN_SAMPLES = 10_000  # at most so many, evenly spaced, give the first temper
 
 
 def one_hot(y: Tensor, classes: int) -> Tensor:
-    """(N,) -> (N, K) float32. ``F.one_hot`` would wait for the device to check the range."""
+    """(N,) -> (N, K) float32."""
     return (y[:, None] == torch.arange(classes, device=y.device)).float()
 
 

@@ -198,8 +198,8 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
         yield read_json(path)
 
 
-def key(row: dict[str, Any]) -> tuple[str, int]:
-    return row["name"], row["seed"]
+def key(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["name"], row["seed"], row["protocol"]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -254,11 +254,12 @@ def table(known: Sequence[dict[str, Any]]) -> str:
     text += [
         "### Every model",
         "",
-        "| model | kind | seed | clean | reported | true | verdict | triggered |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | kind | seed | protocol, n | clean | reported | true | verdict | triggered |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(known, key=lambda r: (r["kind"], r["name"], r["seed"])):
-        who = f"| {r['name']} | {r['kind'].replace('_', ' ')} | {r['seed']} |"
+        who = f"| {r['name']} | {r['kind'].replace('_', ' ')} | {r['seed']} "
+        who += f"| {r['protocol']}, {r['n']} |"
         if "refused" in r:
             text.append(f"{who} | | | refused | {r['refused'][:60]}... |")
             continue

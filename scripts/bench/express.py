@@ -53,7 +53,9 @@ def protocol(tool: str) -> Protocol:
         return Alone(tool)
     if tool == "autoattack":
         return AutoAttackProtocol()
-    steps, _, targets = (tool.removeprefix("express").removeprefix("-") or "20x3").partition("x")
+    if tool == "express":
+        return ExpressProtocol(audit=0, escalate=False)
+    steps, _, targets = tool.removeprefix("express-").partition("x")
     return ExpressProtocol(steps=int(steps), targets=int(targets), audit=0, escalate=False)
 
 

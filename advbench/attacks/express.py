@@ -3,8 +3,8 @@
 AutoAttack spends nine targets of 100 steps on what three targets of 20 find, if the targets are
 the likeliest wrong classes at the best point so far (compare Gao et al. 2022, arXiv 2206.07314).
 Steps and momentum are APGD's (Croce & Hein 2020, arXiv 2003.01690), without its checkpoints. In l1
-a step goes towards the point of the threat that is farthest along the gradient, as Frank and Wolfe
-do (1956; Jaggi 2013): pixels that [0, 1] holds are left alone, and no sparsity has to be chosen.
+its steps are sparse (2021, arXiv 2103.01208); ours leave alone the pixels that [0, 1] holds, and
+have no momentum, which would spread them over more pixels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from advbench.attacks.waits import rows_of, surely_none
 from advbench.errors import UserError
 
 MOMENTUM = 0.75
+SPARSITY = 0.1
+"""The share of pixels that the first l1 step touches; it falls with the step size."""
 
 
 @dataclass
@@ -45,8 +47,7 @@ class ExpressRows(Rows):
 class Express(Attack):
     """``steps`` on the cross-entropy, then ``steps`` on the margin of each of ``targets`` classes.
 
-    Each search starts at a random point of its own. Its step size falls from 2 eps to 0; in l1 from
-    all of the way to the farthest point to none of it.
+    Each search starts at a random point of its own. Its step size falls from 2 eps to 0.
 
     Raises:
         UserError: for values out of these ranges.
@@ -112,12 +113,11 @@ class Express(Attack):
         x, point = rows.x, rows.point
         share = 0.5 * (1 + torch.cos(math.pi / (self.steps - 1) * step)).to(x.dtype)
         into_threat = projection(x, threat.norm, threat.radius)
+        size = per_row(2 * threat.radius * share, x)
         if threat.norm == "l1":
-            step_end = point.lerp(_farthest(x, gradient, threat.radius), per_row(share, x))
-        else:
-            direction = gradient.sign() if threat.norm == "linf" else unit(gradient, "l2")
-            size = per_row(2 * threat.radius * share, x)
-            step_end = into_threat(torch.addcmul(point, size, direction))
+            return into_threat(torch.addcmul(point, size, _sparse(point, gradient, share)))
+        direction = gradient.sign() if threat.norm == "linf" else unit(gradient, "l2")
+        step_end = into_threat(torch.addcmul(point, size, direction))
         weight = per_row(torch.where(step == 0, 1.0, MOMENTUM), x)
         # alpha (ahead - point) + (1 - alpha) (point - previous), added to the point
         return into_threat(torch.lerp(2 * point - rows.previous, step_end, weight))
@@ -134,15 +134,17 @@ class Express(Attack):
         rows.point[index] = torch.where(per_row(finished[index], x), start, rows.point[index])
 
 
-def _farthest(x: Tensor, gradient: Tensor, eps: float) -> Tensor:
-    """The point of the l1 threat that is farthest along the gradient: (N, ...) -> (N, ...).
+def _sparse(point: Tensor, gradient: Tensor, share: Tensor) -> Tensor:
+    """A sign step of l1 norm one on the pixels with the largest gradients that can move: (N, ...).
 
-    The pixels with the largest gradients go as far as [0, 1] lets them, until eps is used up.
+    Args:
+        point: images in [0, 1], (N, ...); a pixel at the edge moves inwards alone.
+        gradient: (N, ...).
+        share: of SPARSITY, in [0, 1], (N,); one pixel is touched at least.
     """
-    clean, slope = x.flatten(1), gradient.flatten(1)
-    room = torch.where(slope > 0, 1 - clean, clean).masked_fill(slope == 0, 0.0)
-    order = slope.abs().sort(dim=1, descending=True, stable=True).indices
-    room = room.gather(1, order)
-    before = room.cumsum(1) - room
-    change = torch.minimum((eps - before).clamp_min(0.0), room)
-    return x + (torch.zeros_like(slope).scatter(1, order, change) * slope.sign()).view_as(x)
+    movable = torch.where(gradient > 0, point < 1, point > 0)
+    slope = torch.where(movable, gradient, 0.0).flatten(1)
+    size = slope.abs()
+    num_pixels = (SPARSITY * share * size.shape[1]).long().clamp_min(1)
+    threshold = size.sort(dim=1, descending=True).values.gather(1, num_pixels[:, None] - 1)
+    return unit(torch.where(size >= threshold, slope.sign(), 0.0).view_as(point), "l1")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog
 from test_attacks import EPS, batch, best_margins, keyed, largest_margin, linear
 from torch import Tensor, nn
 
@@ -86,24 +84,31 @@ def test_steps_fall_by_a_cosine_and_each_search_starts_anew() -> None:
         assert torch.allclose(clean.x - moved, torch.tensor(weight * size), atol=1e-6), step
 
 
-def test_the_first_l1_step_goes_as_far_along_the_gradient_as_the_threat_lets_it() -> None:
-    """By a linear program: the most that x' = x + up - down gains within the budget and [0, 1]."""
+def test_an_l1_step_is_sparse_and_moves_only_what_can_move() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(20, 1, 4, 4, generator=generator)
-    x[:, :, :2] = x[:, :, :2].round()  # at the edge, as most pixels of a digit are
+    x = torch.full((4, 1, 10, 10), 0.5)
     gradient = torch.randn(x.shape, generator=generator)
-    gradient[:, :, 0, 0] = 0.0
-    clean = Clean(x=x, y=torch.zeros(20, dtype=torch.long), ids=torch.arange(20))
-    threat, model = Threat("l1", 1.5), nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    random, restarts = keyed(clean)
-    rows = Express().start(Oracle(model), clean, threat, random, restarts)
-    moved = Express()._move(rows, torch.zeros_like(clean.ids), gradient, threat)
-    for image, point, slope in zip(x, moved, gradient, strict=True):
-        base, cost = image.flatten().double().numpy(), slope.flatten().double().numpy()
-        bounds = [*((0, 1 - v) for v in base), *((0, v) for v in base)]
-        budget = np.ones((1, 32))
-        best = linprog(np.concatenate([-cost, cost]), budget, [threat.radius], bounds=bounds)
-        assert float(((point - image) * slope).sum()) == pytest.approx(-best.fun, abs=1e-5)
+    largest = gradient.flatten(1).abs().sort(dim=1, descending=True).indices
+    held = largest[:, :50]  # at the edge, with a gradient that leads out of [0, 1]
+    edge = (gradient.flatten(1) > 0).to(x.dtype).gather(1, held)
+    x = x.flatten(1).scatter(1, held, edge).view_as(x)
+    clean = Clean(x=x, y=torch.zeros(4, dtype=torch.long), ids=torch.arange(4))
+    threat, model = Threat("l1", 1.0), nn.Sequential(nn.Flatten(), nn.Linear(100, 3))
+    rows = Express().start(Oracle(model), clean, threat, *keyed(clean))
+    rows.point = rows.previous = x
+    for step, touched in ((0, 10), (10, 4), (19, 1)):
+        moved = Express()._move(rows, torch.full_like(clean.ids, step), gradient, threat) - x
+        share = 0.5 * (1 + math.cos(math.pi * step / 19))
+        assert int(0.1 * share * 100) == (touched if step < 19 else 0)
+        for change, slope, order in zip(moved, gradient, largest, strict=True):
+            change, slope = change.flatten(), slope.flatten()
+            if step == 19:
+                assert not change.any()  # the size is 0
+                continue
+            chosen = order[50 : 50 + touched]
+            assert sorted(change.nonzero().flatten().tolist()) == sorted(chosen.tolist())
+            assert torch.equal(change[chosen].sign(), slope[chosen].sign())
+            assert float(change.abs().sum()) == pytest.approx(min(2 * share, 1.0), abs=1e-5)
 
 
 class Scaled(nn.Module):

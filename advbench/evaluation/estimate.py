@@ -79,16 +79,16 @@ def estimate(of: str, n: int, survivors: int, audited: int, broken: int) -> Esti
 
 
 def sample_size(points: float, n: int, survivors: int) -> int:
-    """The smallest audit whose interval is at most ``points`` wide, if it breaks nothing.
+    """The smallest audit whose interval has that half-width, if it breaks nothing.
 
     Args:
-        points: of accuracy over ``n`` images, in percent.
+        points: half of the interval's width, of accuracy over ``n`` images, in percent.
         n: images of the evaluation.
         survivors: of the short search, at most ``n``.
     """
     low, high = min(1, survivors), survivors
     while low < high:
         middle = (low + high) // 2
-        narrow = 100 * breakable(survivors, middle, 0)[1] <= points * n
+        narrow = 100 * breakable(survivors, middle, 0)[1] <= 2 * points * n
         low, high = (low, middle) if narrow else (middle + 1, high)
     return low

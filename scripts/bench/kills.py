@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -50,7 +51,9 @@ def cases(work: Path) -> list[Case]:
     for name in ("hpm", "mfdv_snn"):
         folder = work / name
         if not (folder / "summary.json").exists():
-            finish(["train", f"experiment={name}_quick", "trainer.epochs=1"], folder)
+            # One epoch teaches an SNN nothing: no sample would be left to attack.
+            epochs = ["trainer.epochs=1"] if name == "hpm" else []
+            finish(["train", f"experiment={name}_quick", *epochs], folder)
     plain = work / "plain"
     if not (plain / "summary.json").exists():
         finish(["train", *QUICK], plain)
@@ -94,7 +97,7 @@ def content(case: Case, folder: Path) -> list[bytes]:
 
 def measure(case: Case, work: Path, kills: int, chance: random.Random) -> dict[str, object]:
     """Kill and repeat a command. Returns what became of it."""
-    home = work / "kills" / case.name.replace(" ", "_")
+    home = work / "kills" / re.sub(r"\W+", "-", case.name)
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     seconds = finish(case.words, home / "whole")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from defenses import table_of
+from defenses import table_of  # pyright: ignore[reportAttributeAccessIssue]  # not tests.defenses
 from shared import advbench
 
 from advbench.runs.results import Results

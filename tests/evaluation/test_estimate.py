@@ -82,7 +82,7 @@ def test_what_is_said_of_an_audit() -> None:
 def test_the_size_that_a_half_width_needs() -> None:
     for points, n, survivors in ((0.3, 10000, 5000), (1.0, 200, 96), (5.0, 1000, 300)):
         size = sample_size(points, n, survivors)
-        assert 100 * breakable(survivors, size, 0)[1] <= points * n
-        assert size == 1 or 100 * breakable(survivors, size - 1, 0)[1] > points * n
+        assert 100 * breakable(survivors, size, 0)[1] <= 2 * points * n
+        assert size == 1 or 100 * breakable(survivors, size - 1, 0)[1] > 2 * points * n
     assert sample_size(100.0, 200, 96) == 1 and sample_size(0.1, 200, 96) == 94
     assert sample_size(0.3, 100, 0) == 0

@@ -213,18 +213,23 @@ def kernels(deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
+WITH_GRAPHS = frozenset({"cuda"})
+"""Devices on which a compiled model may hand out the same memory at every call."""
+
+
 def kept(output: Any) -> Any:
     """A copy of what a compiled model or its backward pass returned, to use after its next call.
 
     The results of a CUDA graph, as in some modes of ``torch.compile``, lie in the same memory at
-    every call.
+    every call. Where there are no graphs, nothing is copied.
 
     Args:
         output: a tensor, a tuple of tensors, or anything else, which comes back as it is.
     """
     if isinstance(output, tuple):
         return tuple(map(kept, output))
-    return output.clone() if isinstance(output, torch.Tensor) else output
+    reused = isinstance(output, torch.Tensor) and output.device.type in WITH_GRAPHS
+    return output.clone() if reused else output
 
 
 def keep_freed_memory() -> None:

@@ -118,3 +118,11 @@ def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for module in (settings, trainer):
         monkeypatch.setattr(module, "emulates_bf16", lambda device: False)
+
+
+@pytest.fixture
+def with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is a device whose compiled models hand out the same memory at every call."""
+    from advbench import devices
+
+    monkeypatch.setattr(devices, "WITH_GRAPHS", {"cpu"})

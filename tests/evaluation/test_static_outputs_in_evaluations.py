@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 from made_up_searches import EPS, Mixed, Notes, changed, evaluation, files, net, samples
 from static_outputs import Static, compiling
@@ -21,6 +22,8 @@ from advbench.evaluation.fast_model import FastModelOptions
 from advbench.evaluation.identity import behaviour
 from advbench.evaluation.plan import Stage, Subject
 from advbench.verdict.judge import Judgement
+
+pytestmark = pytest.mark.usefixtures("with_graphs")
 
 SIGNS = ["probabilities", "stochastic_mismatch", "batch_mismatch", "zero_gradient",
          "gradient_mismatch", "noise"]  # fmt: skip

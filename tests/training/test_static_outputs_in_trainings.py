@@ -11,6 +11,8 @@ from small import assert_same_result
 from static_outputs import compiling
 from test_training_on_device import TRAINER, train
 
+pytestmark = pytest.mark.usefixtures("with_graphs")
+
 COMPILED = replace(TRAINER, compile="reduce-overhead", epochs=2)
 
 

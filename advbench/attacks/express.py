@@ -23,8 +23,8 @@ from advbench.attacks.waits import rows_of, surely_none
 from advbench.errors import UserError
 
 MOMENTUM = 0.75
-SPARSITY = 0.1
-"""The share of pixels that the first l1 step touches; it falls with the step size."""
+SPREAD = 4
+"""Pixels per unit of eps that the first l1 step touches; their number falls with the step size."""
 
 
 @dataclass
@@ -115,7 +115,8 @@ class Express(Attack):
         into_threat = projection(x, threat.norm, threat.radius)
         size = per_row(2 * threat.radius * share, x)
         if threat.norm == "l1":
-            return into_threat(torch.addcmul(point, size, _sparse(point, gradient, share)))
+            step_end = torch.addcmul(point, size, _sparse(point, gradient, threat.radius * share))
+            return into_threat(step_end)
         direction = gradient.sign() if threat.norm == "linf" else unit(gradient, "l2")
         step_end = into_threat(torch.addcmul(point, size, direction))
         weight = per_row(torch.where(step == 0, 1.0, MOMENTUM), x)
@@ -134,17 +135,17 @@ class Express(Attack):
         rows.point[index] = torch.where(per_row(finished[index], x), start, rows.point[index])
 
 
-def _sparse(point: Tensor, gradient: Tensor, share: Tensor) -> Tensor:
+def _sparse(point: Tensor, gradient: Tensor, eps: Tensor) -> Tensor:
     """A sign step of l1 norm one on the pixels with the largest gradients that can move: (N, ...).
 
     Args:
         point: images in [0, 1], (N, ...); a pixel at the edge moves inwards alone.
         gradient: (N, ...).
-        share: of SPARSITY, in [0, 1], (N,); one pixel is touched at least.
+        eps: SPREAD times so many pixels are touched, (N,); one at least, all at most.
     """
     movable = torch.where(gradient > 0, point < 1, point > 0)
     slope = torch.where(movable, gradient, 0.0).flatten(1)
     size = slope.abs()
-    num_pixels = (SPARSITY * share * size.shape[1]).long().clamp_min(1)
+    num_pixels = (SPREAD * eps).long().clamp(1, size.shape[1])
     threshold = size.sort(dim=1, descending=True).values.gather(1, num_pixels[:, None] - 1)
     return unit(torch.where(size >= threshold, slope.sign(), 0.0).view_as(point), "l1")

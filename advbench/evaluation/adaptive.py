@@ -11,8 +11,7 @@ from advbench.attacks.base import Attack
 from advbench.attacks.square import Square
 from advbench.defenses.base import Surrogate
 from advbench.errors import UserError, did_you_mean
-from advbench.evaluation.express import STAGE as EXPRESS
-from advbench.evaluation.express import express_stage
+from advbench.evaluation.express import express_stages
 from advbench.evaluation.phases import Findings, FollowUp
 from advbench.evaluation.plan import Plan
 from advbench.evaluation.protocol import Effort, Protocol, Stage, Subject
@@ -103,13 +102,13 @@ class MSAProtocol(Protocol):
         self, surrogates: Surrogates, subject: Subject, *, model: bool = False
     ) -> list[Stage]:
         """Express on the model and on each surrogate without an auxiliary loss."""
-        express = express_stage(subject, EXPRESS, draws=self.draws)
-        stages = [express] if model and subject.traits.gradient != "none" else []
+        express = express_stages(subject, draws=self.draws)
+        stages = express.copy() if model and subject.traits.gradient != "none" else []
         for name, surrogate in surrogates.items():
             if surrogate.auxiliary_loss:
                 stages += self._searches({name: surrogate}, subject)
             else:
-                stages.append(self._on(name, surrogate, EXPRESS, express.attack))
+                stages += [self._on(name, surrogate, s.name, s.attack) for s in express]
         return stages
 
     def _on_model(self, member: str, subject: Subject) -> list[Stage]:

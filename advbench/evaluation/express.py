@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from advbench.attacks.apgd import APGD
 from advbench.attacks.express import Express
 from advbench.errors import UserError
 from advbench.evaluation.estimate import estimate, sample_size
@@ -21,6 +22,7 @@ from advbench.runs.accuracy import Estimate, clopper_pearson
 from advbench.runs.judgement import Indicator
 
 STAGE = "express"
+FIRST_IN_L1 = "express-ce"
 MISLEADING = frozenset({
     "probabilities", "zero_gradient", "gradient_mismatch", "unbounded", "noise", "one_step",
     "black_box", "surrogate_gap", "logit_scale", "monotone",
@@ -32,18 +34,17 @@ MISLEADING = frozenset({
 class ExpressProtocol(Protocol):
     """Express on every sample, AutoAttack on a few of the survivors.
 
-    Express is 20 steps on the cross-entropy and 20 on the margin of each of three classes (nine in
-    l1). Then AutoAttack attacks a keyed sample of the survivors, the audit: it says, with an exact
-    interval, what AutoAttack would leave of all images. Where it breaks too many, it attacks all
-    survivors.
+    Express is 20 steps on the cross-entropy and 20 on the margin of each of three classes; in l1 of
+    nine, after AutoAttack's first search. Then AutoAttack attacks a keyed sample of the survivors,
+    the audit: it says, with an exact interval, what AutoAttack would leave of all images. Where it
+    breaks too many, it attacks all survivors.
     """
 
     name: ClassVar[str] = "express"
     steps: int = 20
     """Of each search, at least 2."""
-    targets: int | None = None
-    """Targeted searches; at most the number of classes less one are made. None: three, in l1
-    nine."""
+    targets: int = 3
+    """Targeted searches, in l1 three times as many; at most the number of classes less one."""
     draws: int = 20
     """EOT samples of each gradient of a stochastic model."""
     audit: int | str = 64
@@ -57,7 +58,7 @@ class ExpressProtocol(Protocol):
     interval; of 64 audited, 4."""
 
     def __post_init__(self) -> None:
-        if min(self.steps - 1, self.draws, 1 if self.targets is None else self.targets) < 1:
+        if min(self.steps - 1, self.draws, self.targets) < 1:
             raise UserError("protocol=express needs steps >= 2, targets >= 1 and draws >= 1")
         if not 0 <= self.tolerance < 1:
             raise UserError(f"protocol.tolerance={self.tolerance} is not a share from 0 to 1")
@@ -93,7 +94,7 @@ class ExpressProtocol(Protocol):
         return "cheap"
 
     def stages(self, subject: Subject) -> list[Stage]:
-        return [express_stage(subject, STAGE, self.steps, self.targets, self.draws)]
+        return express_stages(subject, self.steps, self.targets, self.draws)
 
     def may_follow(self, subject: Subject) -> list[Stage]:
         return self.suite(subject).stages(subject)
@@ -146,23 +147,27 @@ class ExpressProtocol(Protocol):
         return estimate("AutoAttack", n, len(survivors), *_audit(plan, findings, survivors))
 
 
-def express_stage(
-    subject: Subject, name: str, steps: int = 20, targets: int | None = None, draws: int = 1
-) -> Stage:
-    """A stage of Express on the model.
+def express_stages(
+    subject: Subject, steps: int = 20, targets: int = 3, draws: int = 1
+) -> list[Stage]:
+    """Express on the model.
 
     Args:
         subject: what is attacked; there are no more targets than it has wrong classes.
-        name: of the stage.
         steps: of each search, at least 2.
-        targets: targeted searches, at least 1; None: three, in l1 nine.
+        targets: targeted searches, at least 1; in l1 three times as many.
         draws: EOT samples, where the model is stochastic.
     """
-    if targets is None:
-        targets = 9 if subject.threat.norm == "l1" else 3
-    attack = Express(steps=steps, targets=min(targets, subject.num_classes - 1))
+    in_l1 = subject.threat.norm == "l1"
+    targets = min(3 * targets if in_l1 else targets, subject.num_classes - 1)
+    attack = Express(steps=steps, targets=targets)
     why = f"{steps} steps on the cross-entropy and on each of {attack.targets} targets"
-    return Stage(name, attack, why, eot_samples=draws if subject.traits.stochastic else 1)
+    stages = [Stage(STAGE, attack, why)]
+    if in_l1:
+        why = "AutoAttack's search from 3 eps inwards, since in l1 short searches miss much"
+        stages.insert(0, Stage(FIRST_IN_L1, APGD(large_radius=True), why))
+    eot_samples = draws if subject.traits.stochastic else 1
+    return [replace(stage, eot_samples=eot_samples) for stage in stages]
 
 
 def misleading(indicators: Sequence[Indicator]) -> Indicator | None:

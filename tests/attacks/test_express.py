@@ -93,13 +93,13 @@ def test_an_l1_step_is_sparse_and_moves_only_what_can_move() -> None:
     edge = (gradient.flatten(1) > 0).to(x.dtype).gather(1, held)
     x = x.flatten(1).scatter(1, held, edge).view_as(x)
     clean = Clean(x=x, y=torch.zeros(4, dtype=torch.long), ids=torch.arange(4))
-    threat, model = Threat("l1", 1.0), nn.Sequential(nn.Flatten(), nn.Linear(100, 3))
+    threat, model = Threat("l1", 2.5), nn.Sequential(nn.Flatten(), nn.Linear(100, 3))
     rows = Express().start(Oracle(model), clean, threat, *keyed(clean))
     rows.point = rows.previous = x
     for step, touched in ((0, 10), (10, 4), (19, 1)):
         moved = Express()._move(rows, torch.full_like(clean.ids, step), gradient, threat) - x
         share = 0.5 * (1 + math.cos(math.pi * step / 19))
-        assert int(0.1 * share * 100) == (touched if step < 19 else 0)
+        assert int(4 * 2.5 * share) == (touched if step < 19 else 0)
         for change, slope, order in zip(moved, gradient, largest, strict=True):
             change, slope = change.flatten(), slope.flatten()
             if step == 19:
@@ -108,7 +108,9 @@ def test_an_l1_step_is_sparse_and_moves_only_what_can_move() -> None:
             chosen = order[50 : 50 + touched]
             assert sorted(change.nonzero().flatten().tolist()) == sorted(chosen.tolist())
             assert torch.equal(change[chosen].sign(), slope[chosen].sign())
-            assert float(change.abs().sum()) == pytest.approx(min(2 * share, 1.0), abs=1e-5)
+            assert float(change.abs().sum()) == pytest.approx(
+                min(5 * share, 2.5, 0.5 * touched), abs=1e-5
+            )
 
 
 class Scaled(nn.Module):

@@ -48,7 +48,7 @@ class Every(Mixed):
 def records(case: Evaluation, folder: Path) -> tuple[bytes, list[str]]:
     notes = Notes()
     assert not case.execute(folder, case.plan(), notes).missing
-    return files(folder), notes.notes
+    return files(folder), notes.repeatable
 
 
 def test_the_same_bytes(

@@ -132,11 +132,6 @@ class Notes(NullProgress):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    @property
-    def repeatable(self) -> list[str]:
-        """Without the one on rounding, which depends on where memory lies in this process."""
-        return [text for text in self.notes if "in their last bits" not in text]
-
 
 @dataclass(frozen=True)
 class Parts(Protocol):

@@ -21,6 +21,8 @@ from advbench.evaluation.fast_model import FastModelOptions
 from advbench.evaluation.graphs import Graphs
 from advbench.evaluation.plan import Stage, Subject
 
+pytestmark = pytest.mark.usefixtures("with_graphs")
+
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
@@ -48,7 +50,7 @@ class Every(Mixed):
 def records(case: Evaluation, folder: Path) -> tuple[bytes, list[str]]:
     notes = Notes()
     assert not case.execute(folder, case.plan(), notes).missing
-    return files(folder), notes.repeatable
+    return files(folder), notes.notes
 
 
 def test_the_same_bytes(

@@ -41,7 +41,7 @@ def records(case: Evaluation, folder: Path) -> tuple[bytes, list[str]]:
     """With what was noted, such as the batch sizes that can't be used."""
     notes = Notes()
     assert not case.execute(folder, case.plan(), notes).missing
-    return files(folder), notes.repeatable
+    return files(folder), notes.notes
 
 
 def test_a_compiled_search(tmp_path: Path) -> None:

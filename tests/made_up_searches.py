@@ -134,6 +134,21 @@ class Notes(NullProgress):
 
 
 @dataclass(frozen=True)
+class Every(Mixed):
+    """And untargeted FAB, whose answers are many gradients."""
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        return [*super().stages(subject), Stage("fab", FAB(steps=3, targeted=False), "a test")]
+
+
+def records(case: Evaluation, folder: Path) -> tuple[bytes, list[str]]:
+    """With what was noted, such as the batch sizes that can't be used."""
+    notes = Notes()
+    assert not case.execute(folder, case.plan(), notes).missing
+    return files(folder), notes.notes
+
+
+@dataclass(frozen=True)
 class Parts(Protocol):
     """Some of the stages of ``Mixed``."""
 

@@ -15,7 +15,7 @@ the same one, and so does an evaluation that is resumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,12 +58,22 @@ class Findings:
 
     def survivors(self, stages: Sequence[Stage]) -> np.ndarray:
         """Ids of the samples that are correct after these stages, sorted."""
-        clean = self.records[CLEAN]
-        survivors = clean.sample[~clean.broken]
-        for stage in stages:
-            records = self.records[stage.name]
-            survivors = np.setdiff1d(survivors, records.sample[records.broken])
-        return survivors
+        return survivors(self.records, stages)
+
+
+def survivors(records: Mapping[str, Records], stages: Iterable[Stage]) -> np.ndarray:
+    """Ids of the samples that count as correct after these stages, sorted.
+
+    Args:
+        records: of ``clean`` and of the stages, by name.
+        stages: that ran.
+    """
+    clean = records[CLEAN]
+    ids = clean.sample[~clean.broken]
+    for stage in stages:
+        part = records[stage.name]
+        ids = np.setdiff1d(ids, part.sample[part.broken])
+    return ids
 
 
 class Judge(Protocol):

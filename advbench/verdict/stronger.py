@@ -11,8 +11,8 @@ from advbench.attacks.express import Express
 from advbench.evaluation.adaptive import MSAProtocol
 from advbench.evaluation.deadline import PassCounter
 from advbench.evaluation.engine import Engine
-from advbench.evaluation.job import CLEAN, never
-from advbench.evaluation.phases import keyed_sample
+from advbench.evaluation.job import never
+from advbench.evaluation.phases import keyed_sample, survivors
 from advbench.evaluation.protocol import Subject
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.store import Store
@@ -37,15 +37,15 @@ def stronger_search(look: Look) -> Reading | None:
     falls for certain.
     """
     job = look.job
-    left = _robust(look)
+    left = survivors(look.records, look.stages)  # of a batch-dependent model, in its batch
     if look.complete or job.traits.gradient == "none" or not len(left):
         return None
     some = np.array(keyed_sample(left, LOOKED_AT, job.seed))
     hits = len(np.intersect1d(some, _broken_by_search(look, some)))
     of, n = len(some), len(job.samples)
     why = (
-        f"20 steps on the cross-entropy and on the margins of three classes break "
-        f"{hits or 'none'} of {images(of)} that {_names(look)} had left"
+        f"the search of protocol=express breaks {hits or 'none'} of {images(of)} that "
+        f"{_names(look)} had left"
     )
     reading = of_share(hits, of, SOME, why)
     if not reading.triggered or reading.interval is None:
@@ -56,13 +56,6 @@ def stronger_search(look: Look) -> Reading | None:
     why += f": the number is too high by {100 * share * len(left) / n:.1f} points or more"
     proof = len(left) / n * (1 - share) < lowest
     return replace(reading, why=why, weight=None if proof else "evidence")
-
-
-def _robust(look: Look) -> np.ndarray:
-    """Ids of the samples that count as robust, sorted: of a batch-dependent model in its batch."""
-    records = [look.records[name] for name in (CLEAN, *(stage.name for stage in look.stages))]
-    broken = np.concatenate([part.sample[part.broken] for part in records])
-    return np.setdiff1d(records[0].sample, broken)
 
 
 def _names(look: Look) -> str:

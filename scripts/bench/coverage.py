@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from advbench.evaluation.estimate import estimate
-from advbench.evaluation.express import STAGE
+from advbench.evaluation.express import FIRST_IN_L1, STAGE
 from advbench.evaluation.job import CLEAN
 from advbench.evaluation.phases import keyed_sample
 from advbench.evaluation.store import read_samples
@@ -30,6 +30,7 @@ def survivors(folder: Path) -> tuple[int, np.ndarray, np.ndarray]:
     """
     records = read_samples(folder)
     clean, express = records.pop(CLEAN), records.pop(STAGE)
+    records.pop(FIRST_IN_L1, None)
     left = np.setdiff1d(express.sample, express.sample[express.broken])
     first = next(iter(records.values()), None)
     if first is None or set(first.sample) != set(left):

@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from made_up_searches import Mixed, Notes, changed, evaluation, files, net
+from made_up_searches import Every, Mixed, changed, evaluation, net, records
 from torch import Tensor, nn
 
-from advbench.attacks.fab import FAB
 from advbench.defenses.base import Traits
 from advbench.errors import UserError
 from advbench.evaluation import graphs
-from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.fast_model import FastModelOptions
 from advbench.evaluation.graphs import Graphs
 from advbench.evaluation.plan import Stage, Subject
@@ -39,18 +37,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     return shapes
-
-
-@dataclass(frozen=True)
-class Every(Mixed):
-    def stages(self, subject: Subject) -> list[Stage]:
-        return [*super().stages(subject), Stage("fab", FAB(steps=3, targeted=False), "a test")]
-
-
-def records(case: Evaluation, folder: Path) -> tuple[bytes, list[str]]:
-    notes = Notes()
-    assert not case.execute(folder, case.plan(), notes).missing
-    return files(folder), notes.notes
 
 
 def test_the_same_bytes(

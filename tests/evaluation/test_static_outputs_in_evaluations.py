@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from made_up_searches import EPS, Mixed, Notes, changed, evaluation, files, net, samples
+from made_up_searches import EPS, Every, changed, evaluation, files, net, records, samples
 from static_outputs import Static, compiling
 from torch import Tensor, nn
 
 from advbench.attacks.apgd import APGD
 from advbench.attacks.base import Rows, started
 from advbench.attacks.expectation import Expectation
-from advbench.attacks.fab import FAB
 from advbench.attacks.referee import Referee
 from advbench.attacks.threat import Threat
-from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.fast_model import FastModelOptions
 from advbench.evaluation.identity import behaviour
-from advbench.evaluation.plan import Stage, Subject
 from advbench.verdict.judge import Judgement
 
 pytestmark = pytest.mark.usefixtures("with_graphs")
 
 SIGNS = ["probabilities", "stochastic_mismatch", "batch_mismatch", "zero_gradient",
          "gradient_mismatch", "noise"]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Every(Mixed):
-    """And untargeted FAB, whose answers are many gradients."""
-
-    def stages(self, subject: Subject) -> list[Stage]:
-        return [*super().stages(subject), Stage("fab", FAB(steps=3, targeted=False), "a test")]
-
-
-def records(case: Evaluation, folder: Path) -> tuple[bytes, list[str]]:
-    """With what was noted, such as the batch sizes that can't be used."""
-    notes = Notes()
-    assert not case.execute(folder, case.plan(), notes).missing
-    return files(folder), notes.notes
 
 
 def test_a_compiled_search(tmp_path: Path) -> None:

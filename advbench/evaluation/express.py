@@ -35,9 +35,9 @@ class ExpressProtocol(Protocol):
     """Express on every sample, AutoAttack on a few of the survivors.
 
     Express is 20 steps on the cross-entropy and 20 on the margin of each of three classes; in l1 of
-    nine, after AutoAttack's first search. Then AutoAttack attacks a keyed sample of the survivors,
-    the audit: it says, with an exact interval, what AutoAttack would leave of all images. Where it
-    breaks too many, it attacks all survivors.
+    nine, after one start of AutoAttack's APGD-CE. Then AutoAttack attacks a keyed sample of the
+    survivors, the audit: it says, with an exact interval, what AutoAttack would leave of all
+    images. Where it breaks too many, it attacks all survivors.
     """
 
     name: ClassVar[str] = "express"
@@ -164,7 +164,7 @@ def express_stages(
     why = f"{steps} steps on the cross-entropy and on each of {attack.targets} targets"
     stages = [Stage(STAGE, attack, why)]
     if in_l1:
-        why = "AutoAttack's search from 3 eps inwards, since in l1 short searches miss much"
+        why = "one start of AutoAttack's APGD-CE, since in l1 shorter searches miss much"
         stages.insert(0, Stage(FIRST_IN_L1, APGD(large_radius=True), why))
     eot_samples = draws if subject.traits.stochastic else 1
     return [replace(stage, eot_samples=eot_samples) for stage in stages]

@@ -86,9 +86,9 @@ class MSAProtocol(Protocol):
         return "cheap"
 
     def stages(self, subject: Subject) -> list[Stage]:
-        surrogates = {name: s for name, s in subject.surrogates.items() if not s.transfer}
         if self.search == "express":
-            return [*self._express(surrogates, subject, model=True), *self._last(subject)]
+            return [*self.short_searches(subject), *self._last(subject)]
+        surrogates = {name: s for name, s in subject.surrogates.items() if not s.transfer}
         return [
             *self._on_model("apgd-ce", subject),
             *self._searches(surrogates, subject),
@@ -98,12 +98,16 @@ class MSAProtocol(Protocol):
             *self._last(subject),
         ]
 
-    def _express(
-        self, surrogates: Surrogates, subject: Subject, *, model: bool = False
-    ) -> list[Stage]:
-        """Express on the model and on each surrogate without an auxiliary loss."""
+    def short_searches(self, subject: Subject) -> list[Stage]:
+        """Express on the model, along its own gradient if it has one, and on its surrogates."""
+        surrogates = {name: s for name, s in subject.surrogates.items() if not s.transfer}
+        own = express_stages(subject, draws=self.draws) if subject.traits.gradient != "none" else []
+        return [*own, *self._express(surrogates, subject)]
+
+    def _express(self, surrogates: Surrogates, subject: Subject) -> list[Stage]:
+        """Express on each surrogate, the usual search where it has an auxiliary loss."""
         express = express_stages(subject, draws=self.draws)
-        stages = express.copy() if model and subject.traits.gradient != "none" else []
+        stages: list[Stage] = []
         for name, surrogate in surrogates.items():
             if surrogate.auxiliary_loss:
                 stages += self._searches({name: surrogate}, subject)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from advbench.attacks.express import Express
 from advbench.evaluation.adaptive import MSAProtocol
 from advbench.evaluation.deadline import PassCounter
 from advbench.evaluation.engine import Engine
@@ -78,8 +77,7 @@ def _broken_by_search(look: Look, ids: np.ndarray) -> np.ndarray:
     )
     classes = look.logits(job.samples.fetch(chosen[:1]).x).shape[1]
     subject = Subject(job.traits, classes, job.threat, job.seed, job.surrogates)
-    msa = MSAProtocol(draws=DRAWS, search="express", square=0).stages(subject)
-    stages = [stage for stage in msa if isinstance(stage.attack, Express)]
+    stages = MSAProtocol(draws=DRAWS, search="express").short_searches(subject)
     store = Store(None)
     Engine(job).run(stages, store)
     records = [store.records(stage.name) for stage in stages]

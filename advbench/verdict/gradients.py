@@ -15,7 +15,7 @@ from advbench.attacks.base import Clean, Rows
 from advbench.attacks.pgd import PGD
 from advbench.attacks.threat import Threat, norm_of, per_row, unit
 from advbench.verdict.look import Look, short_search
-from advbench.verdict.reading import Reading, images, of_share
+from advbench.verdict.reading import Reading, fall, images, of_share
 
 DEAD = 1e-12
 """Of the median: a gradient shorter than that is none."""
@@ -23,8 +23,8 @@ DEAD_SHARE = 0.05
 DIRECTIONS = 8
 STEP = 1e-3
 """Of the pixel range: the shorter of the two steps of a difference."""
-COSINE = 0.5
-"""Below it, gradient and differences point to different ways."""
+COSINE = 0.9
+"""Below it, the gradient is of another function. Of 35 honest nets none is below 0.98."""
 SOME = 0.01
 """A share of images that has to be exceeded for certain."""
 STEPS = 20
@@ -169,7 +169,7 @@ def one_step(look: Look) -> Reading | None:
         step = _edge(look.gradient(loss, clean.x, clean.y).nan_to_num(), threat)
         for length in (0.5, 1.0):
             broken |= look.wrong(threat.project(clean.x + length * step, clean.x), clean)
-    return _after_all(look, clean, broken, "one step along the gradient")
+    return after_all(look, clean, broken, "one step along the gradient")
 
 
 def _edge(direction: Tensor, threat: Threat) -> Tensor:
@@ -193,23 +193,25 @@ def noise(look: Look) -> Reading | None:
         direction = look.random("noise", rest.ids, number).normal(rest.x)
         point = threat.project(rest.x + _edge(direction, threat), rest.x)
         broken[~broken] = look.wrong(point, rest)
-    return _after_all(look, clean, broken, "random noise inside the ball")
+    return after_all(look, clean, broken, "random noise inside the ball")
 
 
-def _after_all(look: Look, clean: Clean, broken: Tensor, what: str) -> Reading:
+def after_all(look: Look, clean: Clean, broken: Tensor, what: str) -> Reading:
     """The reading of samples that break though attacks along the gradient left them."""
     hits, of = int(broken.sum()), len(broken)
     why = f"{what} breaks {hits or 'none'} of {images(of)} that attacks along the gradient left"
     reading = of_share(hits, of, SOME, why)
     if not reading.triggered:
         return reading
-    robust = torch.from_numpy(look.survivors()).to(clean.ids)
-    counted = int((broken & torch.isin(clean.ids, robust)).sum())
+    left = look.survivors()
+    robust = torch.isin(clean.ids, torch.from_numpy(left).to(clean.ids))
+    counted = int((broken & robust).sum())
     if counted:
         why += f"; {counted} of them count as robust, so the number is too high"
-        return replace(reading, why=why)
+        _, proof = fall(counted, int(robust.sum()), len(left), len(look.job.samples))
+        return replace(reading, why=why, weight=None if proof else "evidence")
     why += "; other attacks broke them too, so they are not in the number"
-    return replace(reading, why=why, question="gradient")
+    return replace(reading, why=why, weight="evidence", question="gradient")
 
 
 def logit_scale(look: Look) -> Reading | None:
@@ -222,7 +224,7 @@ def logit_scale(look: Look) -> Reading | None:
         look.search("logit_scale", attack, clean, scale=scale) for scale in (1.0, 0.1, 0.01)
     )
     more = (scaled[0] | scaled[1]) & ~plain
-    return _after_all(
+    return after_all(
         look, clean, more, "a search on smaller logits (and none on the logits as they are)"
     )
 

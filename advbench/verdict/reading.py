@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from advbench.runs.accuracy import clopper_pearson
+from advbench.runs.accuracy import Accuracy, clopper_pearson
 from advbench.runs.judgement import Question
 from advbench.text import count
 
@@ -63,6 +63,25 @@ def of_share(
     weight = "evidence" if triggered and proof is not None and low <= proof else None
     why += more if triggered else ""
     return Reading(value, threshold, triggered, why, (low, high), weight, data=data)
+
+
+def fall(hits: int, of: int, left: int, n: int) -> tuple[float, bool]:
+    """How far a robust accuracy falls that counts images which a search breaks.
+
+    Args:
+        hits: survivors that the search breaks, of ``of``.
+        of: survivors that it attacked, chosen at random. Of the others, the lower end of the exact
+            95 % interval is taken to break.
+        left: survivors of all ``n`` images.
+        n: images of the evaluation.
+
+    Returns:
+        The fall, a share of the n images, and whether it ends below the 95 % interval of the
+        number: a proof that the number is too high.
+    """
+    share = hits / of if of == left else clopper_pearson(hits, of)[0]
+    lowest = (Accuracy.of(left, n).ci95 or (0.0, 1.0))[0]
+    return share * left / n, left / n * (1 - share) < lowest
 
 
 def images(number: int) -> str:

@@ -9,6 +9,7 @@ PINTOR = "Pintor et al. 2022, arXiv 2106.09947"
 CARLINI = "Carlini et al. 2019, arXiv 1902.06705"
 ATHALYE = "Athalye et al. 2018, arXiv 1802.00420"
 AUTOATTACK = "Croce & Hein 2020, arXiv 2003.01690"
+FALL = "Proof if the number falls below its own 95 % interval by them, else evidence."
 
 INDICATORS = (
     Indicator(
@@ -33,8 +34,7 @@ INDICATORS = (
         cost="cheap",
         about=(
             "Of a protocol that is a single attack: the search of `protocol=express` breaks images "
-            "that it left. Proof if the number falls below its own 95 % interval, evidence if it "
-            "falls for certain."
+            f"that it left. {FALL}"
         ),
         source=CARLINI,
         settles="protocol=autoattack",
@@ -144,11 +144,13 @@ INDICATORS = (
     ),
     Indicator(
         id="one_step",
-        weight="evidence",
+        weight="proof",
         kind="search",
         question="number",
         cost="cheap",
-        about="A single step along the gradient breaks samples that the whole search did not.",
+        about=(
+            f"A single step along the gradient breaks samples that the whole search did not. {FALL}"
+        ),
         source=f"{ATHALYE}, section 3.1",
         settles="protocol=adaptive",
         measure=gradients.one_step,
@@ -156,13 +158,13 @@ INDICATORS = (
     ),
     Indicator(
         id="noise",
-        weight="evidence",
+        weight="proof",
         kind="noise",
         question="number",
         cost="cheap",
         about=(
             "Random points at the edge of the ball break samples that the search along the "
-            "gradient did not."
+            f"gradient did not. {FALL}"
         ),
         source=f"{ATHALYE}, section 3.1",
         settles="protocol=square",
@@ -171,13 +173,13 @@ INDICATORS = (
     ),
     Indicator(
         id="logit_scale",
-        weight="evidence",
+        weight="proof",
         kind="scale",
         question="number",
         cost="cheap",
         about=(
             "The same search on logits divided by 10 and 100 breaks samples that it does not break "
-            "on the logits as they are. Only those broken in addition count."
+            f"on the logits as they are. Only those broken in addition count. {FALL}"
         ),
         source=CARLINI,
         settles="protocol=apgd protocol.loss=dlr",

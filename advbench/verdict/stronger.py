@@ -16,9 +16,8 @@ from advbench.evaluation.protocol import Subject
 from advbench.evaluation.samples import Samples
 from advbench.evaluation.store import Store
 from advbench.progress import NullProgress
-from advbench.runs.accuracy import Accuracy
 from advbench.verdict.look import Look
-from advbench.verdict.reading import Reading, images, of_share
+from advbench.verdict.reading import Reading, fall, images, of_share
 
 LOOKED_AT = 256
 """Survivors, at most."""
@@ -47,13 +46,10 @@ def stronger_search(look: Look) -> Reading | None:
         f"{_names(look)} had left"
     )
     reading = of_share(hits, of, SOME, why)
-    if not reading.triggered or reading.interval is None:
+    if not reading.triggered:
         return reading
-    # What is known of those that were not looked at is the lower end.
-    share = hits / of if of == len(left) else reading.interval[0]
-    lowest = (Accuracy.of(len(left), n).ci95 or (0.0, 1.0))[0]
-    why += f": the number is too high by {100 * share * len(left) / n:.1f} points or more"
-    proof = len(left) / n * (1 - share) < lowest
+    by, proof = fall(hits, of, len(left), n)
+    why += f": the number is too high by {100 * by:.1f} points or more"
     return replace(reading, why=why, weight=None if proof else "evidence")
 
 

@@ -19,7 +19,7 @@ from advbench.defenses.base import Surrogate, Traits
 from advbench.evaluation.plan import Stage
 from advbench.evaluation.protocols import AutoAttackProtocol
 from advbench.evaluation.store import Images
-from advbench.verdict.gradients import median_interval
+from advbench.verdict.gradients import after_all, median_interval
 from advbench.verdict.look import Look
 from advbench.verdict.reading import of_share
 from advbench.verdict.registry import INDICATORS
@@ -51,6 +51,20 @@ class Keyed(nn.Module):
         keys = [zlib.crc32(row.detach().numpy().tobytes()) for row in x]
         drawn = [np.random.default_rng(key).normal(0, 3, 10) for key in keys]
         return self.net(x) + torch.from_numpy(np.stack(drawn).astype(np.float32))
+
+
+class Blurred(nn.Module):
+    """The net with a gradient that is smoothed, and about right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x.view_as(x)
+        if seen.requires_grad:
+            seen.register_hook(lambda gradient: nn.functional.avg_pool2d(gradient, 3, 1, 1))
+        return self.net(seen)
 
 
 class Band(nn.Module):
@@ -116,7 +130,11 @@ CASES: dict[str, tuple[list[Callable[[], Look]], list[Callable[[], Look]]]] = {
         [lambda: look(net()), lambda: look(liar("Loud"))],
     ),
     "gradient_mismatch": (
-        [lambda: look(liar("Negated")), lambda: look(liar("RandomGradient"))],
+        [
+            lambda: look(liar("Negated")),
+            lambda: look(liar("RandomGradient")),
+            lambda: look(Blurred()),
+        ],
         [lambda: look(net()), lambda: look(liar("Loud"))],
     ),
     "unbounded": ([lambda: look(liar("Detached"))], [lambda: look(net())]),
@@ -276,6 +294,16 @@ def test_what_other_attacks_broke_too_does_not_concern_the_number() -> None:
     entries = [BY_ID["noise"].entry(found) for found in (alone, both)]
     assert [entry and entry["triggered"] for entry in entries] == [True, True]
     assert [entry and entry["question"] for entry in entries] == ["number", "gradient"]
+    assert [entry and entry["class"] for entry in entries] == ["proof", "evidence"]
+
+
+def test_images_that_count_as_robust_and_break_prove_it_where_the_number_falls_far() -> None:
+    found = look(net())
+    clean = found.sample(found.survivors())
+    for hits, expected in ((3, "evidence"), (12, None)):
+        reading = after_all(found, clean, torch.arange(len(clean.y)) < hits, "noise")
+        assert reading.triggered and reading.weight == expected
+        assert f"{hits} of them count as robust" in reading.why
 
 
 def test_a_single_attack_that_misses_what_was_planted_is_weak_and_the_model_is_not_accused() -> (

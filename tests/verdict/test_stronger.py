@@ -16,9 +16,11 @@ from advbench.evaluation.evaluation import Evaluation
 from advbench.evaluation.express import ExpressProtocol
 from advbench.evaluation.plan import Stage, Subject
 from advbench.evaluation.protocols import PGDProtocol
+from advbench.runs.accuracy import clopper_pearson
 from advbench.verdict import stronger
 from advbench.verdict.judge import Judgement
 from advbench.verdict.look import Look
+from advbench.verdict.reading import fall
 from advbench.verdict.stronger import stronger_search
 
 
@@ -57,6 +59,13 @@ def test_a_fall_inside_the_interval_is_evidence(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(stronger, "LOOKED_AT", 20)  # of the others, as much as is certain
     for hits, expected in ((5, "evidence"), (12, "proof")):
         assert _weight(found) == expected, hits
+
+
+def test_a_fall_is_a_proof_where_it_ends_below_the_interval_of_the_number() -> None:
+    assert fall(5, 50, 50, 100) == (0.05, False)  # 45 %; the interval of 50 % ends at 40.4 %
+    assert fall(9, 50, 50, 100) == (0.09, False) and fall(10, 50, 50, 100) == (0.1, True)
+    by, proof = fall(10, 25, 50, 100)  # of the other 25, the lower end of 10 of 25
+    assert by == pytest.approx(0.5 * clopper_pearson(10, 25)[0]) and proof
 
 
 def _weight(found: Look) -> str | None:

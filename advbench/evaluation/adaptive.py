@@ -99,7 +99,11 @@ class MSAProtocol(Protocol):
         ]
 
     def short_searches(self, subject: Subject) -> list[Stage]:
-        """Express on the model, along its own gradient if it has one, and on its surrogates."""
+        """Express on the model, along its own gradient if it has one, and on its surrogates.
+
+        Args:
+            subject: what is attacked; surrogates that only transfer images are left out.
+        """
         surrogates = {name: s for name, s in subject.surrogates.items() if not s.transfer}
         own = express_stages(subject, draws=self.draws) if subject.traits.gradient != "none" else []
         return [*own, *self._express(surrogates, subject)]

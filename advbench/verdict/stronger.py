@@ -39,7 +39,7 @@ def stronger_search(look: Look) -> Reading | None:
     if look.complete or job.traits.gradient == "none" or not len(left):
         return None
     some = np.array(keyed_sample(left, LOOKED_AT, job.seed))
-    hits = len(np.intersect1d(some, _broken_by_search(look, some)))
+    hits = len(np.unique(_broken_by_search(look, some)))
     of, n = len(some), len(job.samples)
     why = (
         f"the search of protocol=express breaks {hits or 'none'} of {images(of)} that "
@@ -58,9 +58,8 @@ def _names(look: Look) -> str:
 
 
 def _broken_by_search(look: Look, ids: np.ndarray) -> np.ndarray:
-    """The samples that the search breaks of these; of all, if their batches matter."""
-    job = look.job
-    chosen = torch.from_numpy(ids) if look.by_image else job.samples.ids
+    """The samples that the search breaks of these."""
+    job, chosen = look.job, torch.from_numpy(ids)
     job = replace(
         job,
         samples=Samples(job.samples.split, chosen, job.samples.device),

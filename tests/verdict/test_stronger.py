@@ -25,14 +25,14 @@ from advbench.verdict.stronger import stronger_search
 
 
 class Eights(nn.Module):
-    """Is right in batches of eight alone."""
+    """Is right in batches of eight images alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = net()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) if len(x) == 8 else -self.net(x)
+        return self.net(x) if len(x.unique(dim=0)) == 8 else -self.net(x)
 
 
 def single(*given: Any, **named: Any) -> Look:
@@ -118,5 +118,5 @@ def test_where_nothing_is_left_a_weak_attack_is_strong_enough(eps: float, label:
     case = Evaluation("net", "digits", protocol, job, judge=judge)
     results = case.execute(None, case.plan())
     assert (results.robust.acc == 0) == (eps == 1.0)
-    (sign,) = results.verdict.get("indicators", ())
+    sign = results.verdict.get("indicators", [])[0]
     assert sign["triggered"] and results.verdict.get("label") == label

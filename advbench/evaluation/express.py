@@ -18,7 +18,7 @@ from advbench.evaluation.phases import Findings, FollowUp, keyed_sample
 from advbench.evaluation.plan import Plan, Stage, Subject
 from advbench.evaluation.protocol import Effort, Protocol
 from advbench.evaluation.protocols import AutoAttackProtocol
-from advbench.runs.accuracy import Estimate, clopper_pearson
+from advbench.runs.accuracy import Estimate
 from advbench.runs.judgement import Indicator
 
 STAGE = "express"
@@ -54,8 +54,7 @@ class ExpressProtocol(Protocol):
     """Whether AutoAttack attacks all survivors where the audit breaks too many, or an indicator
     says that gradients mislead."""
     tolerance: float = 0.01
-    """Too many: the share that breaks is above this, by the lower end of its exact (binomial) 95 %
-    interval; of 64 audited, 4."""
+    """Too many: two or more, and a share of the audited above this."""
 
     def __post_init__(self) -> None:
         if min(self.steps - 1, self.draws, self.targets) < 1:
@@ -130,8 +129,8 @@ class ExpressProtocol(Protocol):
 
     def _escalation(self, plan: Plan, findings: Findings, survivors: np.ndarray) -> FollowUp | None:
         audited, broken = _audit(plan, findings, survivors)
-        # Of survivors like these, not of these: one odd sample of a few escalates nothing.
-        if not self.escalate or clopper_pearson(broken, audited)[0] <= self.tolerance:
+        # One odd sample escalates nothing: AutoAttack's own draws decide about as many.
+        if not self.escalate or broken < 2 or broken <= self.tolerance * audited:
             return None
         return _because(
             plan.follow_ups,

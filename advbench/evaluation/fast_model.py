@@ -117,7 +117,7 @@ def fast_copy(
     if free:
         # Tracing forgets grad modes and state, and fails on control flow: hence the comparison.
         with suppress(Exception), redirect_stderr(io.StringIO()):
-            candidates.insert(0, fuse(plain).requires_grad_(False))
+            candidates.insert(0, _reshaped(fuse(plain)).requires_grad_(False))
     # Some models take views of activations that channels last does not allow.
     for layout in (torch.channels_last, torch.contiguous_format):
         for candidate in candidates:
@@ -183,6 +183,16 @@ class LogProbabilities(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x).float().clamp_min(TINY).log()
+
+
+def _reshaped(model: nn.Module) -> nn.Module:
+    """The traced model with ``reshape`` for ``view``, which channels last does not allow."""
+    assert isinstance(model, fx.GraphModule)
+    for node in model.graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"
+    model.recompile()
+    return model
 
 
 def _packed(model: nn.Module, x: Tensor) -> list[nn.Module]:

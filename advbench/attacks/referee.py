@@ -37,7 +37,7 @@ class Judgement(NamedTuple):
 
 def finite(logits: Tensor) -> Tensor:
     """Which rows have finite logits alone: (N, K) -> (N,). The argmax of NaN says nothing."""
-    return logits.isfinite().all(1)
+    return (logits.abs() < torch.inf).all(1)
 
 
 class Referee:

@@ -20,11 +20,6 @@ def must_wait(mask: Tensor) -> bool:
     return mask.device.type != "cpu"
 
 
-def surely_all(mask: Tensor) -> bool:
-    """Whether a mask is true everywhere; False where finding out would wait for the device."""
-    return not must_wait(mask) and bool(mask.all())
-
-
 def surely_none(mask: Tensor) -> bool:
     """Whether a mask is true nowhere; False where finding out would wait for the device."""
     return not must_wait(mask) and not bool(mask.any())

@@ -14,7 +14,14 @@ from advbench.attacks.expectation import Expectation
 from advbench.attacks.referee import CHUNKS, Referee
 from advbench.attacks.threat import Threat
 from advbench.defenses.base import Surrogate
-from advbench.devices import full_float32, keep_freed_memory, kernels, out_of_memory, tf32
+from advbench.devices import (
+    full_float32,
+    keep_freed_memory,
+    kernels,
+    out_of_memory,
+    several_backward_passes,
+    tf32,
+)
 from advbench.errors import UserError
 from advbench.evaluation.batch_sizes import BatchSizes
 from advbench.evaluation.clean_images import no_better_than_chance, score_clean, votes
@@ -77,7 +84,12 @@ class Engine:
                 "attacks of other libraries depend on the batch: run them with trainer.devices=1"
             )
         surrogate_models = [surrogate.model for surrogate in job.surrogates.values()]
-        with attackable(job.model, *surrogate_models), full_float32(), kernels(job.deterministic):
+        with (
+            attackable(job.model, *surrogate_models),
+            full_float32(),
+            kernels(job.deterministic),
+            several_backward_passes(bool(job.fast_model.compile)),
+        ):
             if not self._score_clean(assigned, store):
                 return False
             correct = still_correct(store, CLEAN, assigned)

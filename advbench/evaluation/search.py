@@ -217,7 +217,9 @@ class Search:
                 attack.settle(rows, logits, self.threat)
             age_before, self.age = self.age, self.age + 1 if age is None else age
             running = self.position >= 0
-            if running.any():
+            if age is None:
+                self.forecast.round(1.0)
+            elif running.any():
                 self.forecast.round(float((self.age - age_before)[running].float().mean()))
         finished = ((self.position >= 0) & (self.age >= attack.queries)).nonzero().flatten()
         if len(finished):
@@ -231,21 +233,19 @@ class Search:
             UserError: for a row in search whose gradient is not ``usable``.
         """
         wrong = (logits.argmax(1) != rows.y) | ~finite(logits)
-        margin = (
-            torch.where(wrong, torch.inf, -losses.margin(logits, rows.y)) if self.exact else None
-        )
+        unmeasured = wrong  # whose margin does not count
         if not self.stays_inside:
-            within = self.threat.contains(rows.point, rows.x)
-            wrong = wrong & within
-            margin = None if margin is None else torch.where(within, margin, torch.inf)
-        if margin is not None:
+            outside = ~self.threat.contains(rows.point, rows.x)
+            unmeasured, wrong = wrong | outside, wrong & ~outside
+        if self.exact:
+            margin = losses.margin(logits, rows.y).neg_().masked_fill_(unmeasured, torch.inf)
             self.min_margin = torch.minimum(self.min_margin, margin)
         flags = (wrong if usable is None else torch.stack((wrong, usable))).cpu()  # the only wait
-        candidates, unusable = (flags, None) if usable is None else (flags[0], ~flags[1])
-        candidates = (candidates & (self.position >= 0)).nonzero().flatten()
+        wrong, usable = (flags, None) if usable is None else flags
+        candidates = (wrong & (self.position >= 0)).nonzero().flatten()
         if len(candidates):
             self._judge(rows, candidates)
-        if unusable is not None and (unusable & (self.position >= 0)).any():
+        if usable is not None and not usable.all() and (~usable & (self.position >= 0)).any():
             raise UserError(NO_GRADIENT)
 
     def _judge(self, rows: Rows, slots: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from made_up_searches import Parts, changed, evaluation, net, samples
 from torch import Tensor, nn
 
 from advbench.attacks.base import Clean
+from advbench.attacks.fab import FAB
 from advbench.evaluation.cpu_kernels import PackedConv
 from advbench.evaluation.engine import Engine
 from advbench.evaluation.fast_model import FastModel, FastModelOptions, ask, fast_copy
 from advbench.evaluation.job import CLEAN
+from advbench.evaluation.protocol import Protocol, Stage, Subject
 from advbench.evaluation.store import Store, read_samples
 
 # --- what is searched, and what is scored -------------------------------------------------------
@@ -187,3 +190,25 @@ def test_a_compiled_search_finds_the_same(tmp_path: Path) -> None:
     assert found[0]["apgd"].broken.any()
     differ = [int((one.broken != found[1][name].broken).sum()) for name, one in found[0].items()]
     assert len(differ) == 2 and sum(differ) <= 1
+
+
+@dataclass(frozen=True)
+class Boundaries(Protocol):
+    """Untargeted FAB, with a backward pass per class through one forward pass."""
+
+    name = "boundaries"
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        return [Stage("fab", FAB(steps=2, targeted=False), "a test")]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_a_gradient_per_class(tmp_path: Path) -> None:
+    found = []
+    for mode in (None, "default"):
+        case = evaluation(Boundaries(), n=8, batch_size=8)
+        case = changed(case, fast_model=FastModelOptions(compile=mode))
+        case.execute(tmp_path / str(mode), case.plan())
+        found.append(read_samples(tmp_path / str(mode))["fab"])
+    assert found[0].backwards.max() == 8, "four wrong classes, two steps"
+    assert (found[0].backwards != found[1].backwards).sum() <= 1

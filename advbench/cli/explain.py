@@ -32,6 +32,20 @@ PLUGINS = {
     "hydra/sweeper/optuna": "sweep",
 }
 """Options that other packages bring, and the extra that installs them."""
+WORDS = {
+    "--quiet": ("quiet", "silent", "verbose"),
+    "--version": ("version",),
+    "hydra.run.dir": ("out", "output", "outdir", "out_dir", "output_dir", "save_dir", "log_path"),
+    "trainer.accelerator": ("device", "cuda", "gpu", "cpu"),
+    "trainer.batch_size": ("bs", "batch"),
+    "protocol": ("attack", "attacks"),
+    "recipe": ("attack", "attacks"),
+    "backbone": ("arch", "architecture", "net"),
+    "model": ("arch", "architecture", "net"),
+    "weights": ("checkpoint", "ckpt", "resume_from", "state_dict"),
+    "n": ("n_ex", "n_examples", "num_samples", "samples"),
+}
+"""Words of other tools for a key or an option, which spelling does not lead to."""
 
 
 def of(problem: BaseException) -> str | None:
@@ -198,8 +212,20 @@ def _unknown_key(problem: OmegaConfBaseException) -> str:
     if prefix in GROUPS and keys and parent.get("_target_", "") is None:  # left to the run
         more = f" (a key that only the run's own {prefix} has: +{full}=VALUE)"
     valid = [f"{prefix}.{key}".lstrip(".") for key in keys if key not in ("_target_", "hydra")]
-    hint = more or _elsewhere(full, parent) or _near(full, valid, parent)
+    hint = more or _translated(full, parent) or _elsewhere(full, parent)
+    hint = hint or _near(full, valid, parent)
     return f"no key '{full}'{hint}"
+
+
+def _translated(word: str, node: Any) -> str:
+    """Ours for a word that other tools have."""
+    root = node._get_root() if isinstance(node, DictConfig) else {}
+    ours = [
+        key
+        for key, theirs in WORDS.items()
+        if word in theirs and (key.startswith(("--", "hydra.")) or key.partition(".")[0] in root)
+    ]
+    return f"; did you mean '{ours[0]}'?" if ours else ""
 
 
 def _elsewhere(full: str, node: Any) -> str:

@@ -2,7 +2,11 @@
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 if [ ! -d "$here/site" ]; then
     python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$here/site" \
-        "$here"/wheels/*.whl
+        "$here"/wheels/*.whl || {
+        version="$(python3 -c "import sys; print('{}.{}'.format(*sys.version_info))")"
+        echo "for this Python: THERE=$version bash scripts/gpu/bundle.sh" >&2
+        return 1
+    }
 fi
 export PYTHONPATH="$here/site"
 data=""

@@ -88,13 +88,14 @@ def look(
     left = samples.ids[~torch.from_numpy(wrong)]
     for number, one in enumerate(stages):
         hits = broken[number] if number < len(broken) else 0
-        fallen = np.arange(len(left)) < hits
+        attacked = left if one.only is None else left[torch.isin(left, torch.tensor(one.only))]
+        fallen = np.arange(len(attacked)) < hits
         spent = np.where(fallen, 1, 20)
         if one is stages[-1]:
             spent[:late] = 20
         record = replace(
-            records_without_attack(left, samples), broken=fallen, alone=fallen, forwards=spent
+            records_without_attack(attacked, samples), broken=fallen, alone=fallen, forwards=spent
         )
         records[one.name] = record
-        left = left[hits:]
+        left = left[~torch.isin(left, attacked[:hits])]
     return Look(job, tuple(stages), records, images)

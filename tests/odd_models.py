@@ -157,6 +157,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Around(after=lambda z: z + torch.tensor([0.0, 0.0, -torch.inf])),
         "-1e4",
     ),
+    "complex": (lambda: Around(after=lambda z: z.to(torch.complex64)), "complex numbers"),
     "probabilities": (lambda: Around(after=lambda z: z.softmax(1)), "traits.output=probabilities"),
 }
 """Models that are not evaluated as they are, and what the line about each says."""

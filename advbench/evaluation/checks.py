@@ -121,6 +121,12 @@ def _check_state(model: nn.Module) -> None:
             raise UserError(f"the model's weights are not finite: '{name}' holds NaN")
 
 
+@torch.no_grad()
+def check_outputs(model: nn.Module, samples: Samples) -> None:
+    """Raise UserError unless a model returns finite logits (N, K) for the first of the images."""
+    _checked_logits(model, samples.fetch(samples.ids[:PROBE]).x)
+
+
 def _checked_logits(model: nn.Module, images: Tensor) -> Tensor:
     """The model's logits (N, K) for the images; UserError for anything else."""
     shape, x = tuple(images.shape[1:]), images.clone()
@@ -130,6 +136,8 @@ def _checked_logits(model: nn.Module, images: Tensor) -> Tensor:
         raise UserError(
             f"the model must return logits of shape (N, K), K >= 2, for images {shape}, not {got}"
         )
+    if logits.is_complex():
+        raise UserError("the model's logits are complex numbers: return real ones")
     if not torch.equal(images, x):
         raise UserError("the model writes into its input: let forward work on a copy (x.clone())")
     refuse_not_finite(logits)

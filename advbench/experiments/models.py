@@ -180,7 +180,7 @@ def from_factory(
         raise UserError(f"'{path}' has no factory '{name}'{did_you_mean(name, names)}")
     try:
         model = factory()
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise UserError(f"{spec} failed: {describe(problem)}") from problem
     if not isinstance(model, nn.Module):
         cure = "; return program.module()" if hasattr(model, "graph_module") else ""
@@ -192,6 +192,10 @@ def from_factory(
         notices += load_checkpoint(model, weights)
     else:
         notices.append(f"no weights=FILE: the weights that {name}() made are judged")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise UserError(
+            f"{spec} made weights on the device 'meta', which hold no values: load them"
+        )
     model, more = adapted(in_evaluation_mode(model), input_shape, num_classes)
     return model, [*notices, *more]
 

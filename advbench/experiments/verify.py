@@ -14,6 +14,7 @@ from advbench import config
 from advbench.config.words import word
 from advbench.devices import full_float32
 from advbench.errors import UserError, describe
+from advbench.evaluation.checks import check_outputs
 from advbench.evaluation.evaluation import Evaluation, saved_plan
 from advbench.evaluation.identity import behaves_otherwise, behaviour, keeps_images
 from advbench.evaluation.job import CLEAN, Job
@@ -184,7 +185,7 @@ def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> Evaluation:
     run = training_run(cfg)
     data, threat, resources = ingredients(cfg, run, plugins)
     device = resources.device
-    return evaluation_of(
+    evaluation = evaluation_of(
         candidate(cfg, run, plugins, data, device),
         data,
         threat,
@@ -195,6 +196,9 @@ def _evaluation(cfg: DictConfig, plugins: tuple[str, ...]) -> Evaluation:
         n=cfg.n,
         surrogates={},
     )
+    with full_float32():
+        check_outputs(evaluation.job.model, evaluation.job.samples)
+    return evaluation
 
 
 def _kept_images(folder: Path, job: Job, expected: int) -> Witnesses | None:

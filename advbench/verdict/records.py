@@ -8,14 +8,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from advbench.evaluation.job import CLEAN
 from advbench.evaluation.plan import Stage
 from advbench.evaluation.rescoring import RANGE_SLACK
+from advbench.runs.accuracy import Accuracy
 from advbench.verdict.look import Look
 from advbench.verdict.outputs import unsteadiness
 from advbench.verdict.reading import Reading, images, of_share
 
 PROOF, EVIDENCE = 0.05, 0.01
 """Shares of survivors that must be exceeded for certain."""
+QUARTERED = 8
+"""Queries of which the last quarter says something."""
 REPLAYED = 16
 """Samples whose search is repeated."""
 RESCORED = 256
@@ -54,6 +58,29 @@ def black_box(look: Look) -> Reading | None:
     return of_share(hits, of, EVIDENCE, why, more=more, proof=PROOF)
 
 
+def audit(look: Look) -> Reading | None:
+    """Survivors of a short search that the suite breaks which attacked some of them."""
+    first = next((k for k, stage in enumerate(look.stages) if stage.only is not None), None)
+    if first is None:
+        return None
+    left, suite = look.survivors(look.stages[:first]), look.stages[first:]
+    audited = np.intersect1d(left, look.attacked(suite))
+    broken = np.intersect1d(audited, np.concatenate([look.broken(stage) for stage in suite]))
+    hits, of, rest = len(broken), len(audited), len(left) - len(audited)
+    if not of or not rest:
+        return None
+    why = (
+        f"the audit broke {hits or 'none'} of {of}, and {images(rest)} that it did not attack "
+        "count as robust"
+    )
+    reading = of_share(hits, of, EVIDENCE, why, more=": the number is too high")
+    low, n = (reading.interval or (0.0, 0.0))[0], len(look.records[CLEAN])
+    counted = len(look.survivors())
+    lowest = (Accuracy.of(counted, n).ci95 or (0.0, 1.0))[0]
+    proof = (counted - low * rest) / n < lowest
+    return replace(reading, weight=None if proof else "evidence")
+
+
 def surrogate_gap(look: Look) -> Reading | None:
     """Survivors of the model's own gradient that a surrogate's gradient breaks."""
     own = {"model", *(name for name, s in look.job.surrogates.items() if s.transfer)}
@@ -86,7 +113,8 @@ def _broken_later(look: Look, stages: Sequence[Stage]) -> tuple[int, int] | None
 
 def unconverged(look: Look) -> Reading | None:
     """Survivors that the last quarter of the steps of the last white-box stage still breaks."""
-    stages = [s for s in look.white_box if len(look.records[s.name]) and s.attack.queries]
+    stages = [s for s in look.white_box if len(look.records[s.name])]
+    stages = [s for s in stages if s.attack.queries >= QUARTERED]  # a single step is no search
     if not stages or look.job.traits.batch_dependent:
         return None
     records = look.records[stages[-1].name]

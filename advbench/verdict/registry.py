@@ -229,6 +229,20 @@ INDICATORS = (
         measure=records.black_box,
     ),
     Indicator(
+        id="audit",
+        weight="proof",
+        kind="search",
+        question="number",
+        cost="free",
+        about=(
+            "Of `protocol=express` that did not escalate: AutoAttack breaks more than 1 % of the "
+            f"survivors that it audits. {FALL}"
+        ),
+        source="ours",
+        settles="protocol.escalate=true, or protocol.audit=all",
+        measure=records.audit,
+    ),
+    Indicator(
         id="surrogate_gap",
         weight="evidence",
         kind="surrogate",

@@ -233,6 +233,18 @@ def test_a_mistake_is_one_line(
     assert code == 2 and expected in said and said.count("\n") == 1, said
 
 
+@pytest.mark.parametrize("words", [["own"], ["--images", "x.npy"]])
+def test_data_that_the_model_cannot_take_are_one_line(
+    claims: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    wide = {f"x_{part}": arrays()[f"x_{part}"][:, :, :6] for part in ("train", "test")}
+    np.savez("wide.npz", **arrays(**wide))  # pyright: ignore
+    np.save("x.npy", wide["x_test"])
+    given = [word for word in OWN if "threat" not in word or words[0] == "--images"]
+    code, said = verify(capsys, *words, *given, "data.path=wide.npz")
+    assert code == 2 and "can't take the data's images" in said and said.count("\n") == 1, said
+
+
 class Sizes(torch.nn.Module):
     """Class 1 where the mean of an image is above that of the batch; remembers its batches."""
 

@@ -15,6 +15,7 @@ from made_up_looks import BLIND, liar, look, net, stage
 from torch import Tensor, nn
 
 from advbench.attacks.fab import FAB
+from advbench.attacks.pgd import PGD
 from advbench.defenses.base import Surrogate, Traits
 from advbench.evaluation.plan import Stage
 from advbench.evaluation.protocols import AutoAttackProtocol
@@ -94,6 +95,11 @@ def band() -> Look:
     return look(Band().eval(), data=(images, np.zeros(12, np.int64)))
 
 
+def audited(broken: int) -> Look:
+    """Express, and a suite that attacks 12 of its survivors."""
+    return look(net(), [stage("express"), replace(BLIND, only=tuple(range(12)))], [2, broken])
+
+
 def right_again() -> Look:
     """Images that were kept and that the model classifies right."""
     found = look(net())
@@ -154,6 +160,10 @@ CASES: dict[str, tuple[list[Callable[[], Look]], list[Callable[[], Look]]]] = {
             ),
         ],
         [lambda: look(net(), [stage("apgd-ce"), BLIND], [5, 1])],
+    ),
+    "audit": (
+        [lambda: audited(4), lambda: audited(2)],
+        [lambda: audited(1)],
     ),
     "surrogate_gap": (
         [
@@ -224,6 +234,18 @@ def test_every_indicator_is_tried() -> None:
 @pytest.mark.parametrize("indicator", INDICATORS, ids=lambda i: i.id)
 def test_it_says_what_it_is(indicator: Any) -> None:
     assert indicator.about.endswith(".") and indicator.source and indicator.settles
+
+
+def test_an_audit_is_a_proof_where_the_number_falls_by_more_than_its_interval() -> None:
+    few, many = (BY_ID["audit"].entry(audited(broken)) for broken in (2, 8))
+    assert few and many and (few["class"], many["class"]) == ("evidence", "proof")
+    assert BY_ID["audit"].entry(look(net(), [stage("express"), BLIND], [2, 8])) is None
+    assert "the audit broke 8 of " in many["why"] and "count as robust" in many["why"]
+
+
+def test_the_last_quarter_of_a_single_step_says_nothing() -> None:
+    single = stage("fgsm", PGD(steps=1))
+    assert BY_ID["unconverged"].entry(look(net(), [single], [5], late=5)) is None
 
 
 def test_a_free_one_makes_no_passes_and_a_cheap_one_counts_them() -> None:

@@ -13,6 +13,8 @@ from advbench.data.base import ArraySplit
 from advbench.errors import UserError
 
 # Float images may stick out of [0, 1] by rounding; the referee tolerates as much.
+SLIGHT = 0.01
+"""Outside of [0, 1] by no more, as after a resampling."""
 TOLERANCE = 1e-6
 # No 8-bit images are as dark as this: they were counted from 0 to 1, or to 16.
 DARKEST = 16
@@ -118,11 +120,13 @@ def _range(x: np.ndarray, what: str) -> tuple[float, float]:
 def _check_range(low: float, high: float, dtype: np.dtype, what: str) -> None:
     if low >= -TOLERANCE and high <= 1 + TOLERANCE:
         return
-    if low >= 0 and high <= 255:
+    if low >= -SLIGHT and high <= 1 + SLIGHT:
+        cure = "clip it to [0, 1]"
+    elif low >= 0 and high <= 255:
         cure = "divide by 255 or store uint8"
     else:
         cure = "undo the normalisation (it is part of the model here) and store numbers from 0 to 1"
-    raise UserError(f"{what} is {dtype} from {low:.4g} to {high:.4g}, outside [0, 1]: {cure}")
+    raise UserError(f"{what} is {dtype} from {low:.6g} to {high:.6g}, outside [0, 1]: {cure}")
 
 
 def as_labels(y: np.ndarray, what: str, num_classes: int | None = None) -> Tensor:

@@ -112,7 +112,9 @@ def verify_run(
     try:
         records = read_samples(folder)
         problems += _contradictions(results, records)
-    except (Damaged, OSError, ValueError, KeyError, TypeError) as problem:
+    except Damaged as problem:
+        problems.append(f"{SAMPLES} can't be read: {problem}")
+    except (OSError, ValueError, KeyError, TypeError) as problem:
         problems.append(f"{SAMPLES} can't be read: {describe(problem)}")
     expected = _expected(records)
     try:

@@ -52,7 +52,8 @@ class Judgement:
         ids = [indicator.id for indicator in INDICATORS]
         for name in self.indicators or ():
             if name not in ids:
-                raise UserError(f"no indicator '{name}'{did_you_mean(name, ids)}")
+                hint = did_you_mean(name, ids) or f"; there is: {', '.join(ids)}"
+                raise UserError(f"no indicator '{name}'{hint}")
 
     def of(self, protocol: Protocol) -> IndicatorJudge | None:
         """What judges an evaluation by ``protocol``; None where nothing is to be computed."""

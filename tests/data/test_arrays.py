@@ -54,6 +54,7 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
     ({"x_test": X.astype(np.int64)}, "x_test in .* is int64: store uint8"),
     ({"x_test": X // 128}, r"uint8 with 1 as its largest.*store x.astype\('float32'\) / 1$"),
     ({"x_test": X // 15 % 17}, r"uint8 with 16 as its largest.*store x.astype\('float32'\) / 16$"),
+    ({"x_test": np.full_like(X, 1, np.float32) * 1.0001}, r"to 1\.0001, .*clip it to \[0, 1\]"),
     ({"x_test": X.astype(np.float32)}, r"from 0 to 255, outside \[0, 1\]: divide by 255 or store"),
     ({"x_test": UNIT * 2 - 1}, r"outside \[0, 1\]: undo the normalisation"),
     ({"x_test": with_value(UNIT, math.nan)}, "x_test in .* holds NaN or infinity"),

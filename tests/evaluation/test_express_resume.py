@@ -30,7 +30,7 @@ N, AUDIT = 40, 8
 
 
 def masked() -> Evaluation:
-    return mlp(QuickExpress(audit=AUDIT), n=N, levels=4.0, eps=0.35)
+    return mlp(QuickExpress(audit=AUDIT), n=N, masked="quantised", eps=0.35)
 
 
 class CutIn(NullProgress):

@@ -13,9 +13,9 @@ from advbench.data.base import ArraySplit
 from advbench.errors import UserError
 
 # Float images may stick out of [0, 1] by rounding; the referee tolerates as much.
-SLIGHT = 0.01
-"""Outside of [0, 1] by no more, as after a resampling."""
 TOLERANCE = 1e-6
+# By no more than this they do so after a resampling, say: not for being counted from 0 to 255.
+SLIGHT = 0.01
 # No 8-bit images are as dark as this: they were counted from 0 to 1, or to 16.
 DARKEST = 16
 BLOCK = 1000  # images that are converted together

@@ -80,8 +80,12 @@ def fall(hits: int, of: int, left: int, n: int) -> tuple[float, bool]:
         number: a proof that the number is too high.
     """
     share = hits / of if of == left else clopper_pearson(hits, of)[0]
-    lowest = (Accuracy.of(left, n).ci95 or (0.0, 1.0))[0]
-    return share * left / n, left / n * (1 - share) < lowest
+    return share * left / n, below_interval(left * (1 - share), left, n)
+
+
+def below_interval(after: float, left: int, n: int) -> bool:
+    """Whether ``after`` survivors of n images are fewer than the 95 % interval of ``left`` has."""
+    return after / n < (Accuracy.of(left, n).ci95 or (0.0, 1.0))[0]
 
 
 def images(number: int) -> str:

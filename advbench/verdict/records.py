@@ -11,10 +11,9 @@ import torch
 from advbench.evaluation.job import CLEAN
 from advbench.evaluation.plan import Stage
 from advbench.evaluation.rescoring import RANGE_SLACK
-from advbench.runs.accuracy import Accuracy
 from advbench.verdict.look import Look
 from advbench.verdict.outputs import unsteadiness
-from advbench.verdict.reading import Reading, images, of_share
+from advbench.verdict.reading import Reading, below_interval, images, of_share
 
 PROOF, EVIDENCE = 0.05, 0.01
 """Shares of survivors that must be exceeded for certain."""
@@ -63,10 +62,12 @@ def audit(look: Look) -> Reading | None:
     first = next((k for k, stage in enumerate(look.stages) if stage.only is not None), None)
     if first is None:
         return None
-    left, suite = look.survivors(look.stages[:first]), look.stages[first:]
-    audited = np.intersect1d(left, look.attacked(suite))
-    broken = np.intersect1d(audited, np.concatenate([look.broken(stage) for stage in suite]))
-    hits, of, rest = len(broken), len(audited), len(left) - len(audited)
+    before, suite = look.stages[:first], look.stages[first:]
+    found = _broken_later(look, suite)
+    if found is None:
+        return None
+    hits, of = found
+    rest = len(look.survivors(before)) - of
     if not of or not rest:
         return None
     why = (
@@ -74,10 +75,8 @@ def audit(look: Look) -> Reading | None:
         "count as robust"
     )
     reading = of_share(hits, of, EVIDENCE, why, more=": the number is too high")
-    low, n = (reading.interval or (0.0, 0.0))[0], len(look.records[CLEAN])
-    counted = len(look.survivors())
-    lowest = (Accuracy.of(counted, n).ci95 or (0.0, 1.0))[0]
-    proof = (counted - low * rest) / n < lowest
+    low, counted = (reading.interval or (0.0, 0.0))[0], len(look.survivors())
+    proof = below_interval(counted - low * rest, counted, len(look.records[CLEAN]))
     return replace(reading, weight=None if proof else "evidence")
 
 
